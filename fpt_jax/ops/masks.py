@@ -1,0 +1,268 @@
+"""Instance masks: from COCO's segmentations to box-relative bitmaps, to training targets, and back.
+
+Shape suffixes: N boxes, R regions, G ground truths, H W the image, h w a mask, m a square mask.
+All but `mask_targets` is NumPy on the host. Coordinates are continuous: pixel j covers [j, j + 1].
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pycocotools import mask as coco_mask
+
+Segmentation = list | dict | np.ndarray  # polygons, RLE (compressed or not), or a bitmap [H, W]
+
+
+def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
+  """Draws a COCO segmentation as the bitmap of the whole image.
+
+  Args:
+    segmentation: polygons `[[x0, y0, x1, y1, ...], ...]` in pixels, whose union is meant; an RLE
+      `{"size": [height, width], "counts": list | str | bytes}`; or a bitmap [H, W].
+    height: rows of the image.
+    width: columns of the image.
+
+  Returns:
+    [H, W] bool.
+
+  Raises:
+    ValueError: the segmentation is none of the three, or is of another size.
+  """
+  if isinstance(segmentation, np.ndarray):
+    if segmentation.shape != (height, width):
+      raise ValueError(f"a bitmap of {(height, width)} expected, got {segmentation.shape}")
+    return segmentation.astype(bool)
+  if isinstance(segmentation, dict):
+    if list(segmentation.get("size", ())) != [height, width] or "counts" not in segmentation:
+      raise ValueError(
+        f"an RLE with counts and size {[height, width]} expected, "
+        f"got keys {sorted(segmentation)} and size {segmentation.get('size')}"
+      )
+    if isinstance(segmentation["counts"], list):
+      if sum(segmentation["counts"]) != height * width:
+        raise ValueError(
+          f"RLE counts add up to {sum(segmentation['counts'])}, "
+          f"not to {height} x {width} = {height * width} pixels"
+        )
+      segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.decode(segmentation).astype(bool)
+  return _fill(_polygons(segmentation), height, width)
+
+
+def _polygons(segmentation: list) -> list[np.ndarray]:
+  """The polygons as float64 [points, 2], or a ValueError."""
+  if not isinstance(segmentation, list) or not segmentation:
+    raise ValueError(f"polygons, an RLE or a bitmap expected, got {segmentation!r:.80}")
+  for polygon in segmentation:
+    if not isinstance(polygon, list | tuple | np.ndarray) or len(polygon) < 6 or len(polygon) % 2:
+      raise ValueError(f"a polygon is 6 or more numbers x0, y0, x1, ..., got {polygon!r:.80}")
+  return [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation]
+
+
+def _fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
+  """The union of polygons [points, 2] as a bitmap [H, W] bool."""
+  rles = coco_mask.frPyObjects([p.ravel().tolist() for p in polygons], height, width)
+  return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+
+
+def box_bitmap(
+  segmentation: Segmentation, box_xyxy: np.ndarray, height: int, width: int, size: int = 112
+) -> np.ndarray:
+  """Draws a COCO segmentation in the frame of its box.
+
+  Polygons are scaled into the frame before they are drawn, so a small object loses nothing to the
+  grid of the image; of an RLE or a bitmap, a cell is set where at least half of its area is.
+
+  Args:
+    segmentation: as for `rasterize`.
+    box_xyxy: [4] the frame in pixels of the image, of positive width and height.
+    height: rows of the image.
+    width: columns of the image.
+    size: rows and columns of the result.
+
+  Returns:
+    [size, size] uint8, 0 or 1.
+
+  Raises:
+    ValueError: as for `rasterize`, or the box is empty.
+  """
+  box = np.asarray(box_xyxy, np.float64)
+  if box.shape != (4,) or not (box[2] > box[0] and box[3] > box[1]):
+    raise ValueError(f"a box x0 < x1, y0 < y1 expected, got {box_xyxy!r}")
+  if isinstance(segmentation, list):
+    scale = size / (box[2:] - box[:2])
+    framed = [(polygon - box[:2]) * scale for polygon in _polygons(segmentation)]
+    return _fill(framed, size, size).astype(np.uint8)
+  mask_HW = rasterize(segmentation, height, width).astype(np.float32)
+  cover_mH = _cover(box[1], box[3], height, size)
+  cover_mW = _cover(box[0], box[2], width, size)
+  return (cover_mH @ mask_HW @ cover_mW.T >= 0.5).astype(np.uint8)
+
+
+def _cover(start: float, stop: float, pixels: int, cells: int) -> np.ndarray:
+  """[cells, pixels]: the share of each cell of [start, stop] that lies on each pixel."""
+  edges = np.linspace(start, stop, cells + 1)
+  pixel = np.arange(pixels)
+  overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+  return (np.maximum(overlap, 0) * cells / (stop - start)).astype(np.float32)
+
+
+def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
+  """Compresses a bitmap [H, W] to COCO's RLE, with `counts` a string that JSON can hold."""
+  rle = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+  return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def paste(masks_Nmm: np.ndarray, boxes_N4: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Pastes box-relative mask probabilities into images of zeros, one a detection.
+
+  As torchvision's `paste_masks_in_image`: a border of zeros one cell wide, the box grown with it
+  and truncated to whole pixels, bilinear interpolation without aligned corners.
+
+  Args:
+    masks_Nmm: [N, m, m] float, probabilities.
+    boxes_N4: [N, 4] x0 y0 x1 y1 in pixels of the image; may stick out of it.
+    height: rows of the image.
+    width: columns of the image.
+
+  Returns:
+    [N, H, W] float32.
+  """
+  masks_Nmm, boxes_N4 = np.asarray(masks_Nmm), np.asarray(boxes_N4)
+  if masks_Nmm.ndim != 3 or boxes_N4.shape != (len(masks_Nmm), 4):
+    raise ValueError(f"[N, m, m] and [N, 4] expected, got {masks_Nmm.shape}, {boxes_N4.shape}")
+  images_NHW = np.zeros((len(masks_Nmm), height, width), np.float32)
+  for image_HW, mask_mm, box in zip(images_NHW, masks_Nmm, boxes_N4, strict=True):
+    crop, (y, x) = _paste_crop(mask_mm, box, height, width)
+    image_HW[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+  return images_NHW
+
+
+def paste_rle(
+  mask_mm: np.ndarray, box_xyxy: np.ndarray, height: int, width: int, threshold: float = 0.5
+) -> dict[str, Any]:
+  """Pastes one mask as `paste` does and keeps what exceeds `threshold`, as COCO's RLE.
+
+  Args:
+    mask_mm: [m, m] float, probabilities.
+    box_xyxy: [4] in pixels of the image; may stick out of it.
+    height: rows of the image.
+    width: columns of the image.
+    threshold: the probability a pixel of the object must exceed.
+
+  Returns:
+    `{"size": [height, width], "counts": str}`.
+  """
+  crop, (y, x) = _paste_crop(np.asarray(mask_mm), np.asarray(box_xyxy), height, width)
+  bitmap_HW = np.zeros((height, width), np.uint8, order="F")
+  bitmap_HW[y : y + crop.shape[0], x : x + crop.shape[1]] = crop > threshold
+  return encode_rle(bitmap_HW)
+
+
+def _paste_crop(
+  mask_mm: np.ndarray, box: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+  """The part of the pasted mask that lies on the image, and its first row and column."""
+  size = mask_mm.shape[-1]
+  # float32 throughout: the truncation must fall on the same pixel as torchvision's
+  box = box.astype(np.float32)
+  half = (box[2:] - box[:2]) * np.float32(0.5) * np.float32((size + 2) / size)
+  centre = (box[2:] + box[:2]) * np.float32(0.5)
+  x0, y0 = np.trunc(centre - half).astype(np.int64).tolist()
+  x1, y1 = np.trunc(centre + half).astype(np.int64).tolist()
+  rows_hm, y = _paste_matrix(y0, y1, height, size)
+  cols_wm, x = _paste_matrix(x0, x1, width, size)
+  return rows_hm @ mask_mm.astype(np.float32) @ cols_wm.T, (y, x)
+
+
+def _paste_matrix(first: int, last: int, pixels: int, size: int) -> tuple[np.ndarray, int]:
+  """Interpolates `size` cells and a zero at either end to pixels first..last, of the visible ones.
+
+  Returns:
+    [visible, size] float32, and the first visible pixel.
+  """
+  length = max(last - first + 1, 1)
+  start, stop = max(first, 0), min(last + 1, pixels)
+  pixel = np.arange(start, max(start, stop))
+  source = (pixel - first + np.float32(0.5)) * np.float32((size + 2) / length) - np.float32(0.5)
+  source = np.clip(source, 0, size + 1)
+  # cell j of the bordered mask is cell j - 1 of the mask; the border's own weights multiply zeros
+  weights = 1 - np.abs(source[:, None] - np.arange(1, size + 1))
+  return np.maximum(weights, 0).astype(np.float32), min(start, pixels)
+
+
+def mask_targets(
+  masks_Ghw: jax.Array,
+  mask_boxes_G4: jax.Array,
+  rois_R4: jax.Array,
+  matched_R: jax.Array,
+  size: int = 28,
+) -> jax.Array:
+  """Cuts what the mask head shall predict in each RoI out of its ground truth's bitmap.
+
+  RoIAlign as torchvision's Mask R-CNN makes its targets: not aligned, ceil(RoI / size) samples a
+  bin. On bitmaps of the whole canvas, `mask_boxes_G4` = (0, 0, w, h), it is equal to that; on
+  box-relative bitmaps it looks at the same points of the canvas, and sees zeros outside the box.
+
+  Args:
+    masks_Ghw: [G, h, w] bitmaps, of any dtype.
+    mask_boxes_G4: [G, 4] the part of the canvas that each bitmap spans, in pixels.
+    rois_R4: [R, 4] float32, in pixels of the canvas.
+    matched_R: [R] int, the ground truth of each RoI.
+    size: rows and columns of a target.
+
+  Returns:
+    [R, size, size] float32 between 0 and 1; no gradient flows through it.
+  """
+  if masks_Ghw.ndim != 3 or mask_boxes_G4.shape != (masks_Ghw.shape[0], 4):
+    raise ValueError(f"[G, h, w], [G, 4] expected, got {masks_Ghw.shape}, {mask_boxes_G4.shape}")
+  if rois_R4.ndim != 2 or rois_R4.shape[1] != 4 or matched_R.shape != rois_R4.shape[:1]:
+    raise ValueError(f"[R, 4] and [R] expected, got {rois_R4.shape} and {matched_R.shape}")
+  rois_R4 = jax.lax.stop_gradient(rois_R4.astype(jnp.float32))
+  frames_R4 = mask_boxes_G4.astype(jnp.float32)[matched_R]
+  rows_Rsh = _target_matrix(rois_R4[:, 1::2], frames_R4[:, 1::2], size, masks_Ghw.shape[1])
+  cols_Rsw = _target_matrix(rois_R4[:, 0::2], frames_R4[:, 0::2], size, masks_Ghw.shape[2])
+  masks_Rhw = masks_Ghw[matched_R].astype(jnp.float32)
+  exact = jax.lax.Precision.HIGHEST
+  rows_Rsw = jnp.einsum("Rsh,Rhw->Rsw", rows_Rsh, masks_Rhw, precision=exact)
+  return jnp.einsum("Rsw,Rtw->Rst", rows_Rsw, cols_Rsw, precision=exact)
+
+
+def _target_matrix(rois_R2: jax.Array, frames_R2: jax.Array, size: int, cells: int) -> jax.Array:
+  """RoIAlign along one axis: the mean weight [R, size, cells] of each cell in each bin.
+
+  The samples of a bin are an arithmetic progression and a cell's weight rises and falls linearly
+  over one cell to either side. So the samples on either slope are counted and their mean is
+  weighed, whatever their number: no loop over samples, and no static bound on it.
+  """
+  start_R11, stop_R11 = rois_R2[:, :1, None], rois_R2[:, 1:, None]
+  low_R11, high_R11 = frames_R2[:, :1, None], frames_R2[:, 1:, None]
+  # padded ground truths have empty boxes: their targets are never used, but must stay finite
+  extent_R11 = jnp.where(high_R11 > low_R11, high_R11 - low_R11, 1.0)
+  scale_R11 = cells / extent_R11
+  length_R11 = jnp.maximum(stop_R11 - start_R11, 1.0)
+  count_R11 = jnp.ceil(length_R11 / size)
+  step_R11 = length_R11 / size / count_R11
+  bin_1s1 = jnp.arange(size, dtype=jnp.float32)[None, :, None]
+  cell_11c = jnp.arange(cells, dtype=jnp.float32)[None, None, :]
+  point_Rs1 = start_R11 + bin_1s1 * (length_R11 / size) + 0.5 * step_R11
+  # RoIAlign that is not aligned puts pixel j at j, where its centre is j + 0.5
+  point_Rs1 = (point_Rs1 + 0.5 - low_R11) * scale_R11 - 0.5
+  step_R11 = step_R11 * scale_R11
+  # RoIAlign repeats the border for half a pixel; where cells are smaller, half a cell is enough
+  margin_R11 = 0.5 * jnp.minimum(scale_R11, 1.0)
+  first_11c, last_11c = cell_11c == 0, cell_11c == cells - 1
+  left_R1c = jnp.where(first_11c, -0.5 - margin_R11, cell_11c - 1)
+  right_R1c = jnp.where(last_11c, cells - 0.5 + margin_R11, cell_11c + 1)
+
+  def samples_below(position):
+    return jnp.clip(jnp.ceil((position - point_Rs1) / step_R11), 0, count_R11)
+
+  def mean_distance(begin, end):
+    return point_Rs1 + step_R11 * (begin + end - 1) / 2 - cell_11c
+
+  begin, middle, end = samples_below(left_R1c), samples_below(cell_11c), samples_below(right_R1c)
+  rising = jnp.where(first_11c, 1.0, 1.0 + mean_distance(begin, middle))
+  falling = jnp.where(last_11c, 1.0, 1.0 - mean_distance(middle, end))
+  return ((middle - begin) * rising + (end - middle) * falling) / count_R11

@@ -1,0 +1,274 @@
+"""Attention under a mixture of softmaxes, exact, without the query-by-key matrix in memory.
+
+Shapes: B batch, Q queries, K keys, M parts of the mixture, D channels of a part, C channels of a
+value, N blocks of queries, q queries of one block.
+
+    out_i = sum_j W_ij v_j,    W_ij = sum_m pi_m exp(s_mij - lse_mi)
+
+Three facts make it cheap. `-||q - k||^2` is `2 q.k - ||k||^2` up to a constant of the row, which the
+softmax does not see, so both similarities are a dot product with a bias a key; a mask is a bias too.
+Once the parts' normalisers are known W is one matrix, so the values are multiplied once, not M times,
+and so are `dO V^T` and `W^T dO` in the backward pass. And the backward pass needs no more than the
+log-sum-exp of each row, from which it computes W again.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Similarity = Literal["dot", "euclidean"]
+Implementation = Literal["auto", "naive", "chunked", "pallas"]
+
+# Below this many scores the whole matrix is small change, and one einsum has the least overhead.
+_NAIVE_MAX_SCORES = 1 << 18
+# Floats of one block's scores, for one part: what the caches of a core's neighbourhood hold.
+_BLOCK_SCORES = 1 << 20
+
+
+def mos_attention(
+  q_BQMD: jax.Array,
+  k_BKMD: jax.Array,
+  v_BKC: jax.Array,
+  pi_BM: jax.Array,
+  *,
+  similarity: Similarity = "dot",
+  scale: float = 1.0,
+  key_valid_BK: jax.Array | None = None,
+  implementation: Implementation = "auto",
+) -> jax.Array:
+  """Attends with `sum_m pi_m softmax_j(scale * s_m(i, j))` (eq. 2, 3 and 5 of the FPT paper).
+
+  Args:
+    q_BQMD: queries, float32 or bfloat16 (statistics are float32 in both).
+    k_BKMD: keys, of the queries' dtype.
+    v_BKC: values, of the queries' dtype.
+    pi_BM: the weight of each part, floating; summing to one is the caller's business.
+    similarity: "dot" for `q.k`, "euclidean" for `-||q - k||^2`.
+    scale: factor on the similarity, the inverse of a temperature.
+    key_valid_BK: bool, the keys that may be attended to; all where None. A batch element without any
+      gives zeros, and zero gradients.
+    implementation: "naive" is the formula, "chunked" the same in little memory, "pallas" the TPU
+      kernels; "auto" takes the kernels on TPU, elsewhere naive or chunked by size.
+
+  Returns:
+    [B, Q, C] of the values' dtype.
+
+  Raises:
+    ValueError: for shapes, dtypes or names that do not fit.
+  """
+  _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK)
+  if implementation == "auto":
+    scores = q_BQMD.shape[1] * k_BKMD.shape[1]
+    implementation = "naive" if scores <= _NAIVE_MAX_SCORES else "chunked"
+  if key_valid_BK is not None:
+    # Whatever lies under the mask, be it NaN, can then reach neither the output nor a gradient.
+    k_BKMD = jnp.where(key_valid_BK[:, :, None, None], k_BKMD, 0)
+    v_BKC = jnp.where(key_valid_BK[:, :, None], v_BKC, 0)
+  if similarity == "euclidean":
+    q_BQMD, k_BKMD = _centre(q_BQMD, k_BKMD)
+  if implementation == "naive":
+    return _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK)
+  if implementation == "chunked":
+    q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
+    bias_has_gradient = similarity == "euclidean"
+    return _chunked(q_BQMD, k_BKMD, v_BKC, pi_BM.astype(jnp.float32), bias_BMK, bias_has_gradient)
+  raise ValueError(f"implementation must be auto, naive, chunked or pallas, not {implementation!r}")
+
+
+def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK):
+  shapes = f"q {q_BQMD.shape}, k {k_BKMD.shape}, v {v_BKC.shape}, pi {pi_BM.shape}"
+  if (q_BQMD.ndim, k_BKMD.ndim, v_BKC.ndim, pi_BM.ndim) != (4, 4, 3, 2):
+    raise ValueError(
+      f"need q [B, Q, M, D], k [B, K, M, D], v [B, K, C] and pi [B, M], got {shapes}"
+    )
+  B, _, M, D = q_BQMD.shape
+  K = k_BKMD.shape[1]
+  if k_BKMD.shape != (B, K, M, D) or v_BKC.shape[:2] != (B, K) or pi_BM.shape != (B, M):
+    raise ValueError(f"batch, keys, parts or channels disagree: {shapes}")
+  if 0 in q_BQMD.shape or 0 in v_BKC.shape:
+    raise ValueError(f"no axis may be empty: {shapes}")
+  dtypes = {x.dtype for x in (q_BQMD, k_BKMD, v_BKC)}
+  if len(dtypes) > 1 or not all(jnp.issubdtype(d, jnp.floating) for d in (*dtypes, pi_BM.dtype)):
+    raise ValueError(
+      "q, k and v must share one floating dtype and pi be floating, got "
+      f"{q_BQMD.dtype}, {k_BKMD.dtype}, {v_BKC.dtype} and {pi_BM.dtype}"
+    )
+  if similarity not in ("dot", "euclidean"):
+    raise ValueError(f"similarity must be dot or euclidean, not {similarity!r}")
+  if key_valid_BK is not None and (key_valid_BK.shape != (B, K) or key_valid_BK.dtype != jnp.bool_):
+    raise ValueError(
+      f"key_valid must be bool {(B, K)}, got {key_valid_BK.dtype} {key_valid_BK.shape}"
+    )
+
+
+def _centre(q_BQMD, k_BKMD):
+  """Moves the origin to the mean key, where `2 q.k - ||k||^2` loses the fewest digits.
+
+  A distance does not see the move, so that no gradient runs through the mean.
+  """
+  dtype = q_BQMD.dtype
+  mean_B1MD = lax.stop_gradient(jnp.mean(k_BKMD.astype(jnp.float32), axis=1, keepdims=True))
+  return (q_BQMD - mean_B1MD).astype(dtype), (k_BKMD - mean_B1MD).astype(dtype)
+
+
+def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK):
+  """The formula, with the whole matrix of weights in memory: the oracle of all the others.
+
+  Of `-||q - k||^2` it leaves out `||q||^2`, a constant of the softmax's row.
+  """
+  f32 = jnp.float32
+  s_BMQK = jnp.einsum("bqmd,bkmd->bmqk", q_BQMD, k_BKMD, preferred_element_type=f32)
+  if similarity == "euclidean":
+    kk_BMK = jnp.einsum("bkmd,bkmd->bmk", k_BKMD, k_BKMD, preferred_element_type=f32)
+    s_BMQK = 2 * s_BMQK - kk_BMK[:, :, None, :]
+  if key_valid_BK is None:
+    p_BMQK = jax.nn.softmax(scale * s_BMQK, axis=-1)
+  else:
+    valid_B11K = key_valid_BK[:, None, None, :]
+    lowest = jnp.finfo(f32).min
+    p_BMQK = jax.nn.softmax(jnp.where(valid_B11K, scale * s_BMQK, lowest), axis=-1)
+    p_BMQK = jnp.where(valid_B11K, p_BMQK, 0)
+  # A weight for each query, though all are equal: its gradient is summed row by row, then over rows,
+  # which keeps digits that one long sum would lose.
+  pi_BMQ = jnp.broadcast_to(pi_BM.astype(f32)[:, :, None], p_BMQK.shape[:3])
+  w_BQK = jnp.einsum("bmq,bmqk->bqk", pi_BMQ, p_BMQK)
+  out_BQC = jnp.einsum("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC, preferred_element_type=f32)
+  return out_BQC.astype(v_BKC.dtype)
+
+
+def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
+  """Both similarities and the mask as `q'.k + bias`, up to a constant of each softmax's row."""
+  B, K, M, _ = k_BKMD.shape
+  bias_BMK = None
+  if similarity == "euclidean":
+    kk_BMK = jnp.einsum("bkmd,bkmd->bmk", k_BKMD, k_BKMD, preferred_element_type=jnp.float32)
+    bias_BMK = -scale * kk_BMK
+    scale = 2 * scale
+  if key_valid_BK is not None:
+    bias_BMK = jnp.zeros((B, M, K), jnp.float32) if bias_BMK is None else bias_BMK
+    bias_BMK = jnp.where(key_valid_BK[:, None, :], bias_BMK, -jnp.inf)
+  return q_BQMD * jnp.asarray(scale, q_BQMD.dtype), bias_BMK
+
+
+def _block_of_queries(Q: int, K: int) -> int:
+  """Queries worked on at once: a multiple of 8, evenly many in each block."""
+  most = max(64, min(512, _BLOCK_SCORES // K))
+  blocks = -(-Q // most)
+  return -(-Q // blocks + 7) // 8 * 8 if blocks > 1 else Q
+
+
+class _Saved(NamedTuple):
+  q_BQMD: jax.Array
+  k_BKMD: jax.Array
+  v_BKC: jax.Array
+  pi_BM: jax.Array
+  bias_BMK: jax.Array | None
+  lse_NBMq: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
+  return _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient)[0]
+
+
+def _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
+  del bias_has_gradient
+  Q, M = q_BQMD.shape[1:3]
+  block = _block_of_queries(Q, k_BKMD.shape[1])
+
+  def one_block(q_BqMD):
+    scores = [_scores(q_BqMD, k_BKMD, bias_BMK, m) for m in range(M)]
+    # The maximum of a row that may attend to nothing is -inf; zero keeps its exponentials at zero.
+    tops = [jnp.maximum(jnp.max(s, axis=-1, keepdims=True), jnp.finfo(s.dtype).min) for s in scores]
+    powers = [jnp.exp(s - top) for s, top in zip(scores, tops, strict=True)]
+    sums = [jnp.sum(e, axis=-1, keepdims=True) for e in powers]
+    w_BqK = 0.0
+    for m in range(M):
+      share_Bq1 = jnp.where(sums[m] > 0, pi_BM[:, m, None, None] / sums[m], 0)
+      w_BqK += share_Bq1 * powers[m]
+    out_BqC = _product("bqk,bkc->bqc", w_BqK.astype(v_BKC.dtype), v_BKC)
+    lse = [
+      jnp.where(total > 0, top + jnp.log(total), 0)[..., 0]
+      for top, total in zip(tops, sums, strict=True)
+    ]
+    return out_BqC.astype(v_BKC.dtype), jnp.stack(lse, axis=1)
+
+  out_NBqC, lse_NBMq = lax.map(one_block, _split(q_BQMD, block))
+  saved = _Saved(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, lse_NBMq)
+  return _join(out_NBqC, Q), saved
+
+
+def _chunked_backward(bias_has_gradient, saved, dout_BQC):
+  q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, lse_NBMq = saved
+  Q, M = q_BQMD.shape[1:3]
+  dtype = q_BQMD.dtype
+  block = lse_NBMq.shape[-1]
+
+  def one_block(sums, inputs):
+    q_BqMD, dout_BqC, lse_BMq = inputs
+    dk_BMKD, dv_BKC, dpi_BM, dbias_BMK = sums
+    dw_BqK = _product("bqc,bkc->bqk", dout_BqC, v_BKC)
+    w_BqK = 0.0
+    dq, dk, dpi, dbias = [], [], [], []
+    for m in range(M):
+      p_BqK = jnp.exp(_scores(q_BqMD, k_BKMD, bias_BMK, m) - lse_BMq[:, m, :, None])
+      pi_B11 = pi_BM[:, m, None, None]
+      w_BqK += pi_B11 * p_BqK
+      delta_Bq1 = jnp.sum(p_BqK * dw_BqK, axis=-1, keepdims=True)
+      ds_BqK = pi_B11 * p_BqK * (dw_BqK - delta_Bq1)
+      if bias_has_gradient:
+        dbias.append(jnp.sum(ds_BqK, axis=1))
+      ds_BqK = ds_BqK.astype(dtype)
+      dq.append(_product("bqk,bkd->bqd", ds_BqK, k_BKMD[:, :, m]))
+      dk.append(_product("bqk,bqd->bkd", ds_BqK, q_BqMD[:, :, m]))
+      dpi.append(jnp.sum(delta_Bq1, axis=(1, 2)))
+    dv_BKC += _product("bqk,bqc->bkc", w_BqK.astype(dtype), dout_BqC)
+    dk_BMKD += jnp.stack(dk, axis=1)
+    dpi_BM += jnp.stack(dpi, axis=1)
+    if bias_has_gradient:
+      dbias_BMK += jnp.stack(dbias, axis=1)
+    return (dk_BMKD, dv_BKC, dpi_BM, dbias_BMK), jnp.stack(dq, axis=2).astype(dtype)
+
+  B, K, _, D = k_BKMD.shape
+  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+  start = (
+    zeros((B, M, K, D)),
+    zeros(v_BKC.shape),
+    zeros((B, M)),
+    zeros((B, M, K)) if bias_has_gradient else None,
+  )
+  inputs = (_split(q_BQMD, block), _split(dout_BQC, block), lse_NBMq)
+  (dk_BMKD, dv_BKC, dpi_BM, dbias_BMK), dq_NBqMD = lax.scan(one_block, start, inputs)
+  if bias_BMK is not None and not bias_has_gradient:
+    dbias_BMK = jnp.zeros_like(bias_BMK)
+  dk_BKMD = dk_BMKD.transpose(0, 2, 1, 3)
+  return _join(dq_NBqMD, Q), dk_BKMD.astype(dtype), dv_BKC.astype(dtype), dpi_BM, dbias_BMK
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _product(subscripts, a, b):
+  return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q_BqMD, k_BKMD, bias_BMK, m):
+  s_BqK = _product("bqd,bkd->bqk", q_BqMD[:, :, m], k_BKMD[:, :, m])
+  return s_BqK if bias_BMK is None else s_BqK + bias_BMK[:, m, None, :]
+
+
+def _split(x_BQ, block):
+  """[B, Q, ...] -> [N, B, block, ...], zeros after the last query."""
+  B, Q = x_BQ.shape[:2]
+  N = -(-Q // block)
+  x_BQ = jnp.pad(x_BQ, [(0, 0), (0, N * block - Q)] + [(0, 0)] * (x_BQ.ndim - 2))
+  return jnp.moveaxis(x_BQ.reshape(B, N, block, *x_BQ.shape[2:]), 1, 0)
+
+
+def _join(x_NBq, Q):
+  """[N, B, block, ...] -> [B, Q, ...]."""
+  x_BNq = jnp.moveaxis(x_NBq, 0, 1)
+  return x_BNq.reshape(x_BNq.shape[0], -1, *x_BNq.shape[3:])[:, :Q]

@@ -1,0 +1,58 @@
+"""Anchor boxes of every level, as NumPy constants: they depend on shapes alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def anchors(
+  feature_sizes: Sequence[tuple[int, int]],
+  strides: Sequence[int | tuple[int, int]],
+  sizes: Sequence[Sequence[float]],
+  aspect_ratios: Sequence[float],
+) -> tuple[np.ndarray, ...]:
+  """Anchors centred on the top left corner of every cell, their corners rounded to pixels.
+
+  Args:
+    feature_sizes: (rows, columns) of each level, fine to coarse.
+    strides: pixels between cells of each level; one number or (vertical, horizontal). The
+      pooled level of a canvas that it does not divide is further apart than a power of two:
+      torchvision takes canvas size // feature size.
+    sizes: for each level the square roots of the anchors' areas, pixels.
+    aspect_ratios: height / width, the same for all levels.
+
+  Returns:
+    For each level [H * W * A, 4] float32 in the order (row, column, ratio, size),
+    A = len(ratios) * len(sizes of the level). Anchors may stick out of the image.
+
+  Raises:
+    ValueError: the three sequences differ in length.
+
+  Source: Ren et al., Faster R-CNN, section 3.1; rounding and order as in torchvision.
+  """
+  if not len(feature_sizes) == len(strides) == len(sizes):
+    raise ValueError(
+      f"a level needs a feature size, a stride and sizes, got {len(feature_sizes)}, {len(strides)}"
+      f" and {len(sizes)} of them"
+    )
+  return tuple(
+    _level(rows, columns, stride, level_sizes, aspect_ratios)
+    for (rows, columns), stride, level_sizes in zip(feature_sizes, strides, sizes, strict=True)
+  )
+
+
+def _level(rows, columns, stride, sizes, aspect_ratios):
+  stride_y, stride_x = stride if isinstance(stride, tuple) else (stride, stride)
+  root_A1 = np.sqrt(np.asarray(aspect_ratios, np.float32))[:, None]
+  sizes_1A = np.asarray(sizes, np.float32)[None]
+  widths_A = ((1 / root_A1) * sizes_1A).reshape(-1)
+  heights_A = (root_A1 * sizes_1A).reshape(-1)
+  base_A4 = np.round(np.stack([-widths_A, -heights_A, widths_A, heights_A], axis=1) / 2)
+
+  y_HW, x_HW = np.meshgrid(
+    np.arange(rows, dtype=np.float32) * stride_y,
+    np.arange(columns, dtype=np.float32) * stride_x,
+    indexing="ij",
+  )
+  shift_HW4 = np.stack([x_HW, y_HW, x_HW, y_HW], axis=-1)
+  return (shift_HW4[:, :, None] + base_A4).reshape(-1, 4)

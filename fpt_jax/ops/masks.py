@@ -94,10 +94,12 @@ def box_bitmap(
     scale = size / (box[2:] - box[:2])
     framed = [(polygon - box[:2]) * scale for polygon in _polygons(segmentation)]
     return _fill(framed, size, size).astype(np.uint8)
-  mask_HW = rasterize(segmentation, height, width).astype(np.float32)
-  cover_mH = _cover(box[1], box[3], height, size)
-  cover_mW = _cover(box[0], box[2], width, size)
-  return (cover_mH @ mask_HW @ cover_mW.T >= 0.5).astype(np.uint8)
+  left, top = np.maximum(np.floor(box[:2]), 0).astype(int)
+  right, bottom = np.maximum(np.ceil(box[2:]), 0).astype(int)
+  crop_hw = rasterize(segmentation, height, width)[top:bottom, left:right].astype(np.float32)
+  cover_mh = _cover(box[1] - top, box[3] - top, crop_hw.shape[0], size)
+  cover_mw = _cover(box[0] - left, box[2] - left, crop_hw.shape[1], size)
+  return (cover_mh @ crop_hw @ cover_mw.T >= 0.5).astype(np.uint8)
 
 
 def _cover(start: float, stop: float, pixels: int, cells: int) -> np.ndarray:
@@ -114,17 +116,19 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
   return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
-def paste(masks_Nmm: np.ndarray, boxes_N4: np.ndarray, height: int, width: int) -> np.ndarray:
+def paste(
+  masks_Nmm: np.ndarray, boxes_N4: np.ndarray, height: int, width: int, aligned: bool = False
+) -> np.ndarray:
   """Pastes box-relative mask probabilities into images of zeros, one a detection.
-
-  As torchvision's `paste_masks_in_image`: a border of zeros one cell wide, the box grown with it
-  and truncated to whole pixels, bilinear interpolation without aligned corners.
 
   Args:
     masks_Nmm: [N, m, m] float, probabilities.
     boxes_N4: [N, 4] x0 y0 x1 y1 in pixels of the image; may stick out of it.
     height: rows of the image.
     width: columns of the image.
+    aligned: True: each pixel's centre is looked up in the box as it is, which is the inverse of
+      `mask_targets(..., aligned=True)`. False: as torchvision's `paste_masks_in_image`, which first
+      adds a border of zeros and truncates the box to whole pixels; small objects suffer.
 
   Returns:
     [N, H, W] float32.
@@ -134,13 +138,18 @@ def paste(masks_Nmm: np.ndarray, boxes_N4: np.ndarray, height: int, width: int) 
     raise ValueError(f"[N, m, m] and [N, 4] expected, got {masks_Nmm.shape}, {boxes_N4.shape}")
   images_NHW = np.zeros((len(masks_Nmm), height, width), np.float32)
   for image_HW, mask_mm, box in zip(images_NHW, masks_Nmm, boxes_N4, strict=True):
-    crop, (y, x) = _paste_crop(mask_mm, box, height, width)
-    image_HW[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+    crop, rows, cols = _paste_crop(mask_mm, box, height, width, aligned)
+    image_HW[rows, cols] = crop
   return images_NHW
 
 
 def paste_rle(
-  mask_mm: np.ndarray, box_xyxy: np.ndarray, height: int, width: int, threshold: float = 0.5
+  mask_mm: np.ndarray,
+  box_xyxy: np.ndarray,
+  height: int,
+  width: int,
+  threshold: float = 0.5,
+  aligned: bool = False,
 ) -> dict[str, Any]:
   """Pastes one mask as `paste` does and keeps what exceeds `threshold`, as COCO's RLE.
 
@@ -150,46 +159,65 @@ def paste_rle(
     height: rows of the image.
     width: columns of the image.
     threshold: the probability a pixel of the object must exceed.
+    aligned: as for `paste`.
 
   Returns:
     `{"size": [height, width], "counts": str}`.
   """
-  crop, (y, x) = _paste_crop(np.asarray(mask_mm), np.asarray(box_xyxy), height, width)
+  mask_mm, box_xyxy = np.asarray(mask_mm), np.asarray(box_xyxy)
+  crop, rows, cols = _paste_crop(mask_mm, box_xyxy, height, width, aligned)
   bitmap_HW = np.zeros((height, width), np.uint8, order="F")
-  bitmap_HW[y : y + crop.shape[0], x : x + crop.shape[1]] = crop > threshold
+  bitmap_HW[rows, cols] = crop > threshold
   return encode_rle(bitmap_HW)
 
 
 def _paste_crop(
-  mask_mm: np.ndarray, box: np.ndarray, height: int, width: int
-) -> tuple[np.ndarray, tuple[int, int]]:
-  """The part of the pasted mask that lies on the image, and its first row and column."""
-  size = mask_mm.shape[-1]
+  mask_mm: np.ndarray, box: np.ndarray, height: int, width: int, aligned: bool
+) -> tuple[np.ndarray, slice, slice]:
+  """The part of the pasted mask that lies on the image, and its rows and columns."""
+  matrix = _aligned_matrix if aligned else _truncated_matrix
+  x0, y0, x1, y1 = box.astype(np.float32)
+  rows_hm, rows = matrix(y0, y1, height, mask_mm.shape[0])
+  cols_wm, cols = matrix(x0, x1, width, mask_mm.shape[1])
+  return rows_hm @ mask_mm.astype(np.float32) @ cols_wm.T, rows, cols
+
+
+def _aligned_matrix(
+  low: np.float32, high: np.float32, pixels: int, cells: int
+) -> tuple[np.ndarray, slice]:
+  """Interpolates cells that span [low, high] at the centres of the pixels near it."""
+  cell = (high - low) / cells
+  if not cell > 0:
+    return np.zeros((0, cells), np.float32), slice(0, 0)
+  visible, span = _visible(np.floor(low - cell), np.ceil(high + cell), pixels)
+  return _hat((visible + 0.5 - low) / cell - 0.5, cells), span
+
+
+def _truncated_matrix(
+  low: np.float32, high: np.float32, pixels: int, cells: int
+) -> tuple[np.ndarray, slice]:
+  """Interpolates cells and a zero at either end to the whole pixels that [low, high] becomes."""
   # float32 throughout: the truncation must fall on the same pixel as torchvision's
-  box = box.astype(np.float32)
-  half = (box[2:] - box[:2]) * np.float32(0.5) * np.float32((size + 2) / size)
-  centre = (box[2:] + box[:2]) * np.float32(0.5)
-  x0, y0 = np.trunc(centre - half).astype(np.int64).tolist()
-  x1, y1 = np.trunc(centre + half).astype(np.int64).tolist()
-  rows_hm, y = _paste_matrix(y0, y1, height, size)
-  cols_wm, x = _paste_matrix(x0, x1, width, size)
-  return rows_hm @ mask_mm.astype(np.float32) @ cols_wm.T, (y, x)
-
-
-def _paste_matrix(first: int, last: int, pixels: int, size: int) -> tuple[np.ndarray, int]:
-  """Interpolates `size` cells and a zero at either end to pixels first..last, of the visible ones.
-
-  Returns:
-    [visible, size] float32, and the first visible pixel.
-  """
+  half = (high - low) * np.float32(0.5) * np.float32((cells + 2) / cells)
+  centre = (high + low) * np.float32(0.5)
+  first, last = np.trunc(centre - half), np.trunc(centre + half)
   length = max(last - first + 1, 1)
-  start, stop = max(first, 0), min(last + 1, pixels)
-  pixel = np.arange(start, max(start, stop))
-  source = (pixel - first + np.float32(0.5)) * np.float32((size + 2) / length) - np.float32(0.5)
-  source = np.clip(source, 0, size + 1)
+  visible, span = _visible(first, last + 1, pixels)
+  source = (visible - first + np.float32(0.5)) * np.float32((cells + 2) / length) - np.float32(0.5)
   # cell j of the bordered mask is cell j - 1 of the mask; the border's own weights multiply zeros
-  weights = 1 - np.abs(source[:, None] - np.arange(1, size + 1))
-  return np.maximum(weights, 0).astype(np.float32), min(start, pixels)
+  return _hat(np.clip(source, 0, cells + 1) - 1, cells), span
+
+
+def _visible(first: float, stop: float, pixels: int) -> tuple[np.ndarray, slice]:
+  """The pixels first..stop - 1 that lie on the image, as numbers and as a slice."""
+  first, stop = (int(np.clip(position, 0, pixels)) for position in (first, stop))
+  return np.arange(first, stop, dtype=np.float32), slice(first, stop)
+
+
+def _hat(source: np.ndarray, cells: int) -> np.ndarray:
+  """[len(source), cells] float32: weights of linear interpolation, zeros beyond the ends."""
+  weights = 1 - np.abs(source[:, None] - np.arange(cells, dtype=np.float32))
+  return np.maximum(weights, 0).astype(np.float32)
 
 
 def mask_targets(
@@ -198,12 +226,13 @@ def mask_targets(
   rois_R4: jax.Array,
   matched_R: jax.Array,
   size: int = 28,
+  aligned: bool = False,
 ) -> jax.Array:
   """Cuts what the mask head shall predict in each RoI out of its ground truth's bitmap.
 
-  RoIAlign as torchvision's Mask R-CNN makes its targets: not aligned, ceil(RoI / size) samples a
-  bin. On bitmaps of the whole canvas, `mask_boxes_G4` = (0, 0, w, h), it is equal to that; on
-  box-relative bitmaps it looks at the same points of the canvas, and sees zeros outside the box.
+  RoIAlign with ceil(RoI / size) samples a bin, as torchvision's Mask R-CNN makes its targets. On
+  bitmaps of the whole canvas, `mask_boxes_G4` = (0, 0, w, h), it is equal to that; on box-relative
+  bitmaps it looks at the same points of the canvas, and sees zeros outside the box.
 
   Args:
     masks_Ghw: [G, h, w] bitmaps, of any dtype.
@@ -211,6 +240,8 @@ def mask_targets(
     rois_R4: [R, 4] float32, in pixels of the canvas.
     matched_R: [R] int, the ground truth of each RoI.
     size: rows and columns of a target.
+    aligned: False: torchvision's targets, half a pixel up and left of where the object is. True:
+      where it is.
 
   Returns:
     [R, size, size] float32 between 0 and 1; no gradient flows through it.
@@ -221,15 +252,17 @@ def mask_targets(
     raise ValueError(f"[R, 4] and [R] expected, got {rois_R4.shape} and {matched_R.shape}")
   rois_R4 = jax.lax.stop_gradient(rois_R4.astype(jnp.float32))
   frames_R4 = mask_boxes_G4.astype(jnp.float32)[matched_R]
-  rows_Rsh = _target_matrix(rois_R4[:, 1::2], frames_R4[:, 1::2], size, masks_Ghw.shape[1])
-  cols_Rsw = _target_matrix(rois_R4[:, 0::2], frames_R4[:, 0::2], size, masks_Ghw.shape[2])
+  rows_Rsh = _target_matrix(rois_R4[:, 1::2], frames_R4[:, 1::2], size, masks_Ghw.shape[1], aligned)
+  cols_Rsw = _target_matrix(rois_R4[:, 0::2], frames_R4[:, 0::2], size, masks_Ghw.shape[2], aligned)
   masks_Rhw = masks_Ghw[matched_R].astype(jnp.float32)
   exact = jax.lax.Precision.HIGHEST
   rows_Rsw = jnp.einsum("Rsh,Rhw->Rsw", rows_Rsh, masks_Rhw, precision=exact)
   return jnp.einsum("Rsw,Rtw->Rst", rows_Rsw, cols_Rsw, precision=exact)
 
 
-def _target_matrix(rois_R2: jax.Array, frames_R2: jax.Array, size: int, cells: int) -> jax.Array:
+def _target_matrix(
+  rois_R2: jax.Array, frames_R2: jax.Array, size: int, cells: int, aligned: bool
+) -> jax.Array:
   """RoIAlign along one axis: the mean weight [R, size, cells] of each cell in each bin.
 
   The samples of a bin are an arithmetic progression and a cell's weight rises and falls linearly
@@ -241,14 +274,15 @@ def _target_matrix(rois_R2: jax.Array, frames_R2: jax.Array, size: int, cells: i
   # padded ground truths have empty boxes: their targets are never used, but must stay finite
   extent_R11 = jnp.where(high_R11 > low_R11, high_R11 - low_R11, 1.0)
   scale_R11 = cells / extent_R11
-  length_R11 = jnp.maximum(stop_R11 - start_R11, 1.0)
+  # a RoI that is not aligned is never shorter than a pixel; an aligned one must not be empty
+  length_R11 = jnp.maximum(stop_R11 - start_R11, 1e-3 if aligned else 1.0)
   count_R11 = jnp.ceil(length_R11 / size)
   step_R11 = length_R11 / size / count_R11
   bin_1s1 = jnp.arange(size, dtype=jnp.float32)[None, :, None]
   cell_11c = jnp.arange(cells, dtype=jnp.float32)[None, None, :]
   point_Rs1 = start_R11 + bin_1s1 * (length_R11 / size) + 0.5 * step_R11
   # RoIAlign that is not aligned puts pixel j at j, where its centre is j + 0.5
-  point_Rs1 = (point_Rs1 + 0.5 - low_R11) * scale_R11 - 0.5
+  point_Rs1 = (point_Rs1 + (0.0 if aligned else 0.5) - low_R11) * scale_R11 - 0.5
   step_R11 = step_R11 * scale_R11
   # RoIAlign repeats the border for half a pixel; where cells are smaller, half a cell is enough
   margin_R11 = 0.5 * jnp.minimum(scale_R11, 1.0)

@@ -1,0 +1,205 @@
+"""COCO's average precision of boxes and masks: pycocotools under detectron2's names, x100."""
+
+import contextlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from fpt_jax.errors import UserError
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the order of COCOeval.stats
+
+
+def to_coco_results(
+  image_id: int,
+  boxes_xyxy: np.ndarray,
+  scores: np.ndarray,
+  category_ids: np.ndarray,
+  rles: Sequence[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+  """Writes the detections of one image as entries of COCO's results file.
+
+  Args:
+    image_id: the image's id in the ground truth.
+    boxes_xyxy: [N, 4] x0 y0 x1 y1 in pixels of the original image.
+    scores: [N] float.
+    category_ids: [N] int, the data set's own ids, not contiguous labels.
+    rles: [N] compressed masks of the original image's size; None: boxes only.
+
+  Returns:
+    N dictionaries of plain Python numbers and strings, ready for `json.dump`.
+  """
+  boxes_xyxy = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+  fields = [boxes_xyxy, scores, category_ids] + ([] if rles is None else [rles])
+  lengths = [len(field) for field in fields]
+  if len(set(lengths)) != 1:
+    raise ValueError(f"as many boxes, scores, category ids and masks expected, got {lengths}")
+  results = []
+  for i, (x0, y0, x1, y1) in enumerate(boxes_xyxy.tolist()):
+    result = {
+      "image_id": int(image_id),
+      "category_id": int(category_ids[i]),
+      "bbox": [x0, y0, x1 - x0, y1 - y0],
+      "score": float(scores[i]),
+    }
+    if rles is not None:
+      counts = rles[i]["counts"]
+      result["segmentation"] = {
+        "size": [int(length) for length in rles[i]["size"]],
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
+      }
+    results.append(result)
+  return results
+
+
+def evaluate(
+  ground_truth: Mapping[str, Any],
+  results: Sequence[Mapping[str, Any]],
+  iou_types: Sequence[str] = ("bbox", "segm"),
+  per_category: bool = False,
+) -> dict[str, float]:
+  """Computes COCO's average precision over all images of the ground truth.
+
+  Args:
+    ground_truth: images, annotations and categories in COCO's format; left unchanged. An absent
+      `iscrowd` means 0, an absent `area` is measured.
+    results: entries as `to_coco_results` writes them, at most 100 an image are looked at; left
+      unchanged.
+    iou_types: "bbox", "segm" or both.
+    per_category: whether to add the AP of each category, as "bbox/AP-person".
+
+  Returns:
+    "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl" and the same of "segm",
+    from 0 to 100. A figure without any ground truth (COCO's -1) is left out.
+
+  Raises:
+    UserError: a result names an image or a category that the ground truth has not, has a score
+      that is not finite, or lacks a mask of its image's size where "segm" is asked for.
+  """
+  images = {image["id"]: image for image in ground_truth["images"]}
+  category_ids = {category["id"] for category in ground_truth["categories"]}
+  for i, result in enumerate(results):
+    _check_result(i, result, images, category_ids, "segm" in iou_types)
+  metrics = {}
+  for iou_type in iou_types:
+    if iou_type not in ("bbox", "segm"):
+      raise ValueError(f"iou_types are bbox and segm, got {iou_type!r}")
+    with contextlib.redirect_stdout(io.StringIO()):
+      truth = _index(ground_truth, _annotations(ground_truth, images, iou_type))
+      found = _index(ground_truth, _detections(results, iou_type))
+      evaluation = COCOeval(truth, found, iou_type)
+      evaluation.evaluate()
+      evaluation.accumulate()
+      evaluation.summarize()
+    figures = dict(zip(FIGURES, evaluation.stats, strict=False))
+    if per_category:
+      names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+      # precision is [IoU thresholds, recalls, categories, area ranges, numbers of detections]
+      precision = evaluation.eval["precision"][:, :, :, 0, -1]
+      for k, category_id in enumerate(evaluation.params.catIds):
+        figures[f"AP-{names[category_id]}"] = precision[:, :, k].mean()
+    metrics |= {f"{iou_type}/{k}": 100 * float(v) for k, v in figures.items() if v >= 0}
+  return metrics
+
+
+def format_table(metrics: Mapping[str, float]) -> str:
+  """Sets COCO's figures as a table, one row a kind of overlap; "-" where there is none."""
+  lines = ["      " + "".join(f"{figure:>7}" for figure in FIGURES)]
+  for iou_type in ("bbox", "segm"):
+    if any(name.startswith(f"{iou_type}/") for name in metrics):
+      values = [metrics.get(f"{iou_type}/{figure}") for figure in FIGURES]
+      cells = ["-" if value is None else f"{value:.1f}" for value in values]
+      lines.append(f"{iou_type:<6}" + "".join(f"{cell:>7}" for cell in cells))
+  return "\n".join(lines)
+
+
+def _check_result(
+  i: int,
+  result: Mapping[str, Any],
+  images: Mapping[int, Mapping[str, Any]],
+  category_ids: set[int],
+  needs_mask: bool,
+) -> None:
+  image = images.get(result["image_id"])
+  if image is None:
+    raise UserError(
+      f"result {i} is of image {result['image_id']}, which is not in the ground truth: "
+      "use the annotations of the split that was predicted"
+    )
+  where = f"result {i} (image {result['image_id']})"
+  if result["category_id"] not in category_ids:
+    raise UserError(
+      f"{where}: category_id {result['category_id']} is not in the ground truth: "
+      "results carry the data set's own ids, not contiguous labels"
+    )
+  if not math.isfinite(result["score"]):
+    raise UserError(f"{where}: score {result['score']} is not finite: look for NaN in the model")
+  if needs_mask:
+    mask = result.get("segmentation")
+    if mask is None:
+      raise UserError(f"{where} has no segmentation: give it masks, or ask for bbox only")
+    # pycocotools would take masks of another size for misses, silently
+    if list(mask["size"]) != [image["height"], image["width"]]:
+      raise UserError(
+        f"{where}: the mask's size is {list(mask['size'])}, the image's "
+        f"{[image['height'], image['width']]}: paste masks at the size of the image file"
+      )
+
+
+def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
+  coco = COCO()
+  coco.dataset = {
+    "images": ground_truth["images"],
+    "categories": ground_truth["categories"],
+    "annotations": annotations,
+  }
+  coco.createIndex()
+  return coco
+
+
+def _annotations(
+  ground_truth: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], iou_type: str
+) -> list[dict[str, Any]]:
+  """Copies of the annotations, as complete as COCOeval needs them."""
+  annotations = []
+  for number, annotation in enumerate(ground_truth["annotations"], start=1):
+    # COCOeval takes an annotation whose id is 0 for "no match", and writes into what it is given
+    annotation = {"iscrowd": 0, **annotation, "id": number}
+    if iou_type == "segm" and not annotation.get("segmentation"):
+      raise UserError(
+        f"annotation {number - 1} (image {annotation['image_id']}) of the ground truth has no "
+        "segmentation: ask for bbox only, or complete the annotations"
+      )
+    if "area" not in annotation:
+      annotation["area"] = _area(annotation, images[annotation["image_id"]])
+    annotations.append(annotation)
+  return annotations
+
+
+def _area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> float:
+  segmentation = annotation.get("segmentation")
+  if not segmentation:
+    return annotation["bbox"][2] * annotation["bbox"][3]
+  if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
+    segmentation = coco_mask.frPyObjects(segmentation, image["height"], image["width"])
+  if isinstance(segmentation, list):
+    segmentation = coco_mask.merge(segmentation)
+  return float(coco_mask.area(segmentation))
+
+
+def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
+  """The results as annotations; the area is that of what is compared, the box or the mask."""
+  detections = []
+  for number, result in enumerate(results, start=1):
+    if iou_type == "segm":
+      area = float(coco_mask.area(result["segmentation"]))
+    else:
+      area = result["bbox"][2] * result["bbox"][3]
+    detections.append({**result, "id": number, "area": area, "iscrowd": 0})
+  return detections

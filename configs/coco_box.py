@@ -1,0 +1,18 @@
+"""Faster R-CNN with FPT on COCO boxes: the paper's section 4.1.
+
+    python -m fpt_jax.main --config=configs/coco_box.py --workdir=... --config.data.source=/data/coco
+
+The paper's schedule for boxes alone is shorter: 100k steps of 8 images, the rate divided by ten after 80k.
+Variants are those of `configs/coco_mask.py`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+  """`arg`: "" for the paper, "demo", or "torchvision"."""
+  config = common.detection()
+  config.model.mask_head.enabled = False
+  config.steps = 100_000
+  config.optim.decay_steps = (80_000,)
+  return common.variant(config, arg)

@@ -1,0 +1,167 @@
+"""Defaults that the benchmarks share; every field a config may set is here, with its unit."""
+
+from ml_collections import ConfigDict
+
+
+def detection() -> ConfigDict:
+  """Mask R-CNN with FPT on a bottom-up pyramid of a frozen ResNet-50: the paper's section 4.1."""
+  config = ConfigDict()
+  config.seed = 0
+  config.init_from = ""  # a workdir whose newest weights to start from
+  config.batch_size = 8  # images of all devices together
+  config.steps = 160_000  # of batches of optim.base_batch_size; other sizes scale steps and rates
+  config.log_every = 20  # steps
+
+  config.data = ConfigDict(
+    dict(
+      name="coco",
+      source="",  # folder of the data set's official layout, read by --mode=prepare
+      data_dir="~/fpt_jax_data",  # where records are written and read
+      train_split="train",
+      eval_split="val",
+      short_edge=800,  # pixels
+      long_edge=1000,  # pixels, at most
+      buckets=((800, 1024), (1024, 800)),  # (height, width) of the canvases
+      max_instances=100,  # ground truths an image; the largest are kept
+      flip=True,
+      skip_bad=False,  # count and name bad records instead of stopping
+    )
+  )
+
+  config.model = ConfigDict(
+    dict(
+      name="rcnn",
+      num_classes=80,  # foreground classes; taken from the data where category_ids is empty
+      category_ids=(),  # the data set's own id of each class
+      category_names=(),
+      pixel_mean=(0.485, 0.456, 0.406),  # of RGB in 0..1
+      pixel_std=(0.229, 0.224, 0.225),
+      dtype="float32",  # of the computation; "bfloat16" on TPU
+    )
+  )
+  config.model.backbone = ConfigDict(
+    dict(name="resnet50", width=64, norm="frozen_bn", frozen=True)
+  )
+  config.model.pyramid = ConfigDict(dict(name="bfp", channels=256))
+  config.model.fpt = ConfigDict(
+    dict(
+      enabled=True,
+      self_transformer=True,
+      grounding_transformer=True,
+      rendering_transformer=True,
+      self_parts=2,
+      grounding_parts=4,
+      scope="all",
+      gate="identity",
+      norm="sync_bn",
+      drop_block_size=5,
+      keep_probability=0.9,
+      implementation="auto",
+    )
+  )
+  config.model.rpn = ConfigDict(
+    dict(
+      anchor_sizes=((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)),  # pixels, a level each
+      aspect_ratios=(0.5, 1.0, 2.0),  # height / width
+      fg_threshold=0.7,
+      bg_threshold=0.3,
+      samples=256,
+      positive_fraction=0.5,
+      nms_threshold=0.7,
+      train=dict(pre_nms=2000, post_nms=2000),  # pre_nms is a level's count
+      test=dict(pre_nms=1000, post_nms=1000),
+    )
+  )
+  config.model.box_head = ConfigDict(
+    dict(
+      pool_size=7,
+      sampling_ratio=2,
+      hidden=1024,
+      samples=512,
+      positive_fraction=0.25,
+      fg_threshold=0.5,
+    )
+  )
+  config.model.mask_head = ConfigDict(
+    dict(enabled=True, pool_size=14, sampling_ratio=2, hidden=256, layers=4)
+  )
+  config.model.test = ConfigDict(
+    dict(
+      score_threshold=0.05,
+      nms_threshold=0.5,
+      detections_per_image=100,
+      max_candidates=2000,  # boxes of all classes that suppression looks at
+    )
+  )
+
+  config.optim = ConfigDict(
+    dict(
+      learning_rate=0.05,  # for batches of base_batch_size
+      base_batch_size=8,  # images; the rate grows and the steps shrink linearly from here
+      momentum=0.9,
+      weight_decay=1e-4,
+      warmup_steps=500,
+      warmup_factor=0.001,
+      decay_steps=(120_000,),
+      decay_factor=0.1,
+      schedule="step",  # or "cosine"
+      clip_norm=0.0,  # of the gradient; 0 for none
+    )
+  )
+  config.eval = ConfigDict(dict(every_steps=10_000, batch_size=8))
+  config.checkpoint = ConfigDict(dict(every_steps=1000, keep=3))
+  return config
+
+
+def variant(config: ConfigDict, arg: str) -> ConfigDict:
+  """The config as the part behind its file's colon asks.
+
+  Raises:
+    ValueError: there is no such variant.
+  """
+  variants = {"": lambda c: c, "demo": demo, "torchvision": torchvision}
+  if arg not in variants:
+    raise ValueError(f"variant {arg!r} does not exist; choose one of {', '.join(variants)[2:]}")
+  return variants[arg](config)
+
+
+def torchvision(config: ConfigDict) -> ConfigDict:
+  """The detector that equals torchvision's fasterrcnn/maskrcnn_resnet50_fpn, for its weights."""
+  config.data.long_edge = 1333
+  config.data.buckets = ((800, 1344), (1344, 800))
+  config.model.num_classes = 90
+  config.model.category_ids = tuple(range(1, 91))  # COCO's own ids, gaps and all
+  config.model.pyramid.name = "fpn"
+  config.model.fpt.enabled = False
+  return config
+
+
+def demo(config: ConfigDict) -> ConfigDict:
+  """Generated 128 x 128 images, a narrow ResNet-18 from scratch: minutes on two CPU cores."""
+  config.data.name = "context_shapes"
+  config.data.short_edge = config.data.long_edge = 128
+  config.data.buckets = ((128, 128),)
+  config.data.max_instances = 8
+  config.batch_size = 8
+  config.steps = 500
+  config.optim.learning_rate = 0.02
+  config.optim.warmup_steps = 50
+  config.optim.schedule = "cosine"
+  config.optim.clip_norm = 10.0
+  config.model.backbone.name = "resnet18"
+  config.model.backbone.width = 16
+  config.model.backbone.norm = "sync_bn"
+  config.model.backbone.frozen = False
+  config.model.pyramid.channels = 48
+  config.model.rpn.anchor_sizes = ((12.0,), (24.0,), (40.0,), (64.0,), (96.0,))
+  config.model.rpn.samples = 64
+  config.model.rpn.train.update(dict(pre_nms=200, post_nms=100))
+  config.model.rpn.test.update(dict(pre_nms=200, post_nms=50))
+  config.model.box_head.samples = 32
+  config.model.box_head.hidden = 128
+  config.model.mask_head.update(dict(hidden=32, layers=2))
+  config.model.test.update(dict(detections_per_image=20, max_candidates=200))
+  config.eval.every_steps = config.steps
+  config.eval.batch_size = 20
+  config.checkpoint.every_steps = 250
+  return config

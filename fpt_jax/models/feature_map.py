@@ -1,0 +1,95 @@
+"""Feature maps that know which of their positions lie on the image.
+
+Shapes: B batch, H W rows and columns, C channels.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("values_BHWC", "valid_BHW"),
+  meta_fields=("stride",),
+)
+@dataclasses.dataclass(frozen=True)
+class FeatureMap:
+  """One level of a pyramid.
+
+  Attributes:
+    values_BHWC: [B, H, W, C] features.
+    valid_BHW: [B, H, W] bool, True where the position lies on the image, not on its padding.
+    stride: pixels of the image between two neighbouring positions.
+  """
+
+  values_BHWC: jax.Array
+  valid_BHW: jax.Array
+  stride: int
+
+  @property
+  def size(self) -> tuple[int, int]:
+    return self.values_BHWC.shape[1:3]
+
+  @property
+  def channels(self) -> int:
+    return self.values_BHWC.shape[-1]
+
+  def with_values(self, values_BHWC: jax.Array) -> "FeatureMap":
+    return dataclasses.replace(self, values_BHWC=values_BHWC)
+
+  def masked(self) -> jax.Array:
+    """[B, H, W, C] values, zero on padding: what a convolution at the image's border must see."""
+    return jnp.where(self.valid_BHW[..., None], self.values_BHWC, 0)
+
+
+Pyramid = tuple[FeatureMap, ...]  # fine to coarse
+
+
+def valid_positions(size_B2: jax.Array, height: int, width: int) -> jax.Array:
+  """[B, H, W] bool: the positions of a height x width canvas covered by images of (h, w) `size_B2`.
+
+  Images sit in the canvas's upper left corner.
+  """
+  rows_H, columns_W = jnp.arange(height), jnp.arange(width)
+  return (rows_H[None, :, None] < size_B2[:, 0, None, None]) & (
+    columns_W[None, None, :] < size_B2[:, 1, None, None]
+  )
+
+
+def downsample_valid(valid_BHW: jax.Array, factor: int) -> jax.Array:
+  """[B, ceil(H/f), ceil(W/f)]: a strided convolution's output position i is centred on input i*f."""
+  return valid_BHW[:, ::factor, ::factor]
+
+
+def subsample(level: FeatureMap, factor: int = 2) -> FeatureMap:
+  """Every `factor`-th position: how FPN makes P6 for the RPN (Lin et al. 2017)."""
+  return FeatureMap(
+    level.values_BHWC[:, ::factor, ::factor],
+    downsample_valid(level.valid_BHW, factor),
+    level.stride * factor,
+  )
+
+
+def as_pyramid(maps) -> Pyramid:
+  """A Pyramid from plain [B, H, W, C] arrays, all positions valid, or from a Pyramid itself.
+
+  Plain arrays have no image behind them: strides are taken relative to the finest map.
+  """
+  maps = tuple(maps)
+  if not maps:
+    raise ValueError("a pyramid needs at least one feature map, got none")
+  if all(isinstance(m, FeatureMap) for m in maps):
+    return maps
+  for i, m in enumerate(maps):
+    if getattr(m, "ndim", None) != 4:
+      raise ValueError(
+        f"feature map {i} must be a [batch, height, width, channels] array, "
+        f"got {getattr(m, 'shape', type(m).__name__)}"
+      )
+  finest = max(m.shape[1] for m in maps)
+  return tuple(
+    FeatureMap(m, jnp.ones(m.shape[:3], bool), max(1, round(finest / m.shape[1]))) for m in maps
+  )

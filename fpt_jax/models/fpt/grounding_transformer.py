@@ -1,0 +1,46 @@
+"""Grounding Transformer: the concepts of a coarse level brought down to pixels (paper, 3.3)."""
+
+from flax import nnx
+
+from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.models.fpt.non_local import NonLocalInteraction
+
+
+class GroundingTransformer(nnx.Module):
+  """Every fine position attends to the coarse map by negative squared distance (paper, eq. 4 and 5).
+
+  Args:
+    fine_channels: channels of the map that asks.
+    coarse_channels: channels of the map that answers.
+    channels: channels of the result.
+    parts: softmaxes in the mixture, 4 in the paper.
+    window: None for the whole coarse map; an odd side for the locality-constrained version, whose
+      positions beyond the map count as zero keys and zero values (square_size, 5 in the paper).
+    options: see `NonLocalInteraction`.
+  """
+
+  def __init__(
+    self,
+    fine_channels: int,
+    coarse_channels: int,
+    channels: int = 256,
+    *,
+    parts: int = 4,
+    window: int | None = None,
+    rngs: nnx.Rngs,
+    **options,
+  ):
+    self.interaction = NonLocalInteraction(
+      fine_channels,
+      coarse_channels,
+      channels,
+      parts=parts,
+      similarity="euclidean",
+      window=window,
+      rngs=rngs,
+      **options,
+    )
+
+  def __call__(self, fine: FeatureMap, coarse: FeatureMap):
+    """[B, H, W, C]: the transformed fine map."""
+    return self.interaction(fine, coarse)

@@ -1,0 +1,95 @@
+"""Rendering Transformer: a coarse level drawn with the attributes of a fine one (paper, 3.4).
+
+Shapes: B batch, H W rows and columns of the coarse map, C channels.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.models.layers import conv
+
+GATES = {"identity": lambda w: w, "sigmoid": jax.nn.sigmoid}
+
+
+def strided_padding(fine: int, coarse: int) -> tuple[int, tuple[int, int]]:
+  """The stride of a 3x3 convolution from `fine` to `coarse` positions, and its padding.
+
+  The output's position i is centred on the input's i * stride.
+
+  Raises:
+    ValueError: no stride leads from one size to the other.
+  """
+  stride = max(1, round(fine / coarse))
+  if abs(fine - stride * coarse) >= stride:
+    raise ValueError(
+      f"a level of {fine} positions cannot render one of {coarse}: the sizes of a pyramid's levels "
+      "must be (rounded) multiples of each other"
+    )
+  return stride, (1, (coarse - 1) * stride + 2 - fine)
+
+
+class RenderingTransformer(nnx.Module):
+  """Channel attention from the fine map's mean, plus the fine map, downsampled (paper, eq. 6).
+
+  Args:
+    coarse_channels: channels of the map that is rendered (Q), and of the result.
+    fine_channels: channels of the map that renders (K and V).
+    gate: what the pooled weight goes through before it multiplies: "identity" (paper) or "sigmoid".
+  """
+
+  def __init__(
+    self,
+    coarse_channels: int,
+    fine_channels: int,
+    *,
+    gate: str = "identity",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if gate not in GATES:
+      raise ValueError(f"gate={gate!r} does not exist; choose one of {', '.join(GATES)}")
+    if coarse_channels != fine_channels:
+      raise ValueError(
+        f"the weights of {fine_channels} fine channels cannot multiply {coarse_channels} coarse channels"
+      )
+    channels = coarse_channels
+    init = nnx.initializers.lecun_normal()
+    self.refine = conv(channels, channels, 3, kernel_init=init, dtype=dtype, rngs=rngs)
+    self.downsample = conv(channels, channels, 3, kernel_init=init, dtype=dtype, rngs=rngs)
+    self.fuse = conv(channels, channels, 3, kernel_init=init, dtype=dtype, rngs=rngs)
+    self.gate = gate
+
+  def __call__(self, coarse: FeatureMap, fine: FeatureMap) -> jax.Array:
+    """[B, H, W, C]: the rendered coarse map.
+
+    Raises:
+      ValueError: the fine map's size is no (rounded) multiple of the coarse map's.
+    """
+    weight_BC = GATES[self.gate](mean_over_valid(fine)).astype(coarse.values_BHWC.dtype)
+    attended = coarse.with_values(coarse.values_BHWC * weight_BC[:, None, None])
+    refined_BHWC = self.refine(attended.masked())
+    fused = coarse.with_values(refined_BHWC + self.downsampled_value(fine, coarse.size))
+    return self.fuse(fused.masked())
+
+  def downsampled_value(self, fine: FeatureMap, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C]: one 3x3 convolution whose stride is the ratio of the two scales."""
+    strides, padding = zip(
+      *(strided_padding(f, c) for f, c in zip(fine.size, size, strict=True)), strict=True
+    )
+    kernel = self.downsample.kernel[...].astype(self.downsample.dtype)
+    value_BHWC = jax.lax.conv_general_dilated(
+      fine.masked().astype(kernel.dtype),
+      kernel,
+      window_strides=strides,
+      padding=padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return value_BHWC + self.downsample.bias[...].astype(kernel.dtype)[None, None, None]
+
+
+def mean_over_valid(level: FeatureMap) -> jax.Array:
+  """[B, C] global average pooling over the positions on the image, in float32."""
+  count_B1 = jnp.maximum(jnp.sum(level.valid_BHW, axis=(1, 2), dtype=jnp.float32), 1)[:, None]
+  return jnp.sum(level.masked().astype(jnp.float32), axis=(1, 2)) / count_B1

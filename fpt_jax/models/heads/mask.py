@@ -1,0 +1,59 @@
+"""Mask head: the shape of what is in a region (He et al. 2017).
+
+Shapes: B batch, R regions, P side of the pooled square, C channels, K classes with background as 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.layers import conv
+
+
+class MaskHead(nnx.Module):
+  """3x3 convolutions, a 2x2 transposed convolution of stride 2, and a logit a class.
+
+  Args:
+    channels: of the pooled features.
+    hidden: channels of the convolutions (256 in Mask R-CNN).
+    layers: number of 3x3 convolutions (4 in Mask R-CNN).
+    num_classes: foreground classes; class 0, background, has a map too, as in torchvision.
+  """
+
+  def __init__(
+    self,
+    channels: int,
+    *,
+    hidden: int = 256,
+    layers: int = 4,
+    num_classes: int,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    options = dict(dtype=dtype, rngs=rngs)
+    self.convs = nnx.List(
+      [conv(channels if i == 0 else hidden, hidden, 3, **options) for i in range(layers)]
+    )
+    # With stride and kernel both 2 no outputs overlap: a transposed convolution is a matrix product.
+    self.deconv = nnx.Linear(
+      hidden, 4 * hidden, kernel_init=nnx.initializers.he_normal(), use_bias=False, **options
+    )
+    self.deconv_bias = nnx.Param(jnp.zeros(hidden))
+    self.logits = conv(hidden, num_classes + 1, 1, **options)
+
+  def __call__(self, pooled_BRPPC: jax.Array) -> jax.Array:
+    """Logits [B, R, 2P, 2P, K] in float32."""
+    batch, regions = pooled_BRPPC.shape[:2]
+    x_NPPC = pooled_BRPPC.reshape(-1, *pooled_BRPPC.shape[2:])
+    for layer in self.convs:
+      x_NPPC = nnx.relu(layer(x_NPPC))
+    x_NPPC = nnx.relu(self.upsample(x_NPPC))
+    logits = self.logits(x_NPPC).astype(jnp.float32)
+    return logits.reshape(batch, regions, *logits.shape[1:])
+
+  def upsample(self, x_NPPC: jax.Array) -> jax.Array:
+    """[N, P, P, C] to [N, 2P, 2P, C]."""
+    n, height, width, channels = x_NPPC.shape
+    y = self.deconv(x_NPPC).reshape(n, height, width, 2, 2, channels)
+    y = y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, channels)
+    return y + self.deconv_bias[...].astype(y.dtype)[None, None, None]

@@ -1,0 +1,277 @@
+"""Faster and Mask R-CNN from their parts: backbone, pyramid, FPT, RPN, box head, mask head.
+
+Shapes: B batch, H W rows and columns, N proposals, R sampled regions, G ground truths, D detections,
+K classes with background as 0, C channels, m side of an instance's bitmap.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
+from fpt_jax.models.fpt import FeaturePyramidTransformer
+from fpt_jax.models.heads.box import BoxHead
+from fpt_jax.models.heads.mask import MaskHead
+from fpt_jax.models.heads.rpn import RegionProposalNetwork
+from fpt_jax.models.pyramids import PYRAMIDS
+from fpt_jax.models.resnet import ResNet
+from fpt_jax.ops import boxes, losses, sampling
+from fpt_jax.ops.masks import mask_targets
+from fpt_jax.ops.nms import batched_nms
+from fpt_jax.ops.roi_align import multilevel_roi_align
+
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+MIN_DETECTION_SIDE = 1e-2
+
+
+class RCNN(nnx.Module):
+  """A detector of boxes and, with a mask head, of instance masks.
+
+  Args:
+    config: the `model` part of a config, see `configs/common.py`.
+    rngs: for the initial weights.
+  """
+
+  def __init__(self, config, *, rngs: nnx.Rngs):
+    self.config = config
+    dtype = jnp.dtype(config.dtype)
+    options = dict(dtype=dtype, rngs=rngs)
+    backbone = config.backbone
+    self.backbone = ResNet(backbone.name, width=backbone.width, norm=backbone.norm, **options)
+    if config.pyramid.name not in PYRAMIDS:
+      raise ValueError(
+        f"pyramid {config.pyramid.name!r} does not exist; choose one of {', '.join(PYRAMIDS)}"
+      )
+    channels = config.pyramid.channels
+    self.pyramid = PYRAMIDS[config.pyramid.name](
+      self.backbone.channels, channels=channels, **options
+    )
+    transformers = {k: v for k, v in config.fpt.items() if k != "enabled"}
+    self.fpt = (
+      FeaturePyramidTransformer(
+        (channels,) * len(self.backbone.channels), channels=channels, **transformers, **options
+      )
+      if config.fpt.enabled
+      else None
+    )
+    self.rpn = RegionProposalNetwork(channels, config.rpn, **options)
+    self.box_head = BoxHead(
+      channels,
+      pool_size=config.box_head.pool_size,
+      hidden=config.box_head.hidden,
+      num_classes=config.num_classes,
+      **options,
+    )
+    self.mask_head = (
+      MaskHead(
+        channels,
+        hidden=config.mask_head.hidden,
+        layers=config.mask_head.layers,
+        num_classes=config.num_classes,
+        **options,
+      )
+      if config.mask_head.enabled
+      else None
+    )
+
+  def normalize(self, image_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
+    """Images in 0..255 to the range the backbone was trained on, zero on padding."""
+    mean_C = jnp.asarray(self.config.pixel_mean, jnp.float32)
+    std_C = jnp.asarray(self.config.pixel_std, jnp.float32)
+    normalized = (image_BHWC / 255.0 - mean_C[None, None, None]) / std_C[None, None, None]
+    return jnp.where(valid_BHW[..., None], normalized, 0)
+
+  def features(
+    self, image_BHWC: jax.Array, size_B2: jax.Array, *, key: jax.Array | None = None
+  ) -> Pyramid:
+    """P2..P6 of a batch.
+
+    Args:
+      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas.
+      key: a PRNG key to train; None to infer.
+
+    Returns:
+      The levels of the pyramid and a subsampled last one, on which only the RPN looks.
+    """
+    valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
+    return self.features_of_normalized(self.normalize(image_BHWC, valid_BHW), valid_BHW, key=key)
+
+  def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None) -> Pyramid:
+    """As `features`, from images that are normalised already."""
+    train_backbone = key is not None and not self.config.backbone.frozen
+    levels = self.backbone(
+      image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone
+    )
+    levels = self.pyramid(levels)
+    if self.fpt is not None:
+      levels = self.fpt(levels, key=key)
+    return *levels, subsample(levels[-1])
+
+  def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """The training losses of a batch by detectron2's names; their sum is what is minimised.
+
+    Args:
+      batch: see `fpt_jax.data`: image_BHWC, size_B2, gt_boxes_BG4, gt_labels_BG, gt_valid_BG and, with a
+        mask head, gt_masks_BGmm relative to the boxes (or to `gt_mask_boxes_BG4` where it is given).
+      key: a PRNG key.
+    """
+    feature_key, rpn_key, roi_key = jax.random.split(key, 3)
+    pyramid = self.features(batch["image_BHWC"], batch["size_B2"], key=feature_key)
+    return self.losses_of_features(pyramid, batch, rpn_key, roi_key)
+
+  def losses_of_features(self, pyramid, batch, rpn_key, roi_key) -> dict[str, jax.Array]:
+    canvas = batch["image_BHWC"].shape[1:3]
+    logits, deltas = self.rpn(pyramid)
+    anchors_LA4 = self.rpn.anchors(pyramid, canvas)
+    gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
+    result = self.rpn.losses(logits, deltas, anchors_LA4, gt_boxes_BG4, gt_valid_BG, rpn_key)
+    proposals_BN4, _, valid_BN = self.rpn.propose(
+      logits, deltas, anchors_LA4, batch["size_B2"], train=True
+    )
+    rois = self.sample_regions(proposals_BN4, valid_BN, batch, roi_key)
+    class_logits_BRK, box_deltas_BRK4 = self.box_head(
+      self.pool(pyramid, rois["boxes_BR4"], rois["valid_BR"], self.config.box_head)
+    )
+    result["loss_cls"], result["loss_box_reg"] = losses.box_losses(
+      class_logits_BRK, box_deltas_BRK4, rois["labels_BR"], rois["targets_BR4"], rois["valid_BR"]
+    )
+    if self.mask_head is not None:
+      result["loss_mask"] = self.mask_loss(pyramid, batch, rois)
+    return result
+
+  def sample_regions(self, proposals_BN4, valid_BN, batch, key) -> dict[str, jax.Array]:
+    """The regions the heads train on: proposals and ground truth, positives first.
+
+    Returns:
+      boxes_BR4, valid_BR, labels_BR (0 for background), matched_BR (ground truth of a positive),
+      targets_BR4 (box deltas).
+    """
+    config = self.config.box_head
+
+    def one_image(proposals_N4, valid_N, gt_boxes_G4, gt_labels_G, gt_valid_G, key):
+      candidates_N4 = jnp.concatenate([proposals_N4, gt_boxes_G4])
+      matched_N, labels_N = sampling.match(
+        boxes.iou(gt_boxes_G4, candidates_N4),
+        gt_valid_G,
+        config.fg_threshold,
+        config.fg_threshold,
+        allow_low_quality=False,
+      )
+      labels_N = jnp.where(jnp.concatenate([valid_N, gt_valid_G]), labels_N, -1)
+      index_R, positive_R, valid_R = sampling.sample_indices(
+        labels_N, key, min(config.samples, labels_N.size), config.positive_fraction
+      )
+      rois_R4, matched_R = candidates_N4[index_R], matched_N[index_R]
+      return {
+        "boxes_BR4": rois_R4,
+        "valid_BR": valid_R,
+        "labels_BR": jnp.where(positive_R, gt_labels_G[matched_R], 0),
+        "matched_BR": matched_R,
+        "targets_BR4": boxes.encode(gt_boxes_G4[matched_R], rois_R4, BOX_WEIGHTS),
+      }
+
+    keys_B = jax.random.split(key, proposals_BN4.shape[0])
+    gt = (batch["gt_boxes_BG4"], batch["gt_labels_BG"], batch["gt_valid_BG"])
+    return jax.lax.stop_gradient(jax.vmap(one_image)(proposals_BN4, valid_BN, *gt, keys_B))
+
+  def mask_loss(self, pyramid, batch, rois) -> jax.Array:
+    """Over the positives, which are the first of the sampled regions of each image."""
+    config = self.config.box_head
+    positives = min(
+      int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1]
+    )
+    rois = {name: value[:, :positives] for name, value in rois.items()}
+    positive_BR = rois["valid_BR"] & (rois["labels_BR"] > 0)
+    logits_BRmmK = self.mask_head(
+      self.pool(pyramid, rois["boxes_BR4"], positive_BR, self.config.mask_head)
+    )
+    mask_boxes_BG4 = batch.get("gt_mask_boxes_BG4", batch["gt_boxes_BG4"])
+    targets_BRmm = jax.vmap(lambda *args: mask_targets(*args, size=logits_BRmmK.shape[2]))(
+      batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
+    )
+    return losses.mask_loss(
+      of_class(logits_BRmmK, rois["labels_BR"]), jax.lax.stop_gradient(targets_BRmm), positive_BR
+    )
+
+  def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config) -> jax.Array:
+    """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part."""
+    levels = pyramid[:-1]
+    return multilevel_roi_align(
+      tuple(level.values_BHWC for level in levels),
+      tuple(level.stride for level in levels),
+      boxes_BR4,
+      valid_BR,
+      config.pool_size,
+      sampling_ratio=config.sampling_ratio,
+    )
+
+  def detect(self, image_BHWC: jax.Array, size_B2: jax.Array) -> dict[str, jax.Array]:
+    """The `detections_per_image` best detections of each image.
+
+    Args:
+      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas.
+
+    Returns:
+      boxes_BD4 (pixels of the canvas), scores_BD in descending order, labels_BD in 1..num_classes,
+      valid_BD and, with a mask head, masks_BDmm (probabilities relative to the box).
+    """
+    return self.detect_in_features(
+      self.features(image_BHWC, size_B2), size_B2, image_BHWC.shape[1:3]
+    )
+
+  def detect_in_features(self, pyramid, size_B2, canvas) -> dict[str, jax.Array]:
+    logits, deltas = self.rpn(pyramid)
+    proposals_BN4, _, valid_BN = self.rpn.propose(
+      logits, deltas, self.rpn.anchors(pyramid, canvas), size_B2, train=False
+    )
+    class_logits_BNK, box_deltas_BNK4 = self.box_head(
+      self.pool(pyramid, proposals_BN4, valid_BN, self.config.box_head)
+    )
+    detections = jax.vmap(self.select_detections)(
+      proposals_BN4, valid_BN, class_logits_BNK, box_deltas_BNK4, size_B2
+    )
+    if self.mask_head is not None:
+      logits_BDmmK = self.mask_head(
+        self.pool(
+          pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
+        )
+      )
+      detections["masks_BDmm"] = jax.nn.sigmoid(of_class(logits_BDmmK, detections["labels_BD"]))
+    return detections
+
+  def select_detections(self, proposals_N4, valid_N, logits_NK, deltas_NK4, size_2):
+    """Class-wise suppression in one image; only the `max_candidates` best boxes are compared."""
+    config = self.config.test
+    scores_NK = jax.nn.softmax(logits_NK)
+    num, classes = scores_NK.shape
+    boxes_NK4 = boxes.decode(
+      deltas_NK4, jnp.broadcast_to(proposals_N4[:, None], (num, classes, 4)), BOX_WEIGHTS
+    )
+    boxes_NK4 = boxes.clip(boxes_NK4, size_2[0], size_2[1])
+    candidate_NK = (scores_NK > config.score_threshold) & valid_N[:, None]
+    candidate_NK &= boxes.large_enough(boxes_NK4, MIN_DETECTION_SIDE)
+    candidate_NK &= (jnp.arange(classes) > 0)[None]
+    ranked = jnp.where(candidate_NK, scores_NK, -1.0).reshape(-1)
+    scores_M, index_M = jax.lax.top_k(ranked, min(config.max_candidates, ranked.size))
+    boxes_M4, labels_M = boxes_NK4.reshape(-1, 4)[index_M], index_M % classes
+    index_D, valid_D = batched_nms(
+      boxes_M4,
+      scores_M,
+      labels_M,
+      config.nms_threshold,
+      config.detections_per_image,
+      valid_N=scores_M > 0,
+    )
+    return {
+      "boxes_BD4": jnp.where(valid_D[:, None], boxes_M4[index_D], 0),
+      "scores_BD": jnp.where(valid_D, scores_M[index_D], 0),
+      "labels_BD": jnp.where(valid_D, labels_M[index_D], 0),
+      "valid_BD": valid_D,
+    }
+
+
+def of_class(logits_BRmmK: jax.Array, labels_BR: jax.Array) -> jax.Array:
+  """[B, R, m, m]: each region's map of its own class."""
+  return jnp.take_along_axis(logits_BRmmK, labels_BR[:, :, None, None, None], axis=-1)[..., 0]

@@ -1,0 +1,60 @@
+"""The device mesh, what lies where on it, and the start of several hosts.
+
+Data parallelism: every device holds all weights and its share of the images of a global batch.
+"""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fpt_jax.errors import UserError
+
+
+def initialize() -> None:
+  """Joins the other hosts of a TPU pod or cluster; on a single host there is nothing to do.
+
+  A pod is recognised by the variables its runtime sets; elsewhere, by JAX_COORDINATOR_ADDRESS.
+  """
+  pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+  if (pod or "JAX_COORDINATOR_ADDRESS" in os.environ) and not jax.distributed.is_initialized():
+    jax.distributed.initialize()
+
+
+def mesh(batch_size: int) -> Mesh:
+  """All devices along one axis, "data".
+
+  Raises:
+    UserError: the global batch cannot be shared evenly.
+  """
+  devices = jax.device_count()
+  if batch_size % devices:
+    raise UserError(
+      f"config.batch_size={batch_size} cannot be shared by {devices} devices; make it a multiple"
+    )
+  return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This host's images as its part of a global batch."""
+  return {
+    name: jax.make_array_from_process_local_data(over_batch(mesh), value)
+    for name, value in batch.items()
+  }
+
+
+def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+  """Arrays that every host holds, on all devices of the mesh."""
+  return {
+    name: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
+    for name, value in arrays.items()
+  }

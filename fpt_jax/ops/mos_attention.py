@@ -26,6 +26,7 @@ Implementation = Literal["auto", "naive", "chunked", "pallas"]
 _NAIVE_MAX_SCORES = 1 << 18
 # Floats of one block's scores, for one part: what the caches of a core's neighbourhood hold.
 _BLOCK_SCORES = 1 << 20
+_MIN_BLOCK, _MAX_BLOCK = 64, 512
 
 
 def mos_attention(
@@ -154,19 +155,10 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
 
 
 def _block_of_queries(Q: int, K: int) -> int:
-  """Queries worked on at once: a multiple of 8, evenly many in each block."""
-  most = max(64, min(512, _BLOCK_SCORES // K))
+  """Queries worked on at once: about `_BLOCK_SCORES` scores, the last block nearly full."""
+  most = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // K))
   blocks = -(-Q // most)
-  return -(-Q // blocks + 7) // 8 * 8 if blocks > 1 else Q
-
-
-class _Saved(NamedTuple):
-  q_BQMD: jax.Array
-  k_BKMD: jax.Array
-  v_BKC: jax.Array
-  pi_BM: jax.Array
-  bias_BMK: jax.Array | None
-  lse_NBMq: jax.Array
+  return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -178,86 +170,105 @@ def _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
   del bias_has_gradient
   Q, M = q_BQMD.shape[1:3]
   block = _block_of_queries(Q, k_BKMD.shape[1])
+  # A list of parts, not an axis: sums over an axis inside the exponentials cost XLA dearly on CPU.
+  k_parts = [k_BKMD[:, :, m] for m in range(M)]
 
   def one_block(q_BqMD):
-    scores = [_scores(q_BqMD, k_BKMD, bias_BMK, m) for m in range(M)]
-    # The maximum of a row that may attend to nothing is -inf; zero keeps its exponentials at zero.
-    tops = [jnp.maximum(jnp.max(s, axis=-1, keepdims=True), jnp.finfo(s.dtype).min) for s in scores]
-    powers = [jnp.exp(s - top) for s, top in zip(scores, tops, strict=True)]
-    sums = [jnp.sum(e, axis=-1, keepdims=True) for e in powers]
-    w_BqK = 0.0
+    w_BqK, tops, shares = 0.0, [], []
     for m in range(M):
-      share_Bq1 = jnp.where(sums[m] > 0, pi_BM[:, m, None, None] / sums[m], 0)
-      w_BqK += share_Bq1 * powers[m]
+      s_BqK = _scores(q_BqMD[:, :, m], k_parts[m], bias_BMK, m)
+      # The largest score of a row without a valid key is -inf; from a finite one, no NaN arises.
+      top_Bq = jnp.maximum(jnp.max(s_BqK, axis=-1), jnp.finfo(s_BqK.dtype).min)
+      # The barrier keeps the exponentials from being computed twice, for their sum and for W.
+      e_BqK = lax.optimization_barrier(jnp.exp(s_BqK - top_Bq[:, :, None]))
+      sum_Bq = jnp.sum(e_BqK, axis=-1)
+      share_Bq = jnp.where(sum_Bq > 0, 1 / sum_Bq, 0)
+      w_BqK += (pi_BM[:, m, None] * share_Bq)[:, :, None] * e_BqK
+      tops.append(top_Bq)
+      shares.append(share_Bq)
     out_BqC = _product("bqk,bkc->bqc", w_BqK.astype(v_BKC.dtype), v_BKC)
-    lse = [
-      jnp.where(total > 0, top + jnp.log(total), 0)[..., 0]
-      for top, total in zip(tops, sums, strict=True)
-    ]
-    return out_BqC.astype(v_BKC.dtype), jnp.stack(lse, axis=1)
+    return out_BqC.astype(v_BKC.dtype), _Rows(jnp.stack(tops, axis=1), jnp.stack(shares, axis=1))
 
-  out_NBqC, lse_NBMq = lax.map(one_block, _split(q_BQMD, block))
-  saved = _Saved(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, lse_NBMq)
-  return _join(out_NBqC, Q), saved
+  out_NBqC, rows = lax.map(one_block, _split(q_BQMD, block))
+  return _join(out_NBqC, Q), (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows)
 
 
 def _chunked_backward(bias_has_gradient, saved, dout_BQC):
-  q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, lse_NBMq = saved
-  Q, M = q_BQMD.shape[1:3]
+  q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows = saved
+  B, K, M, D = k_BKMD.shape
+  Q, C = dout_BQC.shape[1:]
   dtype = q_BQMD.dtype
-  block = lse_NBMq.shape[-1]
+  k_parts = [k_BKMD[:, :, m] for m in range(M)]
 
   def one_block(sums, inputs):
-    q_BqMD, dout_BqC, lse_BMq = inputs
-    dk_BMKD, dv_BKC, dpi_BM, dbias_BMK = sums
+    dv_BCK, dk_parts, dbias_parts = sums
+    q_BqMD, dout_BqC, rows = inputs
     dw_BqK = _product("bqc,bkc->bqk", dout_BqC, v_BKC)
-    w_BqK = 0.0
-    dq, dk, dpi, dbias = [], [], [], []
+    w_BqK, dq_parts, deltas = 0.0, [], []
     for m in range(M):
-      p_BqK = jnp.exp(_scores(q_BqMD, k_BKMD, bias_BMK, m) - lse_BMq[:, m, :, None])
-      pi_B11 = pi_BM[:, m, None, None]
-      w_BqK += pi_B11 * p_BqK
-      delta_Bq1 = jnp.sum(p_BqK * dw_BqK, axis=-1, keepdims=True)
-      ds_BqK = pi_B11 * p_BqK * (dw_BqK - delta_Bq1)
+      q_BqD = q_BqMD[:, :, m]
+      s_BqK = _scores(q_BqD, k_parts[m], bias_BMK, m)
+      p_BqK = jnp.exp(s_BqK - rows.top_BMq[:, m, :, None]) * rows.share_BMq[:, m, :, None]
+      w_BqK += pi_BM[:, m, None, None] * p_BqK
+      # As a product this sum over the row takes no second pass over memory.
+      delta_Bq = _product("bqk,bqk->bq", p_BqK, dw_BqK)
+      ds_BqK = p_BqK * (dw_BqK - delta_Bq[:, :, None])
       if bias_has_gradient:
-        dbias.append(jnp.sum(ds_BqK, axis=1))
+        dbias_parts = _with_sum(dbias_parts, m, jnp.sum(ds_BqK, axis=1))
       ds_BqK = ds_BqK.astype(dtype)
-      dq.append(_product("bqk,bkd->bqd", ds_BqK, k_BKMD[:, :, m]))
-      dk.append(_product("bqk,bqd->bkd", ds_BqK, q_BqMD[:, :, m]))
-      dpi.append(jnp.sum(delta_Bq1, axis=(1, 2)))
-    dv_BKC += _product("bqk,bqc->bkc", w_BqK.astype(dtype), dout_BqC)
-    dk_BMKD += jnp.stack(dk, axis=1)
-    dpi_BM += jnp.stack(dpi, axis=1)
-    if bias_has_gradient:
-      dbias_BMK += jnp.stack(dbias, axis=1)
-    return (dk_BMKD, dv_BKC, dpi_BM, dbias_BMK), jnp.stack(dq, axis=2).astype(dtype)
+      dq_parts.append(_product("bqk,bkd->bqd", ds_BqK, k_parts[m]))
+      dk_parts = _with_sum(dk_parts, m, _product("bqd,bqk->bdk", q_BqD, ds_BqK))
+      deltas.append(delta_Bq)
+    # Sums over queries are kept with the keys last: that side of the product needs no transpose.
+    dv_BCK += _product("bqc,bqk->bck", dout_BqC, w_BqK.astype(dtype))
+    dq_BqMD = pi_BM[:, None, :, None] * jnp.stack(dq_parts, axis=2)
+    return (dv_BCK, dk_parts, dbias_parts), (dq_BqMD.astype(dtype), jnp.stack(deltas, axis=1))
 
-  B, K, _, D = k_BKMD.shape
   zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
   start = (
-    zeros((B, M, K, D)),
-    zeros(v_BKC.shape),
-    zeros((B, M)),
-    zeros((B, M, K)) if bias_has_gradient else None,
+    zeros((B, C, K)),
+    (zeros((B, D, K)),) * M,
+    (zeros((B, K)),) * M if bias_has_gradient else None,
   )
-  inputs = (_split(q_BQMD, block), _split(dout_BQC, block), lse_NBMq)
-  (dk_BMKD, dv_BKC, dpi_BM, dbias_BMK), dq_NBqMD = lax.scan(one_block, start, inputs)
-  if bias_BMK is not None and not bias_has_gradient:
-    dbias_BMK = jnp.zeros_like(bias_BMK)
-  dk_BKMD = dk_BMKD.transpose(0, 2, 1, 3)
-  return _join(dq_NBqMD, Q), dk_BKMD.astype(dtype), dv_BKC.astype(dtype), dpi_BM, dbias_BMK
+  block = rows.top_BMq.shape[-1]
+  inputs = (_split(q_BQMD, block), _split(dout_BQC, block), rows)
+  (dv_BCK, dk_parts, dbias_parts), (dq_NBqMD, delta_NBMq) = lax.scan(one_block, start, inputs)
+
+  dk_BMDK = pi_BM[:, :, None, None] * jnp.stack(dk_parts, axis=1)
+  dk_BKMD = dk_BMDK.transpose(0, 3, 1, 2).astype(dtype)
+  dv_BKC = dv_BCK.transpose(0, 2, 1).astype(dtype)
+  dpi_BM = jnp.sum(delta_NBMq, axis=(0, 3))
+  if bias_has_gradient:
+    dbias_BMK = pi_BM[:, :, None] * jnp.stack(dbias_parts, axis=1)
+  else:
+    dbias_BMK = None if bias_BMK is None else jnp.zeros_like(bias_BMK)
+  return _join(dq_NBqMD, Q), dk_BKMD, dv_BKC, dpi_BM, dbias_BMK
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+class _Rows(NamedTuple):
+  """What the backward pass needs of each row: `p = exp(s - top) * share`.
+
+  Two numbers, for `top + log(sum)` in one would round off digits where scores are large.
+  """
+
+  top_BMq: jax.Array  # noqa: N815
+  share_BMq: jax.Array  # noqa: N815
 
 
 def _product(subscripts, a, b):
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BqMD, k_BKMD, bias_BMK, m):
-  s_BqK = _product("bqd,bkd->bqk", q_BqMD[:, :, m], k_BKMD[:, :, m])
+def _scores(q_BqD, k_BKD, bias_BMK, m):
+  s_BqK = _product("bqd,bkd->bqk", q_BqD, k_BKD)
   return s_BqK if bias_BMK is None else s_BqK + bias_BMK[:, m, None, :]
+
+
+def _with_sum(parts, m, x):
+  return parts[:m] + (parts[m] + x,) + parts[m + 1 :]
 
 
 def _split(x_BQ, block):

@@ -175,28 +175,29 @@ def _paste_crop(
   mask_mm: np.ndarray, box: np.ndarray, height: int, width: int, aligned: bool
 ) -> tuple[np.ndarray, slice, slice]:
   """The part of the pasted mask that lies on the image, and its rows and columns."""
-  matrix = _aligned_matrix if aligned else _truncated_matrix
+  look_up = _look_up_aligned if aligned else _look_up_truncated
   x0, y0, x1, y1 = box.astype(np.float32)
-  rows_hm, rows = matrix(y0, y1, height, mask_mm.shape[0])
-  cols_wm, cols = matrix(x0, x1, width, mask_mm.shape[1])
-  return rows_hm @ mask_mm.astype(np.float32) @ cols_wm.T, rows, cols
+  y, rows = look_up(y0, y1, height, mask_mm.shape[0])
+  x, cols = look_up(x0, x1, width, mask_mm.shape[1])
+  bordered = np.pad(mask_mm.astype(np.float32), 1)
+  return _interpolate(_interpolate(bordered, y).T, x).T, rows, cols
 
 
-def _aligned_matrix(
+def _look_up_aligned(
   low: np.float32, high: np.float32, pixels: int, cells: int
 ) -> tuple[np.ndarray, slice]:
-  """Interpolates cells that span [low, high] at the centres of the pixels near it."""
+  """Where the centres of the pixels near [low, high] lie among its cells, bordered by a zero."""
   cell = (high - low) / cells
   if not cell > 0:
-    return np.zeros((0, cells), np.float32), slice(0, 0)
+    return np.zeros(0, np.float32), slice(0, 0)
   visible, span = _visible(np.floor(low - cell), np.ceil(high + cell), pixels)
-  return _hat((visible + 0.5 - low) / cell - 0.5, cells), span
+  return np.clip((visible + 0.5 - low) / cell + 0.5, 0, cells + 1), span
 
 
-def _truncated_matrix(
+def _look_up_truncated(
   low: np.float32, high: np.float32, pixels: int, cells: int
 ) -> tuple[np.ndarray, slice]:
-  """Interpolates cells and a zero at either end to the whole pixels that [low, high] becomes."""
+  """The same for the whole pixels that [low, high], grown by the border, is truncated to."""
   # float32 throughout: the truncation must fall on the same pixel as torchvision's
   half = (high - low) * np.float32(0.5) * np.float32((cells + 2) / cells)
   centre = (high + low) * np.float32(0.5)
@@ -204,8 +205,7 @@ def _truncated_matrix(
   length = max(last - first + 1, 1)
   visible, span = _visible(first, last + 1, pixels)
   source = (visible - first + np.float32(0.5)) * np.float32((cells + 2) / length) - np.float32(0.5)
-  # cell j of the bordered mask is cell j - 1 of the mask; the border's own weights multiply zeros
-  return _hat(np.clip(source, 0, cells + 1) - 1, cells), span
+  return np.clip(source, 0, cells + 1), span
 
 
 def _visible(first: float, stop: float, pixels: int) -> tuple[np.ndarray, slice]:
@@ -214,10 +214,12 @@ def _visible(first: float, stop: float, pixels: int) -> tuple[np.ndarray, slice]
   return np.arange(first, stop, dtype=np.float32), slice(first, stop)
 
 
-def _hat(source: np.ndarray, cells: int) -> np.ndarray:
-  """[len(source), cells] float32: weights of linear interpolation, zeros beyond the ends."""
-  weights = 1 - np.abs(source[:, None] - np.arange(cells, dtype=np.float32))
-  return np.maximum(weights, 0).astype(np.float32)
+def _interpolate(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """Linear interpolation between the rows of a matrix."""
+  # two taps, not a matrix product: a threaded BLAS is slower than the work at this size
+  above = np.minimum(rows.astype(np.int64), len(values) - 2)
+  fraction = (rows - above).astype(np.float32)[:, None]
+  return values[above] * (1 - fraction) + values[above + 1] * fraction
 
 
 def mask_targets(

@@ -65,7 +65,9 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     root = pathlib.Path(self._source)
     if not root.is_dir():
       raise UserError(f"data.source={root}: no such folder; download the data set there")
-    for annotations, images in self._files.values():
+    for split, (annotations, images) in self._files.items():
+      if not split.isidentifier() or split == "all":
+        raise UserError(f"data.builder.splits: {split!r} cannot name a split; use letters, not all")
       if not (root / annotations).is_file():
         raise UserError(f"{root / annotations}: no such file; see data.source, data.builder.splits")
       if not (root / images).is_dir():
@@ -81,14 +83,14 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     content = _read_json(annotation_file)
     label_of = self._take_categories(annotation_file, content["categories"])
     judge = _Judge(annotation_file, skip=self._skip_bad)
-    annotations_of = _group_annotations(content, label_of, judge)
+    images = _index_images(content["images"], judge)
+    annotations_of = _group_annotations(content["annotations"], images, label_of, judge)
     sizes = self.info.metadata["sizes"][split] = []
-    progress = Progress(split, len(content["images"]))
-    seen = set()
-    for image in content["images"]:
+    progress = Progress(split, len(images))
+    for image in images.values():
       with judge.image(image):
-        example = _encode_image(image, image_folder, seen)
-        for annotation in annotations_of.pop(image["id"], []):
+        example = _encode_image(image, image_folder)
+        for annotation in annotations_of[image["id"]]:
           with judge.annotation(annotation):
             label = label_of[annotation["category_id"]]
             example["objects"].append(_encode_annotation(annotation, label, image))
@@ -192,19 +194,28 @@ def _read_json(path: pathlib.Path) -> dict:
   return content
 
 
+def _index_images(entries: list, judge: _Judge) -> dict[int, dict]:
+  """Returns the images by id, in the order of the file."""
+  images = {}
+  for image in entries:
+    with judge.image(image):
+      _require(image, "id", _is_int, "an integer")
+      if image["id"] in images:
+        raise _BadError("field id is used twice", "image ids must be unique")
+      images[image["id"]] = image
+  return images
+
+
 def _group_annotations(
-  content: dict, label_of: dict[int, int], judge: _Judge
+  entries: list, images: dict[int, dict], label_of: dict[int, int], judge: _Judge
 ) -> dict[int, list[dict]]:
-  """Returns each image's annotations, those left out that point nowhere or share an id."""
-  image_ids = {
-    image["id"] for image in content["images"] if isinstance(image, dict) and "id" in image
-  }
-  groups = collections.defaultdict(list)
+  """Returns each image's annotations, in the order of the file."""
+  groups = {image_id: [] for image_id in images}
   seen = set()
-  for annotation in content["annotations"]:
+  for annotation in entries:
     with judge.annotation(annotation):
       _require(annotation, "id", _is_int, "an integer")
-      _require(annotation, "image_id", lambda v: v in image_ids, "the id of an image of the file")
+      _require(annotation, "image_id", lambda v: v in images, "the id of an image of the file")
       _require(annotation, "category_id", lambda v: v in label_of, "the id of a category")
       if annotation["id"] in seen:
         raise _BadError("field id is used twice", "annotation ids must be unique")
@@ -213,15 +224,11 @@ def _group_annotations(
   return groups
 
 
-def _encode_image(image: dict, folder: pathlib.Path, seen: set[int]) -> dict:
-  """Returns the image's record without objects, and adds its id to those seen."""
-  _require(image, "id", _is_int, "an integer")
+def _encode_image(image: dict, folder: pathlib.Path) -> dict:
+  """Returns the image's record, still without objects."""
   _require(image, "file_name", lambda v: isinstance(v, str) and v, "a text")
   for field in ("height", "width"):
     _require(image, field, lambda v: _is_int(v) and v > 0, "a positive integer")
-  if image["id"] in seen:
-    raise _BadError("field id is used twice", "image ids must be unique")
-  seen.add(image["id"])
   name = pathlib.PurePosixPath(image["file_name"])
   if name.is_absolute() or ".." in name.parts:
     raise _BadError("field file_name leaves the image folder", repr(image["file_name"]))

@@ -48,13 +48,15 @@ def prepare(data: ml_collections.ConfigDict) -> None:
     data: the config's `data`.
 
   Raises:
-    UserError: the source lacks or spoils something.
+    UserError: the source lacks or spoils something; nothing is left behind then.
   """
   builder = _builder(data)
   if builder.is_prepared():
     _check_source(data, builder)
     logging.info("already prepared: %s; delete the folder to prepare it anew", builder.data_dir)
     return
+  if os.path.exists(builder.data_dir):
+    raise UserError(f"data.data_dir: {builder.data_dir} is incomplete; delete it and prepare again")
   tfds.disable_progress_bar()
   logging.info("preparing %s in %s", data.name, builder.data_dir)
   with contextlib.redirect_stdout(io.StringIO()):  # our log tells it better
@@ -206,7 +208,7 @@ def eval_batches(
     UserError: as `train_batches`.
   """
   reader = _Reader(data, split)
-  _, short = _short_edges(data)
+  _, short = _short_edges(data)  # evaluation has one scale
   batches = order.eval_order(_buckets(data, reader, short), batch_size=batch_size)
   share = order.host_share(batch_size, process_index, process_count)
 
@@ -320,8 +322,6 @@ class _Reader:
       for i in range(splits[part.splitname].num_examples)[part.from_ : part.to]
     ]
     self.sizes_N2 = np.array([metadata["sizes"][name][i] for name, i in self._places])
-    if not self._places:
-      raise UserError(f"split {split!r} of {builder.data_dir} has no images")
 
   def __len__(self) -> int:
     return len(self._places)
@@ -347,14 +347,14 @@ class _Reader:
 
 
 def _short_edges(data: ml_collections.ConfigDict) -> tuple[int, int]:
-  """Returns the smallest and largest shorter edge of the config."""
-  edges = (data.short_edge,) * 2 if isinstance(data.short_edge, int) else tuple(data.short_edge)
-  if len(edges) != 2 or not 0 < edges[0] <= edges[1] <= data.long_edge:
+  """Returns the smallest and largest shorter edge to train at."""
+  low, high = data.get("short_edge_min", 0) or data.short_edge, data.short_edge
+  if not 0 < low <= high <= data.long_edge:
     raise UserError(
-      f"data.short_edge={data.short_edge} must be a number or (low, high), at most "
+      f"data.short_edge={high} must be positive, at least data.short_edge_min={low} and at most "
       f"data.long_edge={data.long_edge}"
     )
-  return edges
+  return low, high
 
 
 def _buckets(data: ml_collections.ConfigDict, reader: _Reader, short: int) -> np.ndarray:

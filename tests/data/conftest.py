@@ -1,0 +1,127 @@
+"""A hand-written data set in COCO's format, small enough to check by eye."""
+
+import json
+import pathlib
+
+import ml_collections
+import numpy as np
+import PIL.Image
+import pytest
+
+from fpt_jax import data
+
+HEIGHT, WIDTH = 20, 40
+
+
+def write_coco(root: pathlib.Path) -> dict:
+  """Writes four images and their annotations in the official layout; returns the train JSON."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+  for split in ("train2017", "val2017"):
+    (root / split).mkdir(parents=True)
+    PIL.Image.fromarray(pixels).save(root / split / "rgb.jpg")
+    PIL.Image.fromarray(pixels[..., 0]).save(root / split / "grey.jpg")
+    PIL.Image.fromarray(pixels).convert("CMYK").save(root / split / "cmyk.jpg")
+    PIL.Image.fromarray(pixels.transpose(1, 0, 2)).save(root / split / "tall.png")
+  content = {
+    "images": [
+      {"id": 70, "file_name": "rgb.jpg", "height": HEIGHT, "width": WIDTH},
+      {"id": 5, "file_name": "grey.jpg", "height": HEIGHT, "width": WIDTH},
+      {"id": 6, "file_name": "cmyk.jpg", "height": HEIGHT, "width": WIDTH},
+      {"id": 9, "file_name": "tall.png", "height": WIDTH, "width": HEIGHT},
+    ],
+    "categories": [{"id": 90, "name": "zebra"}, {"id": 3, "name": "ant"}],
+    "annotations": [
+      {  # the left half of its box is filled
+        "id": 1000000007,
+        "image_id": 70,
+        "category_id": 90,
+        "bbox": [10.1, 4.0, 20.0, 8.0],
+        "segmentation": [[10.1, 4.0, 20.1, 4.0, 20.1, 12.0, 10.1, 12.0]],
+        "area": 80.3,
+        "iscrowd": 0,
+      },
+      {  # column-major runs: columns 2 to 11, whole
+        "id": 2,
+        "image_id": 70,
+        "category_id": 3,
+        "bbox": [2, 0, 10, 20],
+        "segmentation": {"size": [HEIGHT, WIDTH], "counts": [40, 200, 560]},
+        "area": 200,
+        "iscrowd": 1,
+      },
+      {
+        "id": 3,
+        "image_id": 5,
+        "category_id": 3,
+        "bbox": [2, 0, 10, 20],
+        # the same runs, compressed: 5 bits a character, from "0", bit 6 says that more follow
+        "segmentation": {"size": [HEIGHT, WIDTH], "counts": "X1X6`a0"},
+        "iscrowd": 0,
+      },
+      {
+        "id": 4,
+        "image_id": 9,
+        "category_id": 90,
+        "bbox": [0, 30, 20, 10],
+        "segmentation": [[0, 30, 20, 30, 20, 40, 0, 40]],
+        "iscrowd": 0,
+      },
+    ],
+  }
+  (root / "annotations").mkdir()
+  for split in ("train", "val"):
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+  return content
+
+
+def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collections.ConfigDict:
+  """Returns the `data` part of a config."""
+  defaults = {
+    "name": name,
+    "source": "",
+    "data_dir": str(data_dir),
+    "train_split": "train",
+    "eval_split": "val",
+    "short_edge": 20,
+    "long_edge": 40,
+    "buckets": ((20, 40), (40, 20)),
+    "max_instances": 4,
+    "flip": True,
+    "skip_bad": False,
+    "num_workers": 2,
+    "prefetch": 2,
+    "builder": {},
+  }
+  return ml_collections.ConfigDict(defaults | fields)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
+  """Context Shapes, 23 + 5 images, prepared."""
+  shapes = config(
+    *("context_shapes", tmp_path_factory.mktemp("shapes")),
+    short_edge=64,
+    long_edge=64,
+    buckets=((64, 64),),
+    builder={"train_size": 23, "val_size": 5, "image_size": 64},
+  )
+  data.prepare(shapes)
+  return shapes
+
+
+@pytest.fixture(scope="session")
+def real_coco(
+  real_data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> ml_collections.ConfigDict:
+  """The real COCO images, prepared."""
+  coco = config(
+    *("coco", tmp_path_factory.mktemp("coco")),
+    source=str(real_data / "coco"),
+    short_edge=128,
+    long_edge=160,
+    buckets=((128, 160), (160, 128)),
+    max_instances=100,
+  )
+  data.prepare(coco)
+  return coco

@@ -1,0 +1,382 @@
+"""COCO's format: what is good comes back unchanged, what is bad is named."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+from pycocotools import mask as coco_mask
+
+from fpt_jax import data
+from fpt_jax.data import pipeline, records
+from fpt_jax.errors import UserError
+from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
+
+
+def _read(coco, split="train"):
+  reader = pipeline._Reader(coco, split)
+  found = [reader.read(i) for i in range(len(reader))]
+  reader.close()
+  return found
+
+
+@pytest.fixture
+def prepared(tmp_path):
+  write_coco(tmp_path / "source")
+  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+  data.prepare(coco)
+  return coco
+
+
+def test_categories_with_gaps_become_contiguous_labels(prepared):
+  assert data.info(prepared) == data.DatasetInfo(("ant", "zebra"), (3, 90), {"train": 4, "val": 4})
+  assert [r.labels.tolist() for r in _read(prepared)] == [[2, 1], [1], [], [2]]
+
+
+def test_records_keep_the_order_and_bytes_of_the_files(prepared):
+  found = _read(prepared)
+  assert [r.image_id for r in found] == [70, 5, 6, 9]
+  for record in found:
+    path = pathlib.Path(prepared.source) / "train2017" / record.file_name
+    assert record.image == path.read_bytes()
+    assert records.decode_image(record.image).shape == (*record.size, 3)
+
+
+def test_grey_and_cmyk_become_rgb(prepared):
+  _, grey, cmyk, _ = (records.decode_image(r.image).astype(int) for r in _read(prepared))
+  assert (grey[..., :1] == grey).all()
+  colours = PIL.Image.open(pathlib.Path(prepared.source) / "train2017" / "cmyk.jpg")
+  c, m, y, k = np.moveaxis(np.asarray(colours, float), -1, 0)
+  np.testing.assert_allclose(
+    cmyk, np.stack([(255 - v) * (255 - k) / 255 for v in (c, m, y)], -1), atol=1.5
+  )
+
+
+def test_ground_truth_equals_the_file(prepared):
+  original = json.loads(
+    (pathlib.Path(prepared.source) / "annotations/instances_train2017.json").read_text()
+  )
+  rebuilt = data.coco_ground_truth(prepared, "train")
+  assert rebuilt["images"] == original["images"]
+  assert rebuilt["categories"] == sorted(original["categories"], key=lambda c: c["id"])
+  # two lack an area: 10 columns of 20 pixels, and 20 columns of 10
+  for annotation, area in zip(original["annotations"][2:], (200.0, 200.0), strict=True):
+    annotation["area"] = area
+  assert rebuilt["annotations"] == original["annotations"]
+
+
+def test_bitmaps_are_relative_to_the_box(prepared):
+  found = _read(prepared)
+  left_half = np.zeros((112, 112), np.uint8)
+  left_half[:, :56] = 1
+  np.testing.assert_array_equal(
+    records.unpack_bitmaps(found[0].bitmaps), [left_half, np.ones_like(left_half)]
+  )
+  np.testing.assert_array_equal(records.unpack_bitmaps(found[1].bitmaps), [left_half * 0 + 1])
+
+
+def test_bitmap_of_runs_samples_the_mask():
+  mask_HW = np.zeros((HEIGHT, WIDTH), np.uint8)
+  mask_HW[3:6, 8:12] = [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]
+  runs = coco_mask.encode(np.asfortranarray(mask_HW))
+  bitmap = records.rasterise(runs, (8, 3, 12, 5), (HEIGHT, WIDTH))
+  np.testing.assert_array_equal(bitmap, np.kron(mask_HW[3:5, 8:12], np.ones((56, 28))))
+
+
+def _annotation(i=0, **fields):
+  return lambda root, content: content["annotations"][i].update(fields)
+
+
+def _image(i=0, **fields):
+  return lambda root, content: content["images"][i].update(fields)
+
+
+def _file(name, change):
+  def write(root, content):
+    path = root / "train2017" / name
+    path.write_bytes(change(path.read_bytes()))
+
+  return write
+
+
+def _drop(kind, i, field):
+  return lambda root, content: content[kind][i].pop(field)
+
+
+RUNS = {"size": [HEIGHT, WIDTH], "counts": [40, 200, 559]}
+# what is spoiled, what the message must name, and (images, annotations) left by skip_bad
+BAD = {
+  "missing image": (
+    lambda root, content: (root / "train2017" / "grey.jpg").unlink(),
+    ("image id 5", "train2017/grey.jpg", "cannot be read"),
+    (3, 3),
+  ),
+  "truncated image": (
+    _file("rgb.jpg", lambda b: b[: len(b) // 2]),
+    ("image id 70", "rgb.jpg", "undecodable image"),
+    (3, 2),
+  ),
+  "no image": (
+    _file("tall.png", lambda b: b"hello"),
+    ("image id 9", "tall.png", "undecodable image"),
+    (3, 3),
+  ),
+  "duplicate image id": (_image(1, id=70), ("image id 70", "field id", "twice"), (3, 3)),
+  "image id of text": (_image(1, id="5"), ("image id 5", "field id", "integer"), (3, 3)),
+  "parent folder": (
+    _image(2, file_name="../val2017/cmyk.jpg"),
+    ("image id 6", "file_name", "../val2017"),
+    (3, 4),
+  ),
+  "absolute path": (
+    _image(2, file_name="/etc/passwd"),
+    ("image id 6", "file_name", "/etc/passwd"),
+    (3, 4),
+  ),
+  "wrong size": (
+    _image(1, height=21),
+    ("image id 5", "height", "21x40", "20x40", "grey.jpg"),
+    (3, 3),
+  ),
+  "no width": (_drop("images", 2, "width"), ("image id 6", "field width", "missing"), (3, 4)),
+  "duplicate annotation id": (_annotation(1, id=1000000007), ("1000000007", "twice"), (4, 3)),
+  "unknown image": (
+    _annotation(2, image_id=12345),
+    ("annotation id 3", "image_id", "12345"),
+    (4, 3),
+  ),
+  "unhashable image": (
+    _annotation(2, image_id=[5]),
+    ("annotation id 3", "image_id", "[5]"),
+    (4, 3),
+  ),
+  "unknown category": (
+    _annotation(2, category_id=4),
+    ("annotation id 3", "category_id", "4"),
+    (4, 3),
+  ),
+  "two points": (
+    _annotation(3, segmentation=[[0, 0, 5, 5]]),
+    ("annotation id 4", "segmentation", "2 points"),
+    (4, 3),
+  ),
+  "odd numbers": (
+    _annotation(3, segmentation=[[0, 0, 5, 5, 1, 2, 3]]),
+    ("annotation id 4", "segmentation", "3.5 points"),
+    (4, 3),
+  ),
+  "no segmentation": (
+    _drop("annotations", 3, "segmentation"),
+    ("annotation id 4", "segmentation", "missing"),
+    (4, 3),
+  ),
+  "runs of another size": (
+    _annotation(1, segmentation={"size": [HEIGHT, 41], "counts": [40, 200, 580]}),
+    ("annotation id 2", "segmentation.size", "[20, 41]", "[20, 40]"),
+    (4, 3),
+  ),
+  "runs too short": (
+    _annotation(1, segmentation=RUNS),
+    ("annotation id 2", "segmentation.counts"),
+    (4, 3),
+  ),
+  "compressed runs too long": (
+    _annotation(2, segmentation={"size": [HEIGHT, WIDTH], "counts": "X1X6`a00"}),
+    ("annotation id 3", "segmentation.counts"),
+    (4, 3),
+  ),
+  "box outside": (
+    _annotation(3, bbox=[0, 30, 22, 10]),
+    ("annotation id 4", "bbox", "[0, 30, 22, 10]", "height 40, width 20"),
+    (4, 3),
+  ),
+  "negative box": (_annotation(3, bbox=[9, 9, -2, 1]), ("annotation id 4", "bbox"), (4, 3)),
+  "three numbers": (_annotation(3, bbox=[0, 1, 2]), ("annotation id 4", "bbox"), (4, 3)),
+  "not a number": (
+    _annotation(3, bbox=[0, 1, 2, float("nan")]),
+    ("annotation id 4", "bbox", "nan"),
+    (4, 3),
+  ),
+  "area of text": (_annotation(3, area="big"), ("annotation id 4", "area", "big"), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_stops_or_is_skipped(case, tmp_path, caplog):
+  spoil, words, left = BAD[case]
+  source = tmp_path / "source"
+  content = write_coco(source)
+  spoil(source, content)
+  annotation_file = source / "annotations/instances_train2017.json"
+  annotation_file.write_text(json.dumps(content))
+  coco = config("coco", tmp_path / "data", source=str(source))
+
+  with pytest.raises(UserError) as raised:
+    data.prepare(coco)
+  message = str(raised.value)
+  assert "\n" not in message
+  for word in (str(annotation_file), "skip_bad", *words):
+    assert word in message
+  assert not data.is_prepared(coco)
+  assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
+
+  coco.skip_bad = True
+  with caplog.at_level("WARNING"):
+    data.prepare(coco)
+  assert all(word in caplog.text for word in words)
+  assert re.search("prepare train: 1 skipped", caplog.text)
+  truth = data.coco_ground_truth(coco, "train")
+  assert (len(truth["images"]), len(truth["annotations"])) == left
+
+
+def _write_json(text):
+  return lambda root: (root / "annotations/instances_val2017.json").write_text(text)
+
+
+def _change_json(change):
+  def write(root):
+    path = root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+  return write
+
+
+@pytest.mark.parametrize(
+  ("spoil", "words"),
+  [
+    (lambda root: root.rename(root.parent / "elsewhere"), ("data.source", "no such folder")),
+    (
+      lambda root: (root / "annotations/instances_val2017.json").unlink(),
+      ("instances_val2017.json", "no such file"),
+    ),
+    (lambda root: (root / "val2017").rename(root / "other"), ("val2017", "no such folder")),
+    (_write_json('{"images": [],\n "annotations": [}'), ("val2017.json", "line 2, column 18")),
+    (_write_json("[]"), ("val2017.json", "field images")),
+    (_change_json(lambda c: c.pop("categories")), ("val2017.json", "field categories")),
+    (_change_json(lambda c: c["categories"].clear()), ("val2017.json", "categories is empty")),
+    (
+      _change_json(lambda c: c["categories"][1].update(id=90)),
+      ("val2017.json", "categories[1]", "id 90", "twice"),
+    ),
+    (_change_json(lambda c: c["categories"][1].pop("name")), ("categories[1]", "field name")),
+    (_change_json(lambda c: c["categories"][1].update(name="bee")), ("val2017.json", "differ")),
+  ],
+)
+def test_a_bad_layout_stops_even_where_bad_records_are_skipped(spoil, words, tmp_path):
+  source = tmp_path / "source"
+  write_coco(source)
+  spoil(source)
+  coco = config("coco", tmp_path / "data", source=str(source), skip_bad=True)
+  with pytest.raises(UserError) as raised:
+    data.prepare(coco)
+  assert all(word in str(raised.value) for word in words)
+  assert "\n" not in str(raised.value)
+  assert not data.is_prepared(coco)
+
+
+def test_many_skipped_are_named_ten_times_and_counted(tmp_path, caplog):
+  source = tmp_path / "source"
+  content = write_coco(source)
+  good = content["annotations"][0]
+  content["annotations"] += [good | {"id": 100 + i, "category_id": 7} for i in range(25)]
+  (source / "annotations/instances_train2017.json").write_text(json.dumps(content))
+  with caplog.at_level("WARNING"):
+    data.prepare(config("coco", tmp_path / "data", source=str(source), skip_bad=True))
+  assert len(re.findall("skipped: .*category_id must be", caplog.text)) == 10 + 1
+  assert "prepare train: 25 skipped: annotation: field category_id" in caplog.text
+
+
+def test_boxes_of_no_height_and_a_little_outside_are_kept(tmp_path):
+  source = tmp_path / "source"
+  content = write_coco(source)
+  content["annotations"][0]["bbox"] = [30.0, 4.0, 10.7, 0.0]
+  for split in ("train", "val"):
+    (source / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+  coco = config("coco", tmp_path / "data", source=str(source))
+  data.prepare(coco)
+  assert data.coco_ground_truth(coco, "val")["annotations"][0]["bbox"] == [30.0, 4.0, 10.7, 0.0]
+  np.testing.assert_array_equal(_read(coco)[0].boxes[0], [30, 4, 40, 4])
+  # neither the box without height nor the crowd is trained on
+  with data.eval_batches(coco, "train[:1]", batch_size=1) as batches:
+    assert not next(batches)["gt_valid_BG"].any()
+
+
+def test_splits_of_ones_own(tmp_path):
+  write_coco(tmp_path / "source")
+  (tmp_path / "source/train2017").rename(tmp_path / "pictures")
+  coco = config(
+    *("coco", tmp_path / "data"),
+    source=str(tmp_path / "source"),
+    builder={
+      "splits": {"mine": ("annotations/instances_val2017.json", str(tmp_path / "pictures"))}
+    },
+  )
+  data.prepare(coco)
+  assert data.info(coco).num_images == {"mine": 4}
+
+
+def test_prepared_data_are_never_overwritten(prepared, tmp_path):
+  before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")}
+  data.prepare(prepared)
+  write_coco(tmp_path / "other")
+  prepared.source = str(tmp_path / "other")
+  with pytest.raises(UserError, match=r"was prepared from .*source, not from .*other"):
+    data.prepare(prepared)
+  assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
+  prepared.source = ""  # the records suffice, wherever the source is
+  assert data.info(prepared).num_images["val"] == 4
+
+
+def test_what_a_killed_prepare_leaves_is_not_taken_for_complete(prepared, tmp_path):
+  folder = tmp_path / "data" / "coco_instances" / "1.0.0"
+  killed = folder.with_name("incomplete.ABC123_1.0.0")
+  folder.rename(killed)
+  (killed / "dataset_info.json").unlink()
+  assert not data.is_prepared(prepared)
+  data.prepare(prepared)
+  assert data.is_prepared(prepared)
+
+
+def test_half_a_folder_is_refused(prepared, tmp_path):
+  (tmp_path / "data/coco_instances/1.0.0/dataset_info.json").unlink()
+  with pytest.raises(UserError, match=r"coco_instances/1.0.0 is incomplete; delete it"):
+    data.prepare(prepared)
+
+
+def test_real_coco_comes_back_whole(real_coco):
+  assert data.info(real_coco).num_images == {"train": 200, "val": 100}
+  for split, bare in (("train", 2), ("val", 0)):
+    path = pathlib.Path(real_coco.source) / "annotations" / f"instances_{split}2017.json"
+    original = json.loads(path.read_text())
+    rebuilt = data.coco_ground_truth(real_coco, split)
+    by_id = {a["id"]: a for a in original["annotations"]}
+    assert {a["id"]: a for a in rebuilt["annotations"]} == by_id
+    assert [i["id"] for i in rebuilt["images"]] == [i["id"] for i in original["images"]]
+    annotated = {a["image_id"] for a in original["annotations"]}
+    assert sum(i["id"] not in annotated for i in rebuilt["images"]) == bare
+    assert [c["id"] for c in rebuilt["categories"]] == [c["id"] for c in original["categories"]]
+
+
+def test_real_bitmaps_agree_with_the_masks(real_coco):
+  overlaps = []
+  for record in _read(real_coco, "val[:30]"):
+    bitmaps = records.unpack_bitmaps(record.bitmaps)
+    for box, annotation, bitmap in zip(record.boxes, record.annotations, bitmaps, strict=True):
+      x0, y0, x1, y1 = box
+      if min(x1 - x0, y1 - y0) < 32:
+        continue
+      segmentation = records.decode_annotation(annotation)["segmentation"]
+      mask_HW = coco_mask.decode(records.run_lengths(segmentation, record.size))
+      # each pixel's centre looked up in the bitmap
+      rows, columns = (np.arange(n) + 0.5 for n in record.size)
+      u, v = (columns - x0) / (x1 - x0) * 112, (rows - y0) / (y1 - y0) * 112
+      inside = ((v >= 0) & (v < 112))[:, None] & ((u >= 0) & (u < 112))[None, :]
+      seen = bitmap[v.clip(0, 111).astype(int)[:, None], u.clip(0, 111).astype(int)[None, :]]
+      seen = seen.astype(bool) & inside
+      overlaps.append((seen & (mask_HW > 0)).sum() / (seen | (mask_HW > 0)).sum())
+  assert len(overlaps) > 30
+  assert min(overlaps) > 0.85 and np.mean(overlaps) > 0.95

@@ -67,6 +67,13 @@ def clip(boxes_N4: jax.Array, height: jax.typing.ArrayLike, width: jax.typing.Ar
   )
 
 
+def large_enough(boxes_N4: jax.Array, side: float) -> jax.Array:
+  """[...] bool: which boxes are at least `side` pixels wide and high."""
+  _check(boxes_N4, "boxes_N4")
+  x0, y0, x1, y1 = _columns(boxes_N4)
+  return (x1 - x0 >= side) & (y1 - y0 >= side)
+
+
 def encode(
   boxes_N4: jax.Array, reference_N4: jax.Array, weights: tuple[float, float, float, float]
 ) -> jax.Array:

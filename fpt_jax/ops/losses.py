@@ -1,0 +1,168 @@
+"""Losses in float32, and how detection reduces them: over everything sampled in the whole batch.
+
+Shape suffixes: B images, N anchors, R regions, K classes with background as class 0, P rows and
+columns of a mask, 4 box deltas.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Where smooth L1 turns from a parabola into a line, for box deltas.
+BOX_BETA = 1 / 9
+
+
+def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Binary cross-entropy, element by element.
+
+  Args:
+    logits: any shape, float.
+    targets: same shape, probabilities of 1.
+
+  Returns:
+    Same shape, float32.
+  """
+  return optax.sigmoid_binary_cross_entropy(_float32(logits), _float32(targets))
+
+
+def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Cross-entropy of integer labels.
+
+  Args:
+    logits: [..., K] float.
+    labels: [...] integers in [0, K).
+
+  Returns:
+    [...] float32.
+  """
+  return optax.softmax_cross_entropy_with_integer_labels(_float32(logits), labels)
+
+
+def smooth_l1(predictions: jax.Array, targets: jax.Array, beta: float) -> jax.Array:
+  """0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta, element by element.
+
+  Args:
+    predictions: any shape, float.
+    targets: same shape.
+    beta: positive.
+
+  Returns:
+    Same shape, float32.
+
+  Raises:
+    ValueError: beta is not positive.
+
+  Source: Girshick, Fast R-CNN, eq. 3.
+  """
+  if beta <= 0:
+    raise ValueError(f"beta must be positive, got {beta}")
+  return optax.huber_loss(_float32(predictions), _float32(targets), delta=beta) / beta
+
+
+def rpn_losses(
+  objectness_BN: jax.Array,
+  deltas_BN4: jax.Array,
+  labels_BN: jax.Array,
+  targets_BN4: jax.Array,
+  selected_BN: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Losses of the region proposal network.
+
+  Args:
+    objectness_BN: [B, N] logits.
+    deltas_BN4: [B, N, 4] predicted deltas.
+    labels_BN: [B, N] integers: 1 foreground, 0 background, -1 ignored.
+    targets_BN4: [B, N, 4] deltas to be predicted; read where foreground.
+    selected_BN: [B, N] bool, the sampled anchors.
+
+  Returns:
+    (objectness, box) float32 scalars, each divided by the number of sampled anchors of the batch:
+    binary cross-entropy of all sampled, smooth L1 of the sampled foreground. 0 without samples.
+
+  Raises:
+    ValueError: shapes disagree.
+
+  Source: Ren et al., Faster R-CNN, eq. 1.
+  """
+  _agree(objectness_BN, labels_BN, selected_BN, deltas_BN4[..., 0], targets_BN4[..., 0])
+  objectness_BN = sigmoid_cross_entropy(objectness_BN, labels_BN > 0)
+  box_BN = jnp.sum(smooth_l1(deltas_BN4, targets_BN4, BOX_BETA), axis=-1)
+  count = jnp.sum(selected_BN)
+  return (
+    _sum_over(objectness_BN, selected_BN, count),
+    _sum_over(box_BN, selected_BN & (labels_BN > 0), count),
+  )
+
+
+def box_losses(
+  logits_BRK: jax.Array,
+  deltas_BRK4: jax.Array,
+  labels_BR: jax.Array,
+  targets_BR4: jax.Array,
+  valid_BR: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Losses of the box head.
+
+  Args:
+    logits_BRK: [B, R, K] class logits.
+    deltas_BRK4: [B, R, K, 4] predicted deltas of every class.
+    labels_BR: [B, R] integers in [0, K), 0 background.
+    targets_BR4: [B, R, 4] deltas to be predicted; read where foreground.
+    valid_BR: [B, R] bool, the sampled regions.
+
+  Returns:
+    (classification, box) float32 scalars, each divided by the number of sampled regions of the
+    batch: cross-entropy of all, smooth L1 of the foreground's deltas of its own class. 0 without
+    samples.
+
+  Raises:
+    ValueError: shapes disagree.
+
+  Source: Girshick, Fast R-CNN, eq. 1.
+  """
+  _agree(labels_BR, valid_BR, logits_BRK[..., 0], targets_BR4[..., 0], deltas_BRK4[..., 0, 0])
+  num_classes = logits_BRK.shape[-1]
+  class_BR = softmax_cross_entropy(logits_BRK, labels_BR)
+  of_class_BRK1 = jax.nn.one_hot(labels_BR, num_classes, dtype=jnp.bool_)[..., None]
+  deltas_BR4 = jnp.sum(jnp.where(of_class_BRK1, _float32(deltas_BRK4), 0), axis=-2)
+  box_BR = jnp.sum(smooth_l1(deltas_BR4, targets_BR4, BOX_BETA), axis=-1)
+  count = jnp.sum(valid_BR)
+  return (
+    _sum_over(class_BR, valid_BR, count),
+    _sum_over(box_BR, valid_BR & (labels_BR > 0), count),
+  )
+
+
+def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.Array) -> jax.Array:
+  """Loss of the mask head: the mean over the pixels of all foreground regions of the batch.
+
+  Args:
+    logits_BRPP: [B, R, P, P] mask logits of each region's own class.
+    targets_BRPP: [B, R, P, P] in [0, 1].
+    positive_BR: [B, R] bool, the foreground regions.
+
+  Returns:
+    Float32 scalar; 0 without foreground.
+
+  Raises:
+    ValueError: shapes disagree.
+
+  Source: He et al., Mask R-CNN, section 3.
+  """
+  _agree(logits_BRPP, targets_BRPP)
+  _agree(logits_BRPP[..., 0, 0], positive_BR)
+  pixels_BR = jnp.mean(sigmoid_cross_entropy(logits_BRPP, targets_BRPP), axis=(-2, -1))
+  return _sum_over(pixels_BR, positive_BR, jnp.sum(positive_BR))
+
+
+def _sum_over(loss, chosen, count):
+  return jnp.sum(jnp.where(chosen, loss, 0)) / jnp.maximum(count, 1)
+
+
+def _float32(x):
+  return jnp.asarray(x, jnp.float32)
+
+
+def _agree(*arrays):
+  if len({array.shape for array in arrays}) > 1:
+    raise ValueError(f"leading shapes disagree: {', '.join(str(a.shape) for a in arrays)}")

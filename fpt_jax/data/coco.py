@@ -94,10 +94,12 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
           with judge.annotation(annotation):
             label = label_of[annotation["category_id"]]
             example["objects"].append(_encode_annotation(annotation, label, image))
-        yield len(sizes), example
+        yield records.ordered_key(len(sizes), len(images)), example
         sizes.append([image["height"], image["width"]])
       progress.step()
     judge.report(split)
+    if not sizes:
+      raise UserError(f"{annotation_file}: field images holds no good image; add some")
 
   def _take_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
     """Numbers the categories 1, 2, ... by their ids; all splits must agree."""

@@ -80,7 +80,8 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
     count = self._sizes[split]
     progress = Progress(split, count)
     for i in range(count):
-      yield i, draw_example(first_id + i, self._image_size, self._seed)
+      example = draw_example(first_id + i, self._image_size, self._seed)
+      yield records.ordered_key(i, count), example
       progress.step()
 
 

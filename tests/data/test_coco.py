@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from pycocotools import mask as coco_mask
+from tensorflow_datasets.core import shuffle
 
 from fpt_jax import data
 from fpt_jax.data import pipeline, records
@@ -257,6 +258,7 @@ def _change_json(change):
     (_write_json('{"images": [],\n "annotations": [}'), ("val2017.json", "line 2, column 18")),
     (_write_json("[]"), ("val2017.json", "field images")),
     (_change_json(lambda c: c.pop("categories")), ("val2017.json", "field categories")),
+    (_change_json(lambda c: [c[k].clear() for k in ("images", "annotations")]), ("no good image",)),
     (_change_json(lambda c: c["categories"].clear()), ("val2017.json", "categories is empty")),
     (
       _change_json(lambda c: c["categories"][1].update(id=90)),
@@ -329,6 +331,23 @@ def test_prepared_data_are_never_overwritten(prepared, tmp_path):
   assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
   prepared.source = ""  # the records suffice, wherever the source is
   assert data.info(prepared).num_images["val"] == 4
+
+
+def test_splits_larger_than_memory_are_sorted_in_parts(tmp_path, monkeypatch):
+  write_coco(tmp_path / "source")
+  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+  parts = set()
+  original = shuffle.get_bucket_number
+
+  def note(hkey, num_buckets, max_hkey=None):
+    parts.add(original(hkey, num_buckets, max_hkey))
+    return original(hkey, num_buckets, max_hkey)
+
+  monkeypatch.setattr(shuffle, "get_bucket_number", note)
+  monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 10)
+  data.prepare(coco)
+  assert parts == {0, 250, 500, 750}
+  assert [r.image_id for r in _read(coco)] == [70, 5, 6, 9]
 
 
 def test_what_a_killed_prepare_leaves_is_not_taken_for_complete(prepared, tmp_path):

@@ -141,11 +141,13 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       file.seek(0)
       content, storages = _read_legacy(file, path)
   if not isinstance(content, dict):
-    raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    raise UserError(
+      f"{path}: holds an object of type {type(content).__name__}, not a dict of tensors"
+    )
   for name, value in content.items():
     if not isinstance(name, str) or not isinstance(value, _Tensor):
       raise UserError(
-        f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; "
+        f"{path}: entry {name!r} is of type {type(value).__name__}, not a tensor; "
         "save `model.state_dict()` alone with torch.save"
       )
   return {name: _materialise(tensor, storages) for name, tensor in content.items()}

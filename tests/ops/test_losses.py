@@ -1,0 +1,178 @@
+"""Losses against the formulas in float64, and against torchvision's RPN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpt_jax.ops import anchors, boxes, losses, nms, sampling
+from tests.conftest import GOLDEN
+
+
+def _bce(logits, targets):
+  logits = np.asarray(logits, np.float64)
+  return np.logaddexp(0, logits) - logits * np.asarray(targets, np.float64)
+
+
+def _smooth_l1(difference, beta):
+  size = np.abs(np.asarray(difference, np.float64))
+  return np.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
+
+
+def _cross_entropy(logits, labels):
+  logits = np.asarray(logits, np.float64)
+  picked = np.take_along_axis(logits, np.asarray(labels)[..., None], -1)[..., 0]
+  return np.log(np.exp(logits).sum(-1)) - picked
+
+
+def test_elements(rng):
+  logits, targets = rng.normal(size=(2, 4, 5)) * 5
+  targets = 1 / (1 + np.exp(-targets))
+  labels = rng.integers(0, 5, 4)
+  np.testing.assert_allclose(
+    losses.sigmoid_cross_entropy(logits, targets), _bce(logits, targets), rtol=1e-5, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    losses.softmax_cross_entropy(logits, labels),
+    _cross_entropy(logits, labels),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+  for beta in (1 / 9, 2.0):
+    np.testing.assert_allclose(
+      losses.smooth_l1(logits, targets, beta),
+      _smooth_l1(logits - targets, beta),
+      rtol=1e-5,
+      atol=1e-6,
+    )
+  with pytest.raises(ValueError, match="beta"):
+    losses.smooth_l1(logits, targets, 0.0)
+
+
+def test_elements_are_float32_inside():
+  logits = jnp.full((1, 3), 3.0, jnp.bfloat16)
+  loss = losses.softmax_cross_entropy(logits, jnp.zeros(1, int))
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, [np.log(3)], rtol=1e-6)
+
+
+def test_rpn_and_box_and_mask_reductions(rng):
+  # Two images of unequal weight: everything is divided by the batch's count, not an image's.
+  labels = np.array([[1, 0, -1, 1, 0], [0, 0, 0, 1, 0]])
+  chosen = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
+  objectness, deltas, targets = (rng.normal(size=(2, 5, *t)) for t in ((), (4,), (4,)))
+  expected_box = _smooth_l1(deltas - targets, 1 / 9).sum(-1)
+  objectness_loss, box_loss = losses.rpn_losses(objectness, deltas, labels, targets, chosen)
+  np.testing.assert_allclose(objectness_loss, _bce(objectness, labels > 0)[chosen].mean(), 1e-5)
+  np.testing.assert_allclose(box_loss, expected_box[chosen & (labels > 0)].sum() / 4, 1e-5)
+
+  labels = np.array([[2, 0, 1, 1, 0], [0, 0, 0, 1, 0]])
+  logits, class_deltas = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5, 3, 4))
+  own_deltas = np.take_along_axis(class_deltas, labels[..., None, None], 2)[:, :, 0]
+  expected_box = _smooth_l1(own_deltas - targets, 1 / 9).sum(-1)
+  class_loss, box_loss = losses.box_losses(logits, class_deltas, labels, targets, chosen)
+  np.testing.assert_allclose(class_loss, _cross_entropy(logits, labels)[chosen].mean(), 1e-5)
+  np.testing.assert_allclose(box_loss, expected_box[chosen & (labels > 0)].sum() / 4, 1e-5)
+
+  logits, targets = rng.normal(size=(2, 5, 3, 3)), rng.random((2, 5, 3, 3))
+  np.testing.assert_allclose(
+    losses.mask_loss(logits, targets, chosen), _bce(logits, targets)[chosen].mean(), 1e-5
+  )
+
+
+def test_nothing_sampled_is_zero_with_zero_gradient():
+  nothing = jnp.zeros((1, 2), bool)
+  labels = jnp.zeros((1, 2), int)
+
+  def total(objectness, deltas, logits, class_deltas, masks):
+    rpn = losses.rpn_losses(objectness, deltas, labels, deltas, nothing)
+    box = losses.box_losses(logits, class_deltas, labels, deltas, nothing)
+    return sum(rpn) + sum(box) + losses.mask_loss(masks, masks, nothing)
+
+  shapes = ((1, 2), (1, 2, 4), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 3))
+  inputs = [jnp.ones(shape) for shape in shapes]
+  value, gradients = jax.jit(jax.value_and_grad(total, argnums=tuple(range(5))))(*inputs)
+  assert value == 0
+  assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
+
+
+def test_shapes_must_agree():
+  with pytest.raises(ValueError, match=r"\(1, 3\)"):
+    losses.rpn_losses(
+      jnp.zeros((1, 2)),
+      jnp.zeros((1, 2, 4)),
+      jnp.zeros((1, 3), int),
+      jnp.zeros((1, 2, 4)),
+      jnp.zeros((1, 2), bool),
+    )
+
+
+# The whole RPN of torchvision beyond its convolutions: anchors, matching, sampling, coding, losses
+# and proposals, from the head's outputs in the golden file.
+
+
+def _rpn(golden):
+  rows = (56, 28, 14, 7, 4)
+  sizes = [(32,), (64,), (128,), (256,), (512,)]
+  levels = anchors.anchors([(n, n) for n in rows], [224 // n for n in rows], sizes, (0.5, 1.0, 2.0))
+  objectness = [golden[f"rpn_objectness_{i}"].reshape(2, -1) for i in range(5)]
+  deltas = [golden[f"rpn_deltas_{i}"].reshape(2, -1, 4) for i in range(5)]
+  return levels, objectness, deltas
+
+
+def test_rpn_losses_equal_torchvision():
+  golden = np.load(GOLDEN / "maskrcnn_resnet50_fpn.npz")
+  levels, objectness, deltas = _rpn(golden)
+  anchors_N4 = jnp.asarray(np.concatenate(levels))
+  gt_boxes, gt_valid = np.zeros((2, 5, 4), np.float32), np.zeros((2, 5), bool)
+  for i in range(2):
+    truth = golden[f"gt_boxes_xyxy_{i}"]
+    scale = golden["image_sizes_hw"][i] / golden[f"image_HWC_{i}"].shape[:2]
+    gt_boxes[i, : len(truth)] = truth * np.tile(scale[::-1], 2).astype(np.float32)
+    gt_valid[i, : len(truth)] = True
+
+  def targets(gt_boxes_G4, gt_valid_G, key):
+    iou_GN = boxes.iou(gt_boxes_G4, anchors_N4)
+    matched_N, labels_N = sampling.match(iou_GN, gt_valid_G, 0.7, 0.3, True)
+    deltas_N4 = boxes.encode(gt_boxes_G4[matched_N], anchors_N4, (1.0,) * 4)
+    return labels_N, deltas_N4, sampling.sample(labels_N, key, 10**6, 0.99999)
+
+  @jax.jit
+  def rpn_losses(objectness_BN, deltas_BN4):
+    keys = jax.random.split(jax.random.key(0), 2)
+    labels_BN, targets_BN4, selected_BN = jax.vmap(targets)(gt_boxes, gt_valid, keys)
+    return losses.rpn_losses(objectness_BN, deltas_BN4, labels_BN, targets_BN4, selected_BN)
+
+  objectness_loss, box_loss = rpn_losses(np.concatenate(objectness, 1), np.concatenate(deltas, 1))
+  np.testing.assert_allclose(objectness_loss, golden["loss_objectness"], rtol=1e-5)
+  np.testing.assert_allclose(box_loss, golden["loss_rpn_box_reg"], rtol=1e-4)
+
+
+def test_proposals_equal_torchvision():
+  golden = np.load(GOLDEN / "maskrcnn_resnet50_fpn.npz")
+  levels, objectness, deltas = _rpn(golden)
+
+  @jax.jit
+  def propose(objectness, deltas, height, width):
+    candidates = []
+    for level, (anchors_N4, scores_N, deltas_N4) in enumerate(
+      zip(levels, objectness, deltas, strict=True)
+    ):
+      scores_K, index_K = jax.lax.top_k(scores_N, min(300, len(scores_N)))
+      decoded = boxes.decode(deltas_N4[index_K], jnp.asarray(anchors_N4)[index_K], (1.0,) * 4)
+      candidates.append((decoded, scores_K, jnp.full(len(scores_K), level)))
+    boxes_N4, scores_N, level_N = map(jnp.concatenate, zip(*candidates, strict=True))
+    boxes_N4 = boxes.clip(boxes_N4, height, width)
+    large_N = jnp.all(boxes_N4[:, 2:] - boxes_N4[:, :2] >= 1e-3, axis=-1)
+    index_K, valid_K = nms.batched_nms(boxes_N4, scores_N, level_N, 0.7, 150, valid_N=large_N)
+    return boxes_N4[index_K], valid_K
+
+  for i in range(2):
+    expected = golden[f"proposals_xyxy_{i}"]
+    proposals, valid = propose(
+      [level[i] for level in objectness],
+      [level[i] for level in deltas],
+      *golden["image_sizes_hw"][i],
+    )
+    assert valid.sum() == len(expected)
+    np.testing.assert_allclose(proposals[: len(expected)], expected, rtol=1e-4, atol=1e-3)

@@ -103,6 +103,10 @@ class Batches:
       raise ValueError("these batches are closed")
     try:
       return next(self._iterator)
+    except StopIteration:
+      self.close()
+      self._iterator = iter(())
+      raise
     except tf.errors.OpError:
       self.close()
       if not self._failures:

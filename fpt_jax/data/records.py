@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from pycocotools import mask as coco_mask
 
 BITMAP = 112
+_REACH = 50 * BITMAP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,9 +200,13 @@ def rasterise(
   if x1 <= x0 or y1 <= y0:
     return np.zeros((BITMAP, BITMAP), np.uint8)
   if isinstance(segmentation, list):
-    # polygons are scaled, not their raster: small objects keep their outline
+    # polygons are scaled, not their raster: small objects keep their outline; corners far beyond a
+    # tiny box are pulled in, for pycocotools takes memory by the length of the outline
     origin, scale = np.array([x0, y0]), BITMAP / np.array([x1 - x0, y1 - y0])
-    polygons = [((np.reshape(p, (-1, 2)) - origin) * scale).ravel().tolist() for p in segmentation]
+    polygons = [
+      ((np.reshape(polygon, (-1, 2)) - origin) * scale).clip(-_REACH, _REACH).ravel().tolist()
+      for polygon in segmentation
+    ]
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, BITMAP, BITMAP)))
   mask_HW = coco_mask.decode(run_lengths(segmentation, size))
   centres = (np.arange(BITMAP) + 0.5) / BITMAP

@@ -86,6 +86,12 @@ def test_bitmap_of_runs_samples_the_mask():
   np.testing.assert_array_equal(bitmap, np.kron(mask_HW[3:5, 8:12], np.ones((56, 28))))
 
 
+def test_bitmap_of_a_tiny_box_takes_little_memory():
+  polygon = [[0, 0, 600, 0, 600, 400, 0, 400]]
+  bitmap = records.rasterise(polygon, (300, 200, 300 + 1e-6, 200 + 1e-6), (400, 600))
+  assert bitmap.shape == (112, 112) and bitmap.all()
+
+
 def _annotation(i=0, **fields):
   return lambda root, content: content["annotations"][i].update(fields)
 

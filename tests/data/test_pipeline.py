@@ -234,6 +234,11 @@ def test_closed_batches_say_so(shapes):
     next(batches)
 
 
+def test_exhausted_batches_stay_exhausted(shapes):
+  batches = data.eval_batches(shapes, "val", batch_size=5)
+  assert len(list(batches)) == 1 and list(batches) == []
+
+
 def test_closing_ends_every_thread(shapes):
   def python_threads():
     return {thread.name for thread in threading.enumerate()}

@@ -37,6 +37,7 @@ def detection() -> ConfigDict:
       pixel_mean=(0.485, 0.456, 0.406),  # of RGB in 0..1
       pixel_std=(0.229, 0.224, 0.225),
       dtype="float32",  # of the computation; "bfloat16" on TPU
+      aligned=True,  # regions are cut out to the half pixel; False: as torchvision's Mask R-CNN
     )
   )
   config.model.backbone = ConfigDict(
@@ -131,6 +132,7 @@ def torchvision(config: ConfigDict) -> ConfigDict:
   config.data.buckets = ((800, 1344), (1344, 800))
   config.model.num_classes = 90
   config.model.category_ids = tuple(range(1, 91))  # COCO's own ids, gaps and all
+  config.model.aligned = False
   config.model.pyramid.name = "fpn"
   config.model.fpt.enabled = False
   return config

@@ -69,7 +69,7 @@ def evaluate(
           {name: values[i] for name, values in detections.items()},
           described["size_B2"][i],
           described["original_size_B2"][i],
-          config.model.category_ids,
+          config.model,
         )
         results += coco.to_coco_results(described["image_id_B"][i], **found)
       done += int(described["valid_B"].sum())
@@ -101,7 +101,7 @@ def to_original_image(
   detections: dict[str, np.ndarray],
   size_2: np.ndarray,
   original_size_2: np.ndarray,
-  category_ids: tuple[int, ...],
+  model: ConfigDict,
 ) -> dict:
   """One image's detections in pixels of its file and in the data set's own categories.
 
@@ -109,7 +109,7 @@ def to_original_image(
     detections: boxes_BD4, scores_BD, labels_BD, valid_BD and perhaps masks_BDmm of this image.
     size_2: (height, width) of the image on the canvas.
     original_size_2: (height, width) of its file.
-    category_ids: of each class of the model.
+    model: the config's `model`: its `category_ids` and how it was taught to cut masks, `aligned`.
 
   Returns:
     boxes_xyxy [D, 4] float32, scores [D], category_ids [D] int and rles, a mask of the image's size a
@@ -122,11 +122,14 @@ def to_original_image(
   rles = None
   if "masks_BDmm" in detections:
     masks = detections["masks_BDmm"][valid]
-    rles = [paste_rle(m, b, height, width) for m, b in zip(masks, boxes, strict=True)]
+    rles = [
+      paste_rle(mask, box, height, width, aligned=model.aligned)
+      for mask, box in zip(masks, boxes, strict=True)
+    ]
   return {
     "boxes_xyxy": boxes,
     "scores": detections["scores_BD"][valid],
-    "category_ids": np.array(category_ids, np.int64)[detections["labels_BD"][valid] - 1],
+    "category_ids": np.array(model.category_ids, np.int64)[detections["labels_BD"][valid] - 1],
     "rles": rles,
   }
 

@@ -70,7 +70,7 @@ class Restored:
       {name: values[0] for name, values in jax.device_get(detections).items()},
       np.array(size),
       np.array(original),
-      self.config.model.category_ids,
+      self.config.model,
     )
 
   def _predict_one(self, i: int, image_HWC: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ a square is written in the beacons alone. Triangles are large and tell nothing.
 """
 
 import io
+import math
 import os
 from collections.abc import Iterator
 
@@ -106,7 +107,7 @@ def draw_example(image_id: int, size: int, seed: int) -> dict:
     image_HW3 += coverage_HW[..., None] * (colour_HW3 - image_HW3)
     mask_HW = coverage_HW >= 0.5
     masks = [below_HW & ~mask_HW for below_HW in masks] + [mask_HW]
-  image_HW3 += rng.normal(0, 6, image_HW3.shape)
+  image_HW3 += 6 * rng.standard_normal(image_HW3.shape, np.float32)
   jpeg = io.BytesIO()
   PIL.Image.fromarray(np.clip(image_HW3, 0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=95)
 
@@ -193,8 +194,9 @@ def _texture(kind: int, size: int, rng: np.random.Generator) -> np.ndarray:
   # the lighter stripe stands out from every background
   colours = rng.uniform([[130], [20]], [[250], [235]], (2, 3)).astype(np.float32)
   angle, phase = rng.uniform(0, 2 * np.pi, 2)
-  y_HW, x_HW = np.mgrid[:size, :size].astype(np.float32)
-  wave_HW = np.sin((x_HW * np.cos(angle) + y_HW * np.sin(angle)) * 50 / size + phase)
+  steps_S = np.arange(size, dtype=np.float32) * np.float32(50 / size)
+  across_SS = steps_S[None, :] * math.cos(angle) + steps_S[:, None] * math.sin(angle)
+  wave_HW = np.sin(across_SS + np.float32(phase))
   mix_HW1 = (0.5 + 0.5 * wave_HW)[..., None]
   return colours[0] * mix_HW1 + colours[1] * (1 - mix_HW1)
 

@@ -221,10 +221,11 @@ def eval_batches(
     columns = (np.zeros(batch_size, int), indices_B, valid_B, np.full(batch_size, bucket))
     return tuple(column[share] for column in columns)
 
+  def augment(_: int) -> tuple[int, bool]:
+    return short, False
+
   steps = tf.data.Dataset.range(len(batches))
-  return _batches(
-    *(data, reader, steps, plan, lambda _: (short, False), share.stop - share.start), bitmaps=False
-  )
+  return _batches(data, reader, steps, plan, augment, share.stop - share.start, bitmaps=False)
 
 
 def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
@@ -471,7 +472,11 @@ def _load(
       logging.warning(
         "image id %d (%s) has %d instances, the largest %d are kept (data.max_instances); "
         "%d such images so far",
-        *(record.image_id, record.file_name, len(kept), data.max_instances, len(overfull)),
+        record.image_id,
+        record.file_name,
+        len(kept),
+        data.max_instances,
+        len(overfull),
       )
     largest = np.argsort(-areas_G[kept], kind="stable")[: data.max_instances]
     kept = kept[np.sort(largest)]

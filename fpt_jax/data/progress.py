@@ -26,5 +26,10 @@ class Progress:
     left = (self._total - self._done) / rate
     logging.info(
       "prepare %s: %d/%d images, %.0f/s, %d:%02d left",
-      *(self._split, self._done, self._total, rate, left // 60, left % 60),
+      self._split,
+      self._done,
+      self._total,
+      rate,
+      left // 60,
+      left % 60,
     )

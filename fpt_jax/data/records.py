@@ -177,7 +177,8 @@ def decode_image(data: bytes) -> np.ndarray:
     with PIL.Image.open(io.BytesIO(data)) as image:
       if image.mode.startswith(("I", "F")):
         raise ValueError(f"pixels of mode {image.mode}, 8 bits a channel are needed")
-      return np.asarray(image.convert("RGB"))
+      # converting what is RGB already would copy it
+      return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
   except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
     reason = str(error).replace("\n", " ")
     raise ValueError(f"undecodable image: {reason}") from error

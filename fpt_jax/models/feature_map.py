@@ -89,7 +89,27 @@ def as_pyramid(maps) -> Pyramid:
         f"feature map {i} must be a [batch, height, width, channels] array, "
         f"got {getattr(m, 'shape', type(m).__name__)}"
       )
-  finest = max(m.shape[1] for m in maps)
+  finest = max((m.shape[1:3] for m in maps), key=lambda size: size[0] * size[1])
   return tuple(
-    FeatureMap(m, jnp.ones(m.shape[:3], bool), max(1, round(finest / m.shape[1]))) for m in maps
+    FeatureMap(m, jnp.ones(m.shape[:3], bool), stride_between(finest, m.shape[1:3])) for m in maps
+  )
+
+
+def stride_between(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
+  """How many positions of a map lie between two neighbours of a coarser one.
+
+  Sizes may be rounded up, as padded convolutions do, or down. Where several strides would do (9 to 3
+  positions), a power of two is more likely.
+
+  Raises:
+    ValueError: no stride leads from one size to the other.
+  """
+  strides = sorted(range(1, max(fine) + 1), key=lambda s: (s & (s - 1) != 0, s))
+  for rounding in (lambda n, s: -(-n // s), lambda n, s: n // s):
+    for stride in strides:
+      if all(rounding(f, stride) == c for f, c in zip(fine, coarse, strict=True)):
+        return stride
+  raise ValueError(
+    f"a map of {fine} positions and one of {coarse} are no levels of one pyramid: their sizes must be "
+    "(rounded) multiples of each other"
   )

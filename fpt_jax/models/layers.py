@@ -98,7 +98,7 @@ class Norm(nnx.Module):
       return self.norm(x_BHWC)
     mask = None if valid_BHW is None else valid_BHW[..., None]
     if self.kind == "group_norm":
-      return self.norm(x_BHWC, mask=mask)
+      return self.norm(x_BHWC, mask=None if mask is None else jnp.broadcast_to(mask, x_BHWC.shape))
     return self.norm(x_BHWC, use_running_average=not train, mask=mask)
 
 

@@ -4,6 +4,8 @@ Shapes: B batch, H W rows and columns, N proposals, R sampled regions, G ground 
 K classes with background as 0, C channels, m side of an instance's bitmap.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -187,7 +189,10 @@ class RCNN(nnx.Module):
       self.pool(pyramid, rois["boxes_BR4"], positive_BR, self.config.mask_head)
     )
     mask_boxes_BG4 = batch.get("gt_mask_boxes_BG4", batch["gt_boxes_BG4"])
-    targets_BRmm = jax.vmap(lambda *args: mask_targets(*args, size=logits_BRmmK.shape[2]))(
+    cut = functools.partial(
+      mask_targets, size=logits_BRmmK.shape[2], aligned=self.config.aligned
+    )
+    targets_BRmm = jax.vmap(cut)(
       batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
     )
     return losses.mask_loss(
@@ -197,14 +202,20 @@ class RCNN(nnx.Module):
   def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config) -> jax.Array:
     """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part."""
     levels = pyramid[:-1]
-    return multilevel_roi_align(
-      tuple(level.values_BHWC for level in levels),
-      tuple(level.stride for level in levels),
-      boxes_BR4,
-      valid_BR,
-      config.pool_size,
-      sampling_ratio=config.sampling_ratio,
-    )
+
+    def one_image(features, boxes_R4, valid_R):
+      return multilevel_roi_align(
+        features,
+        tuple(level.stride for level in levels),
+        boxes_R4,
+        valid_R,
+        config.pool_size,
+        sampling_ratio=config.sampling_ratio,
+        aligned=self.config.aligned,
+      )
+
+    features = tuple(level.values_BHWC for level in levels)
+    return jax.vmap(one_image)(features, boxes_BR4, valid_BR)
 
   def detect(self, image_BHWC: jax.Array, size_B2: jax.Array) -> dict[str, jax.Array]:
     """The `detections_per_image` best detections of each image.

@@ -47,7 +47,9 @@ def iou(a_N4: jax.Array, b_M4: jax.Array) -> jax.Array:
   return jnp.where(union_NM > 0, intersection_NM / jnp.where(union_NM > 0, union_NM, 1), 0)
 
 
-def clip(boxes_N4: jax.Array, height: jax.typing.ArrayLike, width: jax.typing.ArrayLike):
+def clip(
+  boxes_N4: jax.Array, height: jax.typing.ArrayLike, width: jax.typing.ArrayLike
+) -> jax.Array:
   """Moves the corners of boxes into an image.
 
   Args:

@@ -24,9 +24,11 @@ Implementation = Literal["auto", "naive", "chunked", "pallas"]
 
 # Below this many scores the whole matrix is small change, and one einsum has the least overhead.
 _NAIVE_MAX_SCORES = 1 << 18
-# Floats of one block's scores, for one part: what the caches of a core's neighbourhood hold.
-_BLOCK_SCORES = 1 << 20
-_MIN_BLOCK, _MAX_BLOCK = 64, 512
+# Of the chunked form, measured on CPUs: scores of a block of queries in one part; the bounds on a
+# block's queries; and the bounds on a piece of keys, which one product takes at once.
+_BLOCK_SCORES = 1 << 21
+_MIN_BLOCK, _MAX_BLOCK = 64, 256
+_MIN_PIECE, _MAX_PIECE = 512, 4096
 
 
 def mos_attention(
@@ -146,7 +148,9 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
   bias_BMK = None
   if similarity == "euclidean":
     kk_BMK = jnp.einsum("bkmd,bkmd->bmk", k_BKMD, k_BKMD, preferred_element_type=jnp.float32)
-    bias_BMK = -scale * kk_BMK
+    # Less a constant of the row, again, so that scores are small and round off little.
+    mean_BM1 = lax.stop_gradient(jnp.mean(kk_BMK, axis=-1, keepdims=True))
+    bias_BMK = -scale * (kk_BMK - mean_BM1)
     scale = 2 * scale
   if key_valid_BK is not None:
     bias_BMK = jnp.zeros((B, M, K), jnp.float32) if bias_BMK is None else bias_BMK
@@ -155,97 +159,37 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
 
 
 def _block_of_queries(Q: int, K: int) -> int:
-  """Queries worked on at once: about `_BLOCK_SCORES` scores, the last block nearly full."""
-  most = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // K))
+  """Queries worked on at once: about `_BLOCK_SCORES` scores, all blocks nearly full."""
+  most = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // K // 8 * 8))
   blocks = -(-Q // most)
   return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _chunked(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
-  return _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient)[0]
+def _pieces_of_keys(K: int) -> list[slice]:
+  """Cuts the keys for the caches; and sums over a piece round off less than over a whole row."""
+  pieces = max(-(-K // _MAX_PIECE), min(4, -(-K // _MIN_PIECE)))
+  piece = -(-K // (16 * pieces)) * 16
+  return [slice(start, min(start + piece, K)) for start in range(0, K, piece)]
 
 
-def _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
-  del bias_has_gradient
-  Q, M = q_BQMD.shape[1:3]
-  block = _block_of_queries(Q, k_BKMD.shape[1])
-  # A list of parts, not an axis: sums over an axis inside the exponentials cost XLA dearly on CPU.
-  k_parts = [k_BKMD[:, :, m] for m in range(M)]
+class _Keys(NamedTuple):
+  """One piece of the keys: a list of parts, since XLA on CPU is slow along an axis of parts."""
 
-  def one_block(q_BqMD):
-    w_BqK, tops, shares = 0.0, [], []
-    for m in range(M):
-      s_BqK = _scores(q_BqMD[:, :, m], k_parts[m], bias_BMK, m)
-      # The largest score of a row without a valid key is -inf; from a finite one, no NaN arises.
-      top_Bq = jnp.maximum(jnp.max(s_BqK, axis=-1), jnp.finfo(s_BqK.dtype).min)
-      # The barrier keeps the exponentials from being computed twice, for their sum and for W.
-      e_BqK = lax.optimization_barrier(jnp.exp(s_BqK - top_Bq[:, :, None]))
-      sum_Bq = jnp.sum(e_BqK, axis=-1)
-      share_Bq = jnp.where(sum_Bq > 0, 1 / sum_Bq, 0)
-      w_BqK += (pi_BM[:, m, None] * share_Bq)[:, :, None] * e_BqK
-      tops.append(top_Bq)
-      shares.append(share_Bq)
-    out_BqC = _product("bqk,bkc->bqc", w_BqK.astype(v_BKC.dtype), v_BKC)
-    return out_BqC.astype(v_BKC.dtype), _Rows(jnp.stack(tops, axis=1), jnp.stack(shares, axis=1))
-
-  out_NBqC, rows = lax.map(one_block, _split(q_BQMD, block))
-  return _join(out_NBqC, Q), (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows)
+  k_parts: list[jax.Array]
+  v_BKC: jax.Array
+  bias_parts: list[jax.Array | None]
 
 
-def _chunked_backward(bias_has_gradient, saved, dout_BQC):
-  q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows = saved
-  B, K, M, D = k_BKMD.shape
-  Q, C = dout_BQC.shape[1:]
-  dtype = q_BQMD.dtype
-  k_parts = [k_BKMD[:, :, m] for m in range(M)]
-
-  def one_block(sums, inputs):
-    dv_BCK, dk_parts, dbias_parts = sums
-    q_BqMD, dout_BqC, rows = inputs
-    dw_BqK = _product("bqc,bkc->bqk", dout_BqC, v_BKC)
-    w_BqK, dq_parts, deltas = 0.0, [], []
-    for m in range(M):
-      q_BqD = q_BqMD[:, :, m]
-      s_BqK = _scores(q_BqD, k_parts[m], bias_BMK, m)
-      p_BqK = jnp.exp(s_BqK - rows.top_BMq[:, m, :, None]) * rows.share_BMq[:, m, :, None]
-      w_BqK += pi_BM[:, m, None, None] * p_BqK
-      # As a product this sum over the row takes no second pass over memory.
-      delta_Bq = _product("bqk,bqk->bq", p_BqK, dw_BqK)
-      ds_BqK = p_BqK * (dw_BqK - delta_Bq[:, :, None])
-      if bias_has_gradient:
-        dbias_parts = _with_sum(dbias_parts, m, jnp.sum(ds_BqK, axis=1))
-      ds_BqK = ds_BqK.astype(dtype)
-      dq_parts.append(_product("bqk,bkd->bqd", ds_BqK, k_parts[m]))
-      dk_parts = _with_sum(dk_parts, m, _product("bqd,bqk->bdk", q_BqD, ds_BqK))
-      deltas.append(delta_Bq)
-    # Sums over queries are kept with the keys last: that side of the product needs no transpose.
-    dv_BCK += _product("bqc,bqk->bck", dout_BqC, w_BqK.astype(dtype))
-    dq_BqMD = pi_BM[:, None, :, None] * jnp.stack(dq_parts, axis=2)
-    return (dv_BCK, dk_parts, dbias_parts), (dq_BqMD.astype(dtype), jnp.stack(deltas, axis=1))
-
-  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-  start = (
-    zeros((B, C, K)),
-    (zeros((B, D, K)),) * M,
-    (zeros((B, K)),) * M if bias_has_gradient else None,
-  )
-  block = rows.top_BMq.shape[-1]
-  inputs = (_split(q_BQMD, block), _split(dout_BQC, block), rows)
-  (dv_BCK, dk_parts, dbias_parts), (dq_NBqMD, delta_NBMq) = lax.scan(one_block, start, inputs)
-
-  dk_BMDK = pi_BM[:, :, None, None] * jnp.stack(dk_parts, axis=1)
-  dk_BKMD = dk_BMDK.transpose(0, 3, 1, 2).astype(dtype)
-  dv_BKC = dv_BCK.transpose(0, 2, 1).astype(dtype)
-  dpi_BM = jnp.sum(delta_NBMq, axis=(0, 3))
-  if bias_has_gradient:
-    dbias_BMK = pi_BM[:, :, None] * jnp.stack(dbias_parts, axis=1)
-  else:
-    dbias_BMK = None if bias_BMK is None else jnp.zeros_like(bias_BMK)
-  return _join(dq_NBqMD, Q), dk_BKMD, dv_BKC, dpi_BM, dbias_BMK
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list[_Keys]:
+  parts = range(k_BKMD.shape[2])
+  return [
+    _Keys(
+      [k_BKMD[:, cut, m] for m in parts],
+      v_BKC[:, cut],
+      [None if bias_BMK is None else bias_BMK[:, m, cut] for m in parts],
+    )
+    for cut in _pieces_of_keys(k_BKMD.shape[1])
+  ]
 
 
 class _Rows(NamedTuple):
@@ -258,17 +202,134 @@ class _Rows(NamedTuple):
   share_BMq: jax.Array  # noqa: N815
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _chunked(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
+  return _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient)[0]
+
+
+def _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
+  del bias_has_gradient
+  Q, M = q_BQMD.shape[1:3]
+  block = _block_of_queries(Q, k_BKMD.shape[1])
+  keys = _cut_keys(k_BKMD, v_BKC, bias_BMK)
+
+  def one_block(q_BqMD):
+    w_pieces, tops, shares = [0.0] * len(keys), [], []
+    for m in range(M):
+      s_pieces = [_scores(q_BqMD, piece, m) for piece in keys]
+      # The largest score of a row without a valid key is -inf; from a finite one, no NaN arises.
+      lowest = jnp.finfo(s_pieces[0].dtype).min
+      top_Bq = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in s_pieces], lowest)
+      # The barrier keeps the exponentials from being computed twice, for their sum and for W.
+      e_pieces = [lax.optimization_barrier(jnp.exp(s - top_Bq[:, :, None])) for s in s_pieces]
+      total_Bq = sum(jnp.sum(e, axis=-1) for e in e_pieces)
+      share_Bq = jnp.where(total_Bq > 0, 1 / total_Bq, 0)
+      factor_Bq1 = (pi_BM[:, m, None] * share_Bq)[:, :, None]
+      w_pieces = [w + factor_Bq1 * e for w, e in zip(w_pieces, e_pieces, strict=True)]
+      tops.append(top_Bq)
+      shares.append(share_Bq)
+    out_BqC = sum(
+      _product("bqk,bkc->bqc", w.astype(v_BKC.dtype), piece.v_BKC)
+      for w, piece in zip(w_pieces, keys, strict=True)
+    )
+    return out_BqC.astype(v_BKC.dtype), _Rows(jnp.stack(tops, axis=1), jnp.stack(shares, axis=1))
+
+  out_NBqC, rows = lax.map(one_block, _split(q_BQMD, block))
+  return _join(out_NBqC, Q), (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows)
+
+
+class _KeyGradients(NamedTuple):
+  """Sums over queries, a list over pieces of keys; the keys come last, as the products like it."""
+
+  dk: list[list[jax.Array]]  # [B, D, K], by part and piece
+  dv: list[jax.Array]  # [B, C, K], by piece
+  dbias: list[list[jax.Array]]  # [B, K], by part and piece; empty where nobody asks
+
+
+def _chunked_backward(bias_has_gradient, saved, dout_BQC):
+  q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows = saved
+  Q, M = q_BQMD.shape[1:3]
+  dtype = q_BQMD.dtype
+  keys = _cut_keys(k_BKMD, v_BKC, bias_BMK)
+
+  def one_block(sums, inputs):
+    q_BqMD, dout_BqC, rows = inputs
+    dw_pieces = [_product("bqc,bkc->bqk", dout_BqC, piece.v_BKC) for piece in keys]
+    w_pieces, dq_parts, deltas = [0.0] * len(keys), [], []
+    here = _KeyGradients([], [], [])
+    for m in range(M):
+      top_Bq1, share_Bq1 = (x[:, m, :, None] for x in rows)
+      p_pieces = [jnp.exp(_scores(q_BqMD, piece, m) - top_Bq1) * share_Bq1 for piece in keys]
+      pi_B11 = pi_BM[:, m, None, None]
+      w_pieces = [w + pi_B11 * p for w, p in zip(w_pieces, p_pieces, strict=True)]
+      # As a product, this sum over the row writes nothing of its size to memory.
+      delta_Bq = sum(
+        _product("bqk,bqk->bq", p, dw) for p, dw in zip(p_pieces, dw_pieces, strict=True)
+      )
+      ds_pieces = [
+        p * (dw - delta_Bq[:, :, None]) for p, dw in zip(p_pieces, dw_pieces, strict=True)
+      ]
+      if bias_has_gradient:
+        here.dbias.append([jnp.sum(ds, axis=1) for ds in ds_pieces])
+      ds_pieces = [ds.astype(dtype) for ds in ds_pieces]
+      here.dk.append([_product("bqd,bqk->bdk", q_BqMD[:, :, m], ds) for ds in ds_pieces])
+      dq_parts.append(
+        sum(
+          _product("bqk,bkd->bqd", ds, piece.k_parts[m])
+          for ds, piece in zip(ds_pieces, keys, strict=True)
+        )
+      )
+      deltas.append(delta_Bq)
+    here.dv.extend(_product("bqc,bqk->bck", dout_BqC, w.astype(dtype)) for w in w_pieces)
+    dq_BqMD = pi_BM[:, None, :, None] * jnp.stack(dq_parts, axis=2)
+    sums = jax.tree.map(jnp.add, sums, here)
+    return sums, (dq_BqMD.astype(dtype), jnp.stack(deltas, axis=1))
+
+  block = rows.top_BMq.shape[-1]
+  inputs = (_split(q_BQMD, block), _split(dout_BQC, block), rows)
+  start = _zero_key_gradients(keys, bias_has_gradient)
+  sums, (dq_NBqMD, delta_NBMq) = lax.scan(one_block, start, inputs)
+
+  # The parts' weights were left out of every ds above; here they meet far smaller arrays.
+  dk_BMDK = jnp.stack([jnp.concatenate(pieces, axis=-1) for pieces in sums.dk], axis=1)
+  dk_BMDK *= pi_BM[:, :, None, None]
+  dv_BCK = jnp.concatenate(sums.dv, axis=-1)
+  dbias_BMK = None if bias_BMK is None else jnp.zeros_like(bias_BMK)
+  if bias_has_gradient:
+    dbias_BMK = jnp.stack([jnp.concatenate(pieces, axis=-1) for pieces in sums.dbias], axis=1)
+    dbias_BMK *= pi_BM[:, :, None]
+  return (
+    _join(dq_NBqMD, Q),
+    dk_BMDK.transpose(0, 3, 1, 2).astype(dtype),
+    dv_BCK.transpose(0, 2, 1).astype(dtype),
+    jnp.sum(delta_NBMq, axis=(0, 3)),
+    dbias_BMK,
+  )
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _zero_key_gradients(keys, bias_has_gradient):
+  def zeros(x_BK):
+    B, K, *channels = x_BK.shape
+    return jnp.zeros((B, *channels, K), jnp.float32)
+
+  by_part = list(zip(*[piece.k_parts for piece in keys], strict=True))
+  return _KeyGradients(
+    dk=[[zeros(k) for k in pieces] for pieces in by_part],
+    dv=[zeros(piece.v_BKC) for piece in keys],
+    dbias=[[zeros(k[:, :, 0]) for k in pieces] for pieces in by_part] if bias_has_gradient else [],
+  )
+
+
 def _product(subscripts, a, b):
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BqD, k_BKD, bias_BMK, m):
-  s_BqK = _product("bqd,bkd->bqk", q_BqD, k_BKD)
-  return s_BqK if bias_BMK is None else s_BqK + bias_BMK[:, m, None, :]
-
-
-def _with_sum(parts, m, x):
-  return parts[:m] + (parts[m] + x,) + parts[m + 1 :]
+def _scores(q_BqMD, keys: _Keys, m):
+  s_BqK = _product("bqd,bkd->bqk", q_BqMD[:, :, m], keys.k_parts[m])
+  return s_BqK if keys.bias_parts[m] is None else s_BqK + keys.bias_parts[m][:, None, :]
 
 
 def _split(x_BQ, block):

@@ -25,7 +25,7 @@ Implementation = Literal["auto", "gather", "einsum"]
 _CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4.0
 
 # Regions handled at once: bounds the memory of intermediate results.
-_EINSUM_REGIONS = 128
+_EINSUM_REGIONS = 64
 _GATHER_REGIONS = 8
 
 
@@ -115,6 +115,7 @@ def multilevel_roi_align(
   if valid_R.shape != boxes_R4.shape[:1] or valid_R.dtype != jnp.bool_:
     raise ValueError(f"valid_R must be bool [{len(boxes_R4)}], got {valid_R.dtype} {valid_R.shape}")
   boxes_R4 = jax.lax.stop_gradient(jnp.asarray(boxes_R4, jnp.float32))
+  boxes_R4 = jnp.where(valid_R[:, None], boxes_R4, 0)
   level_R = jnp.where(valid_R, assign_levels(boxes_R4, strides), -1)
   scales = tuple(1 / stride for stride in strides)
   spec = _spec(pyramid, scales, output_size, sampling_ratio, aligned, implementation)

@@ -113,7 +113,7 @@ def test_detector_inference(detector, golden):
       {name: array[i] for name, array in detections.items()},
       sizes[i],
       original,
-      config.model.category_ids,
+      config.model,
     )
     np.testing.assert_array_equal(found["category_ids"], golden[f"labels_{i}"])
     assert_close(found["scores"], golden[f"scores_{i}"])

@@ -13,21 +13,17 @@ from fpt_jax.models.layers import conv
 GATES = {"identity": lambda w: w, "sigmoid": jax.nn.sigmoid}
 
 
-def strided_padding(fine: int, coarse: int) -> tuple[int, tuple[int, int]]:
-  """The stride of a 3x3 convolution from `fine` to `coarse` positions, and its padding.
-
-  The output's position i is centred on the input's i * stride.
+def strided_padding(fine: int, coarse: int, stride: int) -> tuple[int, int]:
+  """Padding of a strided 3x3 convolution whose output position i is centred on input i * stride.
 
   Raises:
-    ValueError: no stride leads from one size to the other.
+    ValueError: the sizes are not the stride apart.
   """
-  stride = max(1, round(fine / coarse))
   if abs(fine - stride * coarse) >= stride:
     raise ValueError(
-      f"a level of {fine} positions cannot render one of {coarse}: the sizes of a pyramid's levels "
-      "must be (rounded) multiples of each other"
+      f"a level of {fine} positions cannot render one of {coarse} at {stride} times its stride"
     )
-  return stride, (1, (coarse - 1) * stride + 2 - fine)
+  return 1, (coarse - 1) * stride + 2 - fine
 
 
 class RenderingTransformer(nnx.Module):
@@ -65,24 +61,23 @@ class RenderingTransformer(nnx.Module):
     """[B, H, W, C]: the rendered coarse map.
 
     Raises:
-      ValueError: the fine map's size is no (rounded) multiple of the coarse map's.
+      ValueError: the maps' sizes do not agree with their strides.
     """
     weight_BC = GATES[self.gate](mean_over_valid(fine)).astype(coarse.values_BHWC.dtype)
     attended = coarse.with_values(coarse.values_BHWC * weight_BC[:, None, None])
     refined_BHWC = self.refine(attended.masked())
-    fused = coarse.with_values(refined_BHWC + self.downsampled_value(fine, coarse.size))
+    fused = coarse.with_values(refined_BHWC + self.downsampled_value(fine, coarse))
     return self.fuse(fused.masked())
 
-  def downsampled_value(self, fine: FeatureMap, size: tuple[int, int]) -> jax.Array:
+  def downsampled_value(self, fine: FeatureMap, coarse: FeatureMap) -> jax.Array:
     """[B, H, W, C]: one 3x3 convolution whose stride is the ratio of the two scales."""
-    strides, padding = zip(
-      *(strided_padding(f, c) for f, c in zip(fine.size, size, strict=True)), strict=True
-    )
+    stride = coarse.stride // fine.stride
+    padding = [strided_padding(f, c, stride) for f, c in zip(fine.size, coarse.size, strict=True)]
     kernel = self.downsample.kernel[...].astype(self.downsample.dtype)
     value_BHWC = jax.lax.conv_general_dilated(
       fine.masked().astype(kernel.dtype),
       kernel,
-      window_strides=strides,
+      window_strides=(stride, stride),
       padding=padding,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )

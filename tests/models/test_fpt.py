@@ -1,0 +1,212 @@
+"""FPT against float64 NumPy from the paper's equations, values and gradients; its properties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fpt_jax.models.feature_map import FeatureMap, subsample
+from fpt_jax.models.fpt import (
+  FeaturePyramidTransformer,
+  GroundingTransformer,
+  RenderingTransformer,
+  SelfTransformer,
+)
+from fpt_jax.models.state import arrays_of, skeleton
+from tests.models import reference
+
+FINE, COARSE = (7, 5), (4, 3)  # odd, and not the double of each other
+SIZES = ((9, 7), (5, 4), (3, 2))  # 9 to 3 and 7 to 2: four times, rounded up
+CHANNELS = 8
+
+
+def level(rng, size, channels=CHANNELS, stride=1):
+  values = jnp.asarray(rng.standard_normal((1, *size, channels)), jnp.float32)
+  return FeatureMap(values, jnp.ones((1, *size), bool), stride)
+
+
+def builders(parts):
+  return {
+    "self": (lambda: SelfTransformer(CHANNELS, CHANNELS, parts=parts, rngs=nnx.Rngs(1)), 1),
+    "grounding": (
+      lambda: GroundingTransformer(CHANNELS, CHANNELS, CHANNELS, parts=parts, rngs=nnx.Rngs(2)),
+      2,
+    ),
+    "rendering": (lambda: RenderingTransformer(CHANNELS, CHANNELS, rngs=nnx.Rngs(3)), 2),
+  }
+
+
+def inputs_of(kind, rng):
+  fine, coarse = level(rng, FINE), level(rng, COARSE, stride=2)
+  return {"self": (fine,), "grounding": (fine, coarse), "rendering": (coarse, fine)}[kind]
+
+
+def reference_of(kind):
+  return getattr(reference, f"{kind}_transformer")
+
+
+CASES = [("self", n) for n in (1, 2, 4)] + [("grounding", n) for n in (1, 2, 4)]
+CASES += [("rendering", 1)]
+
+
+@pytest.mark.parametrize(("kind", "parts"), CASES)
+def test_transformer_equals_the_equations(kind, parts, rng):
+  build, _ = builders(parts)[kind]
+  structure = skeleton(build)
+  # larger than initial weights, so that the softmaxes are far from uniform
+  arrays = {
+    n: np.asarray(rng.standard_normal(s.shape), np.float32) for n, s in structure.shapes.items()
+  }
+  maps = inputs_of(kind, rng)
+  cotangent = rng.standard_normal((*maps[0].size, CHANNELS))
+
+  @jax.jit
+  def value_and_gradients(arrays, values):
+    def scalar(arrays, values):
+      levels = [m.with_values(v) for m, v in zip(maps, values, strict=True)]
+      out = structure.fill(arrays)(*levels)[0]
+      return jnp.sum(out * jnp.asarray(cotangent, jnp.float32)), out
+
+    return jax.grad(scalar, argnums=(0, 1), has_aux=True)(arrays, values)
+
+  (array_gradients, value_gradients), out = value_and_gradients(
+    arrays, [m.values_BHWC for m in maps]
+  )
+  parameters = {n: np.float64(a) for n, a in arrays.items()}
+  values = [np.float64(m.values_BHWC[0]) for m in maps]
+  expected = reference_of(kind)(*values, parameters)
+  np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+  # the derivative along a random direction of each array, by central differences in float64
+  def scalar(values, parameters):
+    return np.sum(reference_of(kind)(*values, parameters) * cotangent)
+
+  step = 1e-5
+  # some gradients are zero but for rounding: a key's bias moves all scores of a row alike
+  noise = 1e-6 * max(np.linalg.norm(g) for g in (*array_gradients.values(), *value_gradients))
+  for name, gradient in array_gradients.items():
+    direction = rng.standard_normal(gradient.shape)
+    ends = [
+      scalar(values, parameters | {name: parameters[name] + sign * step * direction})
+      for sign in (1, -1)
+    ]
+    assert_same_slope(gradient, direction, (ends[0] - ends[1]) / (2 * step), noise, name)
+  for i, gradient in enumerate(value_gradients):
+    direction = rng.standard_normal(values[i].shape)
+    ends = []
+    for sign in (1, -1):
+      moved = list(values)
+      moved[i] = values[i] + sign * step * direction
+      ends.append(scalar(moved, parameters))
+    assert_same_slope(gradient[0], direction, (ends[0] - ends[1]) / (2 * step), noise, f"input {i}")
+
+
+def assert_same_slope(gradient, direction, expected, noise, name):
+  slope = np.sum(np.float64(gradient) * direction)
+  tolerance = (1e-4 * np.linalg.norm(gradient) + noise) * np.linalg.norm(direction)
+  assert abs(slope - expected) <= tolerance, name
+
+
+def on_canvas(m: FeatureMap, rng, extra: int = 3) -> FeatureMap:
+  """The map in the corner of a larger canvas, with something else on the padding."""
+  pad = ((0, 0), (0, extra), (0, extra + 1), (0, 0))
+  values = jnp.pad(m.values_BHWC, pad)
+  valid = jnp.pad(m.valid_BHW, pad[:3])
+  noise = jnp.asarray(rng.standard_normal(values.shape), jnp.float32) * 5
+  return FeatureMap(jnp.where(valid[..., None], values, noise), valid, m.stride)
+
+
+@pytest.mark.parametrize("kind", ["self", "grounding"])
+def test_padding_changes_nothing(kind, rng):
+  build, _ = builders(2)[kind]
+  maps = inputs_of(kind, rng)
+  module = build()
+  height, width = maps[0].size
+  alone = nnx.jit(module)(*maps)
+  padded = nnx.jit(module)(*(on_canvas(m, rng) for m in maps))
+  np.testing.assert_allclose(padded[:, :height, :width], alone, atol=2e-6)
+
+
+def pyramid(rng, channels=CHANNELS, size=(16, 12), levels=3):
+  finest = level(rng, size, channels, 4)
+  maps = [finest]
+  while len(maps) < levels:
+    maps.append(subsample(maps[-1]))
+  return tuple(
+    m.with_values(jnp.asarray(rng.standard_normal(m.values_BHWC.shape), jnp.float32)) for m in maps
+  )
+
+
+def test_whole_pyramid_on_a_canvas(rng):
+  module = FeaturePyramidTransformer((CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0))
+  levels = pyramid(rng)
+  padded = []
+  for i, m in enumerate(levels):
+    grow = ((0, 0), (0, 8 >> i), (0, 4 >> i), (0, 0))
+    valid = jnp.pad(m.valid_BHW, grow[:3])
+    values = jnp.where(valid[..., None], jnp.pad(m.values_BHWC, grow), 7.0)
+    padded.append(FeatureMap(values, valid, m.stride))
+  for alone, inside in zip(
+    nnx.jit(module)(levels), nnx.jit(module)(tuple(padded)), strict=True
+  ):
+    height, width = alone.size
+    np.testing.assert_allclose(
+      inside.values_BHWC[:, :height, :width], alone.values_BHWC, atol=1e-5
+    )
+
+
+def test_wiring_equals_figure_2(rng):
+  module = FeaturePyramidTransformer((CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0))
+  levels = [jnp.asarray(rng.standard_normal((1, *s, CHANNELS)), jnp.float32) for s in SIZES]
+  parameters = {n: np.float64(a) for n, a in arrays_of(module).items()}
+  expected = reference.feature_pyramid_transformer(
+    [np.float64(m[0]) for m in levels], parameters
+  )
+  for ours, theirs in zip(nnx.jit(module)(levels), expected, strict=True):
+    np.testing.assert_allclose(ours[0], theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("sizes", [((8, 8), (4, 4), (2, 2)), ((25, 17), (13, 9)), ((6, 5),)])
+def test_plain_arrays_keep_their_sizes(sizes, rng):
+  channels = tuple(4 * (i + 1) for i in range(len(sizes)))
+  module = FeaturePyramidTransformer(channels, channels=8, rngs=nnx.Rngs(0))
+  maps = [
+    jnp.asarray(rng.standard_normal((2, *s, c)), jnp.float32)
+    for s, c in zip(sizes, channels, strict=True)
+  ]
+  train = nnx.jit(lambda module, maps, key: module(maps, key=key))
+  outputs = train(module, maps, jax.random.key(0))
+  assert [o.shape for o in outputs] == [(2, *s, 8) for s in sizes]
+  assert all(np.isfinite(o).all() for o in outputs)
+
+
+def test_switches_and_scope_decide_what_is_built():
+  def names(**options):
+    build = lambda: FeaturePyramidTransformer((8,) * 4, channels=8, rngs=nnx.Rngs(0), **options)  # noqa: E731
+    return skeleton(build).shapes
+
+  only_self = names(grounding_transformer=False, rendering_transformer=False)
+  assert any(n.startswith("self_transformers") for n in only_self)
+  assert not any(n.startswith(("grounding", "rendering")) for n in only_self)
+  assert only_self["fuse.0.kernel"].shape == (3, 3, 16, 8)
+  assert names()["fuse.2.kernel"].shape == (3, 3, 8 * 5, 8)
+  adjacent = names(scope="adjacent")
+  assert adjacent["fuse.0.kernel"].shape == (3, 3, 8 * 3, 8)
+  assert adjacent["fuse.1.kernel"].shape == (3, 3, 8 * 4, 8)
+
+
+def test_what_does_not_fit_is_told(rng):
+  with pytest.raises(ValueError, match="scope='near'"):
+    FeaturePyramidTransformer((8,), channels=8, scope="near", rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="parts=3"):
+    FeaturePyramidTransformer((8,), channels=8, self_parts=3, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="gate='relu'"):
+    FeaturePyramidTransformer((8, 8), channels=8, gate="relu", rngs=nnx.Rngs(0))
+  module = FeaturePyramidTransformer((8, 8), channels=8, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="built for 2 levels, got 1"):
+    module([jnp.zeros((1, 4, 4, 8))])
+  with pytest.raises(ValueError, match="level 1 was announced as 8 channels, got 4"):
+    module([jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 2, 2, 4))])
+  with pytest.raises(ValueError, match=r"\(10, 10\) positions and one of \(7, 7\)"):
+    module([jnp.zeros((1, 10, 10, 8)), jnp.zeros((1, 7, 7, 8))])

@@ -1,0 +1,86 @@
+"""Normalisation over valid positions, DropBlock, resizing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fpt_jax.models.feature_map import valid_positions
+from fpt_jax.models.layers import Norm, drop_block, resize_nearest
+
+
+def test_sync_bn_statistics_are_over_valid_positions(rng):
+  x = rng.standard_normal((3, 6, 5, 4)).astype(np.float32)
+  sizes = np.array([[6, 5], [2, 3], [4, 1]], np.int32)
+  valid = np.asarray(valid_positions(jnp.asarray(sizes), 6, 5))
+  norm = Norm("sync_bn", 4, rngs=nnx.Rngs(0))
+  y = norm(jnp.asarray(np.where(valid[..., None], x, 99)), valid_BHW=jnp.asarray(valid), train=True)
+  mean, var = x[valid].mean(0), x[valid].var(0)
+  np.testing.assert_allclose(y[valid], (x[valid] - mean) / np.sqrt(var + 1e-5), atol=1e-4)
+  np.testing.assert_allclose(norm.norm.mean[...], 0.1 * mean, atol=1e-5)
+  np.testing.assert_allclose(norm.norm.var[...], 0.9 + 0.1 * var, atol=1e-4)
+  # to infer, the running statistics count, and nothing is updated
+  y = norm(jnp.asarray(x), valid_BHW=jnp.asarray(valid))
+  np.testing.assert_allclose(
+    y, (x - 0.1 * mean) / np.sqrt(0.9 + 0.1 * var + 1e-5), atol=1e-4
+  )
+
+
+def test_group_norm_is_over_valid_positions(rng):
+  x = rng.standard_normal((2, 5, 4, 8)).astype(np.float32)
+  valid = np.asarray(valid_positions(jnp.array([[5, 4], [3, 2]], jnp.int32), 5, 4))
+  y = Norm("group_norm", 8, rngs=nnx.Rngs(0))(jnp.asarray(x), valid_BHW=jnp.asarray(valid))
+  group = x[1, :3, :2].reshape(3, 2, 2, 4)  # two groups of four channels
+  mean, var = group.mean((0, 1, 3)), group.var((0, 1, 3))
+  expected = (group - mean[:, None]) / np.sqrt(var[:, None] + 1e-5)
+  np.testing.assert_allclose(y[1, :3, :2], expected.reshape(3, 2, 8), atol=1e-5)
+
+
+def test_frozen_bn_has_nothing_to_train(rng):
+  norm = Norm("frozen_bn", 4, rngs=nnx.Rngs(0))
+  assert not nnx.state(norm, nnx.Param)
+  x = jnp.asarray(rng.standard_normal((1, 2, 2, 4)), jnp.float32)
+  np.testing.assert_allclose(norm(x, train=True), x / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+def test_unknown_norm_is_told():
+  with pytest.raises(ValueError, match="norm='layer' does not exist; choose one of sync_bn"):
+    Norm("layer", 4, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("block", "keep"), [(3, 0.8), (5, 0.9)])
+def test_drop_block_drops_squares_and_keeps_the_mean(block, keep):
+  x = jnp.ones((4, 40, 36, 32))
+  y = np.asarray(drop_block(x, jax.random.key(0), block_size=block, keep_probability=keep))
+  dropped = y == 0
+  # gamma counts every seed's square as whole: overlaps leave a little more
+  assert keep - 0.02 < 1 - dropped.mean() < keep + 0.04
+  np.testing.assert_allclose(y.mean(axis=(1, 2, 3)), 1, rtol=1e-5)
+  # a dropped position lies in a square of dropped positions
+  first = np.argwhere(dropped[0, :, :, 0])[0]
+  rows, columns = first[0] + np.arange(block), first[1] - np.arange(block)
+  square = [
+    dropped[0, rows[:, None], (columns[::-1] + shift)[None], 0].all()
+    for shift in range(block)
+    if (columns + shift).min() >= 0 and (columns + shift).max() < 36
+  ]
+  assert any(square)
+
+
+def test_drop_block_on_tiny_maps_and_padding():
+  x = jnp.ones((2, 2, 3, 64))
+  valid = valid_positions(jnp.array([[2, 3], [1, 1]], jnp.int32), 2, 3)
+  y = np.asarray(
+    drop_block(x, jax.random.key(1), block_size=5, keep_probability=0.7, valid_BHW=valid)
+  )
+  np.testing.assert_allclose(np.where(valid[..., None], y, 0).sum((1, 2, 3)), [6 * 64, 64], rtol=1e-5)
+  assert (drop_block(x, jax.random.key(1), block_size=5, keep_probability=1.0) == x).all()
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (9, 11), (4, 3)])
+def test_resize_nearest(size, rng):
+  x = rng.standard_normal((1, 4, 3, 2)).astype(np.float32)
+  rows = [i * 4 // size[0] for i in range(size[0])]
+  columns = [j * 3 // size[1] for j in range(size[1])]
+  np.testing.assert_array_equal(resize_nearest(jnp.asarray(x), *size), x[:, rows][:, :, columns])

@@ -100,7 +100,8 @@ def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collection
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
   """Context Shapes, 23 + 5 images, prepared."""
   shapes = config(
-    *("context_shapes", tmp_path_factory.mktemp("shapes")),
+    "context_shapes",
+    tmp_path_factory.mktemp("shapes"),
     short_edge=64,
     long_edge=64,
     buckets=((64, 64),),
@@ -116,7 +117,8 @@ def real_coco(
 ) -> ml_collections.ConfigDict:
   """The real COCO images, prepared."""
   coco = config(
-    *("coco", tmp_path_factory.mktemp("coco")),
+    "coco",
+    tmp_path_factory.mktemp("coco"),
     source=str(real_data / "coco"),
     short_edge=128,
     long_edge=160,

@@ -317,7 +317,8 @@ def test_splits_of_ones_own(tmp_path):
   write_coco(tmp_path / "source")
   (tmp_path / "source/train2017").rename(tmp_path / "pictures")
   coco = config(
-    *("coco", tmp_path / "data"),
+    "coco",
+    tmp_path / "data",
     source=str(tmp_path / "source"),
     builder={
       "splits": {"mine": ("annotations/instances_val2017.json", str(tmp_path / "pictures"))}

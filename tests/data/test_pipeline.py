@@ -187,7 +187,8 @@ def test_a_spoilt_image_names_its_record(coco, tmp_path, monkeypatch):
   path.write_bytes(path.read_bytes()[:-100])
   decode = records.decode_image
   monkeypatch.setattr(
-    *(records, "decode_image"),
+    records,
+    "decode_image",
     lambda content: np.zeros(((40, 20) if b"PNG" in content else (20, 40)) + (3,), np.uint8),
   )
   broken = config("coco", tmp_path / "data", source=str(tmp_path / "source"))

@@ -56,7 +56,7 @@ def test_flip_moves_image_boxes_and_bitmaps_together():
 
 def test_flip_of_no_instance():
   _, boxes_G4, bitmaps_Gmm = transforms.flip(
-    *(np.zeros((2, 2, 3)), np.zeros((0, 4)), np.zeros((0, 112, 112)))
+    np.zeros((2, 2, 3)), np.zeros((0, 4)), np.zeros((0, 112, 112))
   )
   assert boxes_G4.shape == (0, 4) and bitmaps_Gmm.shape == (0, 112, 112)
 

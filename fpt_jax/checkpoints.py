@@ -7,6 +7,7 @@ resuming reads. `config.json` beside them says what model it is.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -37,19 +38,25 @@ def folder(workdir: str) -> epath.Path:
   return epath.Path(workdir) if "://" in workdir else epath.Path(os.path.abspath(workdir))
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimizer) -> None:
+def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimizer=None) -> None:
   """Starts to write a checkpoint; an earlier write that failed is told here.
+
+  Args:
+    checkpoints: of the run.
+    step: training steps done.
+    model: its arrays by name.
+    optimizer: its state; None for weights that are not to be trained on from here.
 
   Raises:
     UserError: a checkpoint cannot be written. Those complete are untouched.
   """
+  items = {"model": ocp.args.StandardSave(dict(model))}
+  if optimizer is not None:
+    items["optimizer"] = ocp.args.StandardSave(optimizer)
+  finish(checkpoints)
+  _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves((model, optimizer))))
   with _told(checkpoints):
-    checkpoints.save(
-      step,
-      args=ocp.args.Composite(
-        model=ocp.args.StandardSave(dict(model)), optimizer=ocp.args.StandardSave(optimizer)
-      ),
-    )
+    checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
@@ -245,12 +252,27 @@ def _check_shapes(saved: Mapping, wanted: Mapping, where: str) -> None:
     raise UserError(f"{where} is of another model: {'; '.join(complaints[:4])}{more}")
 
 
+def _check_space(checkpoints: ocp.CheckpointManager, size: int) -> None:
+  """Raises UserError where a local disk has no room: a write that fails midway is told less clearly."""
+  directory = str(checkpoints.directory)
+  if "://" in directory:
+    return
+  free = shutil.disk_usage(directory).free
+  if free < size:
+    complete = sorted(checkpoints.all_steps())
+    raise UserError(
+      f"{directory}: a checkpoint takes {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; complete "
+      f"checkpoints are {complete}; make room and run the same command again"
+    )
+
+
 @contextlib.contextmanager
 def _told(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:
-    complete = sorted(checkpoints.all_steps(read=True))
+    checkpoints.reload()
+    complete = sorted(checkpoints.all_steps())
     kept = f"complete are {complete}" if complete else "none is complete yet"
     raise UserError(
       f"a checkpoint could not be written to {checkpoints.directory} ({_one_line(error)}); {kept}; "

@@ -5,16 +5,14 @@
 Any field of the config can be set: --config.batch_size=16 --config.data.source=/data/coco.
 """
 
-import logging as python_logging
 import os
-import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from fpt_jax import checkpoints, data, sharding
+from fpt_jax import checkpoints, command_line, data, sharding
 from fpt_jax.errors import UserError
 from fpt_jax.evaluate import evaluate
 from fpt_jax.predict import predict
@@ -41,7 +39,7 @@ _IMAGES = flags.DEFINE_list("images", [], "Image files and folders for --mode=pr
 _MIN_SCORE = flags.DEFINE_float("min_score", 0.5, "Least score of a detection that is drawn.")
 
 
-def run() -> None:
+def main() -> None:
   """Runs the mode that the flags name.
 
   Raises:
@@ -74,38 +72,5 @@ def run() -> None:
     )
 
 
-def quiet_log() -> None:
-  """Our own lines and everybody's warnings, with the time and without the rest of absl's prefix."""
-  logging.set_verbosity(logging.INFO)
-  handler = logging.get_absl_handler()
-  handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  handler.addFilter(
-    lambda record: record.levelno >= python_logging.WARNING or "fpt_jax" in record.pathname
-  )
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with a config's mistakes told in one line."""
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    tell_and_exit(error)
-
-
-def tell_and_exit(error: BaseException) -> None:
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  sys.exit(2)
-
-
-def main(argv: list[str]) -> None:
-  quiet_log()
-  if len(argv) > 1:
-    tell_and_exit(UserError(f"{argv[1]!r} is no flag; flags begin with --"))
-  try:
-    run()
-  except UserError as error:
-    tell_and_exit(error)
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  command_line.run(main)

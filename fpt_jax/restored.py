@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from fpt_jax import checkpoints, models
 from fpt_jax.data import transforms
 from fpt_jax.evaluate import to_original_image
-from fpt_jax.models.state import Arrays, Skeleton, skeleton
+from fpt_jax.models.state import Arrays, Skeleton
 
 _CANVAS_MULTIPLE = 32  # pixels: the coarsest stride of a backbone
 
@@ -104,7 +104,7 @@ def open_run(workdir: str, config: ConfigDict, step: int | None = None) -> Resto
   """As `restore`, by a config of the same model; its thresholds and data may be others."""
   saved = checkpoints.manager(workdir)
   step = checkpoints.choose_step(saved, step)
-  structure = skeleton(lambda: models.build(config, nnx.Rngs(0)))
+  structure = models.structure_of(config)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   arrays = checkpoints.restore_model(saved, step, structure.shapes, device)
   saved.close()

@@ -14,7 +14,7 @@ from fpt_jax import checkpoints, data, models, optim, sharding
 from fpt_jax.categories import label_table, take_categories
 from fpt_jax.errors import UserError
 from fpt_jax.evaluate import evaluate
-from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, skeleton
+from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays
 from fpt_jax.reporting import Clock, MetricsWriter, read_metrics
 
 DEVICE_KEYS = (
@@ -48,7 +48,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   # Model and optimizer, as dictionaries of arrays over a skeleton.
   mesh = sharding.mesh(config.batch_size)
   everywhere = sharding.replicated(mesh)
-  structure = skeleton(lambda: models.build(config, nnx.Rngs(config.seed)))
+  structure = models.structure_of(config)
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)

@@ -3,12 +3,14 @@
 from flax import nnx
 from ml_collections import FrozenConfigDict
 
+from fpt_jax.errors import UserError
 from fpt_jax.models.fpt import FeaturePyramidTransformer
 from fpt_jax.models.rcnn import RCNN
+from fpt_jax.models.state import Skeleton, skeleton
 
 MODELS = {"rcnn": RCNN}
 
-__all__ = ["FeaturePyramidTransformer", "build"]
+__all__ = ["FeaturePyramidTransformer", "build", "structure_of"]
 
 
 def build(config, rngs: nnx.Rngs) -> nnx.Module:
@@ -26,3 +28,15 @@ def build(config, rngs: nnx.Rngs) -> nnx.Module:
       f"model {config.model.name!r} does not exist; choose one of {', '.join(MODELS)}"
     )
   return MODELS[config.model.name](FrozenConfigDict(config.model), rngs=rngs)
+
+
+def structure_of(config) -> Skeleton:
+  """The skeleton of the model a config describes.
+
+  Raises:
+    UserError: a part the config names does not exist, or does not fit another.
+  """
+  try:
+    return skeleton(lambda: build(config, nnx.Rngs(0)))
+  except ValueError as error:
+    raise UserError(f"--config: {error}") from error

@@ -24,11 +24,11 @@ Implementation = Literal["auto", "naive", "chunked", "pallas"]
 
 # Below this many scores the whole matrix is small change, and one einsum has the least overhead.
 _NAIVE_MAX_SCORES = 1 << 18
-# Of the chunked form, measured on CPUs: scores of a block of queries in one part; the bounds on a
-# block's queries; and the bounds on a piece of keys, which one product takes at once.
+# Of the chunked form, measured on CPUs: the scores of a block of queries in one part, the bounds on
+# a block's queries, and the most keys that one product takes at once.
 _BLOCK_SCORES = 1 << 21
 _MIN_BLOCK, _MAX_BLOCK = 64, 256
-_MIN_PIECE, _MAX_PIECE = 512, 4096
+_MAX_PIECE = 4096
 
 
 def mos_attention(
@@ -165,41 +165,19 @@ def _block_of_queries(Q: int, K: int) -> int:
   return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
 
 
-def _pieces_of_keys(K: int) -> list[slice]:
-  """Cuts the keys for the caches; and sums over a piece round off less than over a whole row."""
-  pieces = max(-(-K // _MAX_PIECE), min(4, -(-K // _MIN_PIECE)))
-  piece = -(-K // (16 * pieces)) * 16
-  return [slice(start, min(start + piece, K)) for start in range(0, K, piece)]
-
-
-class _Keys(NamedTuple):
-  """One piece of the keys: a list of parts, since XLA on CPU is slow along an axis of parts."""
-
-  k_parts: list[jax.Array]
-  v_BKC: jax.Array
-  bias_parts: list[jax.Array | None]
-
-
-def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list[_Keys]:
-  parts = range(k_BKMD.shape[2])
+def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list["Keys"]:
+  """Cuts the keys into pieces of about equal length, the unit of work of the caches."""
+  K, M = k_BKMD.shape[1:3]
+  length = -(-K // (16 * -(-K // _MAX_PIECE))) * 16
+  cuts = [slice(start, min(start + length, K)) for start in range(0, K, length)]
   return [
-    _Keys(
-      [k_BKMD[:, cut, m] for m in parts],
+    Keys(
+      [k_BKMD[:, cut, m] for m in range(M)],
       v_BKC[:, cut],
-      [None if bias_BMK is None else bias_BMK[:, m, cut] for m in parts],
+      [None if bias_BMK is None else bias_BMK[:, m, None, cut] for m in range(M)],
     )
-    for cut in _pieces_of_keys(k_BKMD.shape[1])
+    for cut in cuts
   ]
-
-
-class _Rows(NamedTuple):
-  """What the backward pass needs of each row: `p = exp(s - top) * share`.
-
-  Two numbers, for `top + log(sum)` in one would round off digits where scores are large.
-  """
-
-  top_BMq: jax.Array  # noqa: N815
-  share_BMq: jax.Array  # noqa: N815
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -209,95 +187,33 @@ def _chunked(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
 
 def _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
   del bias_has_gradient
-  Q, M = q_BQMD.shape[1:3]
-  block = _block_of_queries(Q, k_BKMD.shape[1])
+  Q, K = q_BQMD.shape[1], k_BKMD.shape[1]
   keys = _cut_keys(k_BKMD, v_BKC, bias_BMK)
-
-  def one_block(q_BqMD):
-    w_pieces, tops, shares = [0.0] * len(keys), [], []
-    for m in range(M):
-      s_pieces = [_scores(q_BqMD, piece, m) for piece in keys]
-      # The largest score of a row without a valid key is -inf; from a finite one, no NaN arises.
-      lowest = jnp.finfo(s_pieces[0].dtype).min
-      top_Bq = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in s_pieces], lowest)
-      # The barrier keeps the exponentials from being computed twice, for their sum and for W.
-      e_pieces = [lax.optimization_barrier(jnp.exp(s - top_Bq[:, :, None])) for s in s_pieces]
-      total_Bq = sum(jnp.sum(e, axis=-1) for e in e_pieces)
-      share_Bq = jnp.where(total_Bq > 0, 1 / total_Bq, 0)
-      factor_Bq1 = (pi_BM[:, m, None] * share_Bq)[:, :, None]
-      w_pieces = [w + factor_Bq1 * e for w, e in zip(w_pieces, e_pieces, strict=True)]
-      tops.append(top_Bq)
-      shares.append(share_Bq)
-    out_BqC = sum(
-      _product("bqk,bkc->bqc", w.astype(v_BKC.dtype), piece.v_BKC)
-      for w, piece in zip(w_pieces, keys, strict=True)
-    )
-    return out_BqC.astype(v_BKC.dtype), _Rows(jnp.stack(tops, axis=1), jnp.stack(shares, axis=1))
-
-  out_NBqC, rows = lax.map(one_block, _split(q_BQMD, block))
+  q_NBqMD = _split(q_BQMD, _block_of_queries(Q, K))
+  out_NBqC, rows = lax.map(lambda q_BqMD: attend(q_BqMD, keys, pi_BM), q_NBqMD)
   return _join(out_NBqC, Q), (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows)
-
-
-class _KeyGradients(NamedTuple):
-  """Sums over queries, a list over pieces of keys; the keys come last, as the products like it."""
-
-  dk: list[list[jax.Array]]  # [B, D, K], by part and piece
-  dv: list[jax.Array]  # [B, C, K], by piece
-  dbias: list[list[jax.Array]]  # [B, K], by part and piece; empty where nobody asks
 
 
 def _chunked_backward(bias_has_gradient, saved, dout_BQC):
   q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows = saved
-  Q, M = q_BQMD.shape[1:3]
-  dtype = q_BQMD.dtype
+  Q, dtype = q_BQMD.shape[1], q_BQMD.dtype
   keys = _cut_keys(k_BKMD, v_BKC, bias_BMK)
 
-  def one_block(sums, inputs):
-    q_BqMD, dout_BqC, rows = inputs
-    dw_pieces = [_product("bqc,bkc->bqk", dout_BqC, piece.v_BKC) for piece in keys]
-    w_pieces, dq_parts, deltas = [0.0] * len(keys), [], []
-    here = _KeyGradients([], [], [])
-    for m in range(M):
-      top_Bq1, share_Bq1 = (x[:, m, :, None] for x in rows)
-      p_pieces = [jnp.exp(_scores(q_BqMD, piece, m) - top_Bq1) * share_Bq1 for piece in keys]
-      pi_B11 = pi_BM[:, m, None, None]
-      w_pieces = [w + pi_B11 * p for w, p in zip(w_pieces, p_pieces, strict=True)]
-      # As a product, this sum over the row writes nothing of its size to memory.
-      delta_Bq = sum(
-        _product("bqk,bqk->bq", p, dw) for p, dw in zip(p_pieces, dw_pieces, strict=True)
-      )
-      ds_pieces = [
-        p * (dw - delta_Bq[:, :, None]) for p, dw in zip(p_pieces, dw_pieces, strict=True)
-      ]
-      if bias_has_gradient:
-        here.dbias.append([jnp.sum(ds, axis=1) for ds in ds_pieces])
-      ds_pieces = [ds.astype(dtype) for ds in ds_pieces]
-      here.dk.append([_product("bqd,bqk->bdk", q_BqMD[:, :, m], ds) for ds in ds_pieces])
-      dq_parts.append(
-        sum(
-          _product("bqk,bkd->bqd", ds, piece.k_parts[m])
-          for ds, piece in zip(ds_pieces, keys, strict=True)
-        )
-      )
-      deltas.append(delta_Bq)
-    here.dv.extend(_product("bqc,bqk->bck", dout_BqC, w.astype(dtype)) for w in w_pieces)
-    dq_BqMD = pi_BM[:, None, :, None] * jnp.stack(dq_parts, axis=2)
-    sums = jax.tree.map(jnp.add, sums, here)
-    return sums, (dq_BqMD.astype(dtype), jnp.stack(deltas, axis=1))
+  def one_block(sums, block):
+    dq_BqMD, here, delta_BMq = attend_backward(*block, keys, pi_BM, bias_has_gradient)
+    return jax.tree.map(jnp.add, sums, here), (dq_BqMD.astype(dtype), delta_BMq)
 
   block = rows.top_BMq.shape[-1]
-  inputs = (_split(q_BQMD, block), _split(dout_BQC, block), rows)
+  blocks = (_split(q_BQMD, block), _split(dout_BQC, block), rows)
   start = _zero_key_gradients(keys, bias_has_gradient)
-  sums, (dq_NBqMD, delta_NBMq) = lax.scan(one_block, start, inputs)
+  sums, (dq_NBqMD, delta_NBMq) = lax.scan(one_block, start, blocks)
 
-  # The parts' weights were left out of every ds above; here they meet far smaller arrays.
-  dk_BMDK = jnp.stack([jnp.concatenate(pieces, axis=-1) for pieces in sums.dk], axis=1)
-  dk_BMDK *= pi_BM[:, :, None, None]
+  dk_BMDK = _join_pieces(sums.dk) * pi_BM[:, :, None, None]
   dv_BCK = jnp.concatenate(sums.dv, axis=-1)
-  dbias_BMK = None if bias_BMK is None else jnp.zeros_like(bias_BMK)
   if bias_has_gradient:
-    dbias_BMK = jnp.stack([jnp.concatenate(pieces, axis=-1) for pieces in sums.dbias], axis=1)
-    dbias_BMK *= pi_BM[:, :, None]
+    dbias_BMK = _join_pieces(sums.dbias) * pi_BM[:, :, None]
+  else:
+    dbias_BMK = None if bias_BMK is None else jnp.zeros_like(bias_BMK)
   return (
     _join(dq_NBqMD, Q),
     dk_BMDK.transpose(0, 3, 1, 2).astype(dtype),
@@ -310,26 +226,127 @@ def _chunked_backward(bias_has_gradient, saved, dout_BQC):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _zero_key_gradients(keys, bias_has_gradient):
+class Keys(NamedTuple):
+  """A piece of the keys: a list of parts, since XLA on CPU is slow along an axis of parts."""
+
+  k_parts: list[jax.Array]  # [B, K, D], by part
+  v_BKC: jax.Array
+  bias_parts: list[jax.Array | None]  # [B, 1, K] or what broadcasts with [B, q, K], by part
+
+
+class Rows(NamedTuple):
+  """What the backward pass needs of each row: `p = exp(s - top) * share`.
+
+  Two numbers, for `top + log(sum)` in one would round off digits where scores are large.
+  """
+
+  top_BMq: jax.Array  # noqa: N815
+  share_BMq: jax.Array  # noqa: N815
+
+
+class KeyGradients(NamedTuple):
+  """Sums over queries, in pieces like the keys; the keys come last, as the products like it."""
+
+  dk: list[list[jax.Array]]  # [B, D, K], by part and piece
+  dv: list[jax.Array]  # [B, C, K], by piece
+  dbias: list[list[jax.Array]]  # [B, K], by part and piece; empty where nobody asks
+
+
+def attend(q_BqMD: jax.Array, keys: list[Keys], pi_BM: jax.Array) -> tuple[jax.Array, Rows]:
+  """Attends from one block of queries to all pieces of the keys; see `attend_backward`.
+
+  Returns:
+    out_BqC of the values' dtype, and the rows' statistics.
+  """
+  dtype = keys[0].v_BKC.dtype
+  w_pieces, tops, shares = [0.0] * len(keys), [], []
+  for m in range(pi_BM.shape[1]):
+    s_pieces = [_scores(q_BqMD, piece, m) for piece in keys]
+    # The largest score of a row without a valid key is -inf; from a finite one, no NaN arises.
+    lowest = jnp.finfo(s_pieces[0].dtype).min
+    top_Bq = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in s_pieces], lowest)
+    # The barrier keeps the exponentials from being computed twice, for their sum and for W.
+    e_pieces = [lax.optimization_barrier(jnp.exp(s - top_Bq[:, :, None])) for s in s_pieces]
+    total_Bq = sum(jnp.sum(e, axis=-1) for e in e_pieces)
+    share_Bq = jnp.where(total_Bq > 0, 1 / total_Bq, 0)
+    factor_Bq1 = (pi_BM[:, m, None] * share_Bq)[:, :, None]
+    w_pieces = [w + factor_Bq1 * e for w, e in zip(w_pieces, e_pieces, strict=True)]
+    tops.append(top_Bq)
+    shares.append(share_Bq)
+  out_BqC = sum(
+    _product("bqk,bkc->bqc", w.astype(dtype), piece.v_BKC)
+    for w, piece in zip(w_pieces, keys, strict=True)
+  )
+  return out_BqC.astype(dtype), Rows(jnp.stack(tops, axis=1), jnp.stack(shares, axis=1))
+
+
+def attend_backward(
+  q_BqMD: jax.Array,
+  dout_BqC: jax.Array,
+  rows: Rows,
+  keys: list[Keys],
+  pi_BM: jax.Array,
+  bias_has_gradient: bool,
+) -> tuple[jax.Array, KeyGradients, jax.Array]:
+  """The gradients of `attend`, all float32, for one block of queries.
+
+  Returns:
+    dq_BqMD; the sums over these queries for the keys, of which those of k and of the bias still
+    lack the factor pi of their part (it meets smaller arrays once they are summed over all blocks);
+    and delta_BMq, whose sum over the queries is the gradient of pi.
+  """
+  dtype = q_BqMD.dtype
+  dw_pieces = [_product("bqc,bkc->bqk", dout_BqC, piece.v_BKC) for piece in keys]
+  w_pieces, dq_parts, deltas = [0.0] * len(keys), [], []
+  sums = KeyGradients([], [], [])
+  for m in range(pi_BM.shape[1]):
+    top_Bq1, share_Bq1 = (x[:, m, :, None] for x in rows)
+    p_pieces = [jnp.exp(_scores(q_BqMD, piece, m) - top_Bq1) * share_Bq1 for piece in keys]
+    pi_B11 = pi_BM[:, m, None, None]
+    w_pieces = [w + pi_B11 * p for w, p in zip(w_pieces, p_pieces, strict=True)]
+    # As a product, this sum over the row writes nothing of its size to memory.
+    products = [_product("bqk,bqk->bq", p, dw) for p, dw in zip(p_pieces, dw_pieces, strict=True)]
+    delta_Bq = sum(products)
+    ds_pieces = [p * (dw - delta_Bq[:, :, None]) for p, dw in zip(p_pieces, dw_pieces, strict=True)]
+    if bias_has_gradient:
+      sums.dbias.append([jnp.sum(ds, axis=1) for ds in ds_pieces])
+    ds_pieces = [ds.astype(dtype) for ds in ds_pieces]
+    sums.dk.append([_product("bqd,bqk->bdk", q_BqMD[:, :, m], ds) for ds in ds_pieces])
+    dq_BqD = sum(
+      _product("bqk,bkd->bqd", ds, piece.k_parts[m])
+      for ds, piece in zip(ds_pieces, keys, strict=True)
+    )
+    dq_parts.append(pi_B11 * dq_BqD)
+    deltas.append(delta_Bq)
+  sums.dv.extend(_product("bqc,bqk->bck", dout_BqC, w.astype(dtype)) for w in w_pieces)
+  return jnp.stack(dq_parts, axis=2), sums, jnp.stack(deltas, axis=1)
+
+
+def _zero_key_gradients(keys: list[Keys], bias_has_gradient: bool) -> KeyGradients:
   def zeros(x_BK):
     B, K, *channels = x_BK.shape
     return jnp.zeros((B, *channels, K), jnp.float32)
 
   by_part = list(zip(*[piece.k_parts for piece in keys], strict=True))
-  return _KeyGradients(
+  return KeyGradients(
     dk=[[zeros(k) for k in pieces] for pieces in by_part],
     dv=[zeros(piece.v_BKC) for piece in keys],
     dbias=[[zeros(k[:, :, 0]) for k in pieces] for pieces in by_part] if bias_has_gradient else [],
   )
 
 
+def _join_pieces(parts):
+  """A list of parts of lists of pieces [B, ..., K] -> [B, M, ..., K]."""
+  return jnp.stack([jnp.concatenate(pieces, axis=-1) for pieces in parts], axis=1)
+
+
 def _product(subscripts, a, b):
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BqMD, keys: _Keys, m):
+def _scores(q_BqMD, keys: Keys, m):
   s_BqK = _product("bqd,bkd->bqk", q_BqMD[:, :, m], keys.k_parts[m])
-  return s_BqK if keys.bias_parts[m] is None else s_BqK + keys.bias_parts[m][:, None, :]
+  return s_BqK if keys.bias_parts[m] is None else s_BqK + keys.bias_parts[m]
 
 
 def _split(x_BQ, block):

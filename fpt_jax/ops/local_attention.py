@@ -21,7 +21,7 @@ from jax import lax
 from fpt_jax.ops.mos_attention import Keys, attend, attend_backward
 
 # Side of a tile in queries that balances idle products in the margin against small matrices.
-_TILE_QUERIES = 11
+_TILE_QUERIES = 8
 
 
 def local_mos_attention(

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fpt_jax.ops.mos_attention_tpu import mos_attention_tpu
+
 Similarity = Literal["dot", "euclidean"]
 Implementation = Literal["auto", "naive", "chunked", "pallas"]
 
@@ -74,11 +76,10 @@ def mos_attention(
     q_BQMD, k_BKMD = _centre(q_BQMD, k_BKMD)
   if implementation == "naive":
     return _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK)
-  if implementation == "chunked":
-    q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
-    bias_has_gradient = similarity == "euclidean"
-    return _chunked(q_BQMD, k_BKMD, v_BKC, pi_BM.astype(jnp.float32), bias_BMK, bias_has_gradient)
-  raise ValueError(f"implementation must be auto, naive, chunked or pallas, not {implementation!r}")
+  q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
+  attention = mos_attention_tpu if implementation == "pallas" else _chunked
+  bias_has_gradient = similarity == "euclidean"
+  return attention(q_BQMD, k_BKMD, v_BKC, pi_BM.astype(jnp.float32), bias_BMK, bias_has_gradient)
 
 
 def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK):

@@ -1,0 +1,415 @@
+"""Mixture-of-softmaxes attention as TPU kernels.
+
+Shapes: B batch, Q queries, K keys, M parts, D channels of a part, C channels of a value; q k the
+queries and keys of one block, 1 an axis kept for broadcasting.
+
+Every kernel walks over blocks of scores that never leave the chip. The forward one passes over the
+keys twice: first for each row's largest score and sum, online, then for the output, whose one mixed
+weight W meets the values once for all parts. Of the gradient
+
+    ds = p (dw - delta),    dw = dO V^T,    delta = sum_j p dw
+
+a first kernel makes dQ and delta in one pass over the keys, though ds needs delta beforehand: it sums
+`p (dw - c) K` and `p K` apart and joins them in the end. The constant of the row c = dO . O, the mean
+of delta over the parts, keeps that difference from losing digits. A second kernel, queries innermost,
+makes dK, dV and the gradient of the bias.
+
+Rows of scores lie along lanes in memory; `_column` turns them where a kernel wants them upright.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Queries and keys of a block: what fits beside the accumulators in 16 MB of VMEM, v5e's default.
+_BLOCK = 512
+_LANES = 128
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def mos_attention_tpu(
+  q_BQMD: jax.Array,
+  k_BKMD: jax.Array,
+  v_BKC: jax.Array,
+  pi_BM: jax.Array,
+  bias_BMK: jax.Array | None,
+  bias_has_gradient: bool,
+) -> jax.Array:
+  """Attends with `sum_m pi_m softmax(q_m . k_m + bias_m)`, in interpret mode where there is no TPU.
+
+  Args:
+    q_BQMD: queries, float32 or bfloat16, with the scale multiplied in.
+    k_BKMD: keys.
+    v_BKC: values.
+    pi_BM: float32.
+    bias_BMK: float32, -inf for a key not to be attended to; zero where None.
+    bias_has_gradient: whether the bias's gradient is wanted, or zero will do.
+
+  Returns:
+    [B, Q, C] of the values' dtype.
+  """
+  return _forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient)[0]
+
+
+def _forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
+  del bias_has_gradient
+  Q, K = q_BQMD.shape[1], k_BKMD.shape[1]
+  q_BQX, k_BKX, v_pad_BKC, bias_pad_BMK = _pad_keys_and_queries(q_BQMD, k_BKMD, v_BKC, bias_BMK)
+  out_BQC, top_BMQ, share_BMQ = _on_each_device(
+    _forward_kernel_call,
+    "b q x, b k x, b k c, b m, b m k -> b q c, b m q, b m q",
+    (q_BQX, k_BKX, v_pad_BKC, pi_BM, bias_pad_BMK),
+  )
+  del K
+  out_BQC = out_BQC[:, :Q]
+  return out_BQC, (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, out_BQC, top_BMQ, share_BMQ)
+
+
+def _backward(bias_has_gradient, saved, dout_BQC):
+  q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, out_BQC, top_BMQ, share_BMQ = saved
+  Q, K = q_BQMD.shape[1], k_BKMD.shape[1]
+  q_BQX, k_BKX, v_pad_BKC, bias_pad_BMK = _pad_keys_and_queries(q_BQMD, k_BKMD, v_BKC, bias_BMK)
+  mean_B1Q = jnp.einsum("bqc,bqc->bq", dout_BQC, out_BQC, preferred_element_type=jnp.float32)[
+    :, None
+  ]
+  dout_BQC = _pad_axis(dout_BQC, 1, q_BQX.shape[1])
+  mean_B1Q = _pad_axis(mean_B1Q, 2, q_BQX.shape[1])
+  dq_BQX, delta_BMQ = _on_each_device(
+    _query_gradient_call,
+    "b q x, b k x, b k c, b m, b m k, b q c, b m q, b m q, b l q -> b q x, b m q",
+    (q_BQX, k_BKX, v_pad_BKC, pi_BM, bias_pad_BMK, dout_BQC, top_BMQ, share_BMQ, mean_B1Q),
+  )
+  dk_BKX, dv_BKC, dbias_BMK = _on_each_device(
+    _key_gradient_call,
+    "b q x, b k x, b k c, b m, b m k, b q c, b m q, b m q, b m q -> b k x, b k c, b m k",
+    (q_BQX, k_BKX, v_pad_BKC, pi_BM, bias_pad_BMK, dout_BQC, top_BMQ, share_BMQ, delta_BMQ),
+  )
+  if bias_BMK is None:
+    dbias_BMK = None
+  else:
+    dbias_BMK = dbias_BMK[:, :, :K] if bias_has_gradient else jnp.zeros_like(bias_BMK)
+  return (
+    dq_BQX[:, :Q].reshape(q_BQMD.shape),
+    dk_BKX[:, :K].reshape(k_BKMD.shape),
+    dv_BKC[:, :K],
+    jnp.sum(delta_BMQ[:, :, :Q], axis=-1),
+    dbias_BMK,
+  )
+
+
+mos_attention_tpu.defvjp(_forward, _backward)
+
+
+def _pad_keys_and_queries(q_BQMD, k_BKMD, v_BKC, bias_BMK):
+  """Whole blocks of both, parts side by side in the channels, and a bias that hides the padding."""
+  B, Q, M, D = q_BQMD.shape
+  K = k_BKMD.shape[1]
+  full_Q, full_K = (-(-n // _block(n)) * _block(n) for n in (Q, K))
+  if bias_BMK is None:
+    bias_BMK = jnp.zeros((B, M, K), jnp.float32)
+  bias_BMK = jnp.pad(bias_BMK, [(0, 0), (0, 0), (0, full_K - K)], constant_values=-jnp.inf)
+  q_BQX = _pad_axis(q_BQMD.reshape(B, Q, M * D), 1, full_Q)
+  k_BKX = _pad_axis(k_BKMD.reshape(B, K, M * D), 1, full_K)
+  return q_BQX, k_BKX, _pad_axis(v_BKC, 1, full_K), bias_BMK
+
+
+def _block(n: int) -> int:
+  return min(_BLOCK, -(-n // _LANES) * _LANES)
+
+
+def _pad_axis(x, axis, size):
+  return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
+
+
+def _on_each_device(call, sharding_rule, args):
+  """Runs a kernel on each device's own images: XLA cannot see that a kernel keeps them apart."""
+
+  def partition(mesh, arg_shapes, result_shapes):
+    batch = NamedSharding(mesh, PartitionSpec(*arg_shapes[0].sharding.spec[:1]))
+    return mesh, on_tpu, (batch,) * len(result_shapes), (batch,) * len(arg_shapes)
+
+  def on_tpu(*args):
+    return tuple(call(*args, interpret=False))
+
+  def elsewhere(*args):
+    return tuple(call(*args, interpret=True))
+
+  def run(*args):
+    partitioned = custom_partitioning(on_tpu)
+    partitioned.def_partition(partition=partition, sharding_rule=sharding_rule)
+    return lax.platform_dependent(*args, tpu=partitioned, default=elsewhere)
+
+  folded = jax.custom_batching.custom_vmap(run)
+
+  @folded.def_vmap
+  def fold(axis_size, in_batched, *args):
+    """A mapped axis joins the batch."""
+    whole = [
+      x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+      for x, batched in zip(args, in_batched, strict=True)
+    ]
+    outs = _on_each_device(call, sharding_rule, [x.reshape(-1, *x.shape[2:]) for x in whole])
+    outs = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outs)
+    return outs, (True,) * len(outs)
+
+  return folded(*args)
+
+
+def _dot(a, b, contract):
+  return lax.dot_general(
+    a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32
+  )
+
+
+def _column(row_1n):
+  """[1, n] -> [n, 1], by way of the square transposes that the hardware has."""
+  return jnp.broadcast_to(row_1n, (_LANES, row_1n.shape[1])).T[:, :1]
+
+
+def _row(column_n1):
+  return jnp.broadcast_to(column_n1, (column_n1.shape[0], _LANES)).T[:1]
+
+
+def _forward_kernel(pi, q, k, v, bias, out, top, share, top_scratch, sum_scratch, out_scratch):
+  """Grid (B, blocks of queries, 2 passes, blocks of keys)."""
+  b, turn, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+  M = pi.shape[1]
+  D = q.shape[2] // M
+  last = j == pl.num_programs(3) - 1
+
+  def scores(m):
+    part = slice(m * D, (m + 1) * D)
+    return _dot(q[0, :, part], k[0, :, part], (1, 1)) + bias[0, m : m + 1]
+
+  @pl.when((turn == 0) & (j == 0))
+  def _():
+    top_scratch[...] = jnp.full(top_scratch.shape, _LOWEST)
+    sum_scratch[...] = jnp.zeros(sum_scratch.shape, jnp.float32)
+
+  @pl.when(turn == 0)
+  def _():
+    for m in range(M):
+      s_qk = scores(m)
+      old_q1 = top_scratch[m]
+      top_q1 = jnp.maximum(old_q1, jnp.max(s_qk, axis=1, keepdims=True))
+      new_q1 = jnp.sum(jnp.exp(s_qk - top_q1), axis=1, keepdims=True)
+      sum_scratch[m] = sum_scratch[m] * jnp.exp(old_q1 - top_q1) + new_q1
+      top_scratch[m] = top_q1
+
+  @pl.when((turn == 0) & last)
+  def _():
+    out_scratch[...] = jnp.zeros(out_scratch.shape, jnp.float32)
+    for m in range(M):
+      sum_q1 = sum_scratch[m]
+      share_q1 = jnp.where(sum_q1 > 0, 1 / sum_q1, 0)
+      sum_scratch[m] = share_q1
+      top[0, m : m + 1] = _row(top_scratch[m])
+      share[0, m : m + 1] = _row(share_q1)
+
+  @pl.when(turn == 1)
+  def _():
+    w_qk = 0.0
+    for m in range(M):
+      w_qk += (pi[b, m] * sum_scratch[m]) * jnp.exp(scores(m) - top_scratch[m])
+    out_scratch[...] += _dot(w_qk.astype(v.dtype), v[0], (1, 0))
+
+  @pl.when((turn == 1) & last)
+  def _():
+    out[0] = out_scratch[...].astype(out.dtype)
+
+
+def _forward_kernel_call(q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, interpret):
+  B, Q, X = q_BQX.shape
+  K, C = v_BKC.shape[1:]
+  M = pi_BM.shape[1]
+  q, k = _block(Q), _block(K)
+  rows = jax.ShapeDtypeStruct((B, M, Q), jnp.float32)
+  return pl.pallas_call(
+    _forward_kernel,
+    grid=(B, Q // q, 2, K // k),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      pl.BlockSpec((1, q, X), lambda b, i, t, j: (b, i, 0)),
+      pl.BlockSpec((1, k, X), lambda b, i, t, j: (b, j, 0)),
+      # The first pass needs no values: it stays at the block the second begins with.
+      pl.BlockSpec((1, k, C), lambda b, i, t, j: (b, t * j, 0)),
+      pl.BlockSpec((1, M, k), lambda b, i, t, j: (b, 0, j)),
+    ],
+    out_specs=[
+      pl.BlockSpec((1, q, C), lambda b, i, t, j: (b, i, 0)),
+      pl.BlockSpec((1, M, q), lambda b, i, t, j: (b, 0, i)),
+      pl.BlockSpec((1, M, q), lambda b, i, t, j: (b, 0, i)),
+    ],
+    out_shape=[jax.ShapeDtypeStruct((B, Q, C), v_BKC.dtype), rows, rows],
+    scratch_shapes=[
+      pltpu.VMEM((M, q, 1), jnp.float32),
+      pltpu.VMEM((M, q, 1), jnp.float32),
+      pltpu.VMEM((q, C), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+    ),
+    interpret=interpret,
+    name="mos_attention_forward",
+  )(pi_BM, q_BQX, k_BKX, v_BKC, bias_BMK)
+
+
+def _query_gradient_kernel(
+  pi, q, k, v, bias, dout, top, share, mean, dq, delta, columns, weighted, plain, delta_scratch
+):
+  """Grid (B, blocks of queries, blocks of keys)."""
+  b, j = pl.program_id(0), pl.program_id(2)
+  M = pi.shape[1]
+  D = q.shape[2] // M
+
+  @pl.when(j == 0)
+  def _():
+    for m in range(M):
+      columns[m] = _column(top[0, m : m + 1])
+      columns[M + m] = _column(share[0, m : m + 1])
+    columns[2 * M] = _column(mean[0])
+    for x in (weighted, plain, delta_scratch):
+      x[...] = jnp.zeros(x.shape, jnp.float32)
+
+  dw_qk = _dot(dout[0], v[0], (1, 1)) - columns[2 * M]
+  for m in range(M):
+    part = slice(m * D, (m + 1) * D)
+    k_kD = k[0, :, part]
+    s_qk = _dot(q[0, :, part], k_kD, (1, 1)) + bias[0, m : m + 1]
+    p_qk = jnp.exp(s_qk - columns[m]) * columns[M + m]
+    pdw_qk = p_qk * dw_qk
+    delta_scratch[m] += jnp.sum(pdw_qk, axis=1, keepdims=True)
+    weighted[m] += _dot(pdw_qk.astype(k.dtype), k_kD, (1, 0))
+    plain[m] += _dot(p_qk.astype(k.dtype), k_kD, (1, 0))
+
+  @pl.when(j == pl.num_programs(2) - 1)
+  def _():
+    for m in range(M):
+      dq_qD = pi[b, m] * (weighted[m] - delta_scratch[m] * plain[m])
+      dq[0, :, m * D : (m + 1) * D] = dq_qD.astype(dq.dtype)
+      delta[0, m : m + 1] = _row(delta_scratch[m]) + mean[0]
+
+
+def _query_gradient_call(
+  q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, dout_BQC, top_BMQ, share_BMQ, mean_B1Q, interpret
+):
+  B, Q, X = q_BQX.shape
+  K, C = v_BKC.shape[1:]
+  M = pi_BM.shape[1]
+  q, k = _block(Q), _block(K)
+  rows_spec = pl.BlockSpec((1, M, q), lambda b, i, j: (b, 0, i))
+  return pl.pallas_call(
+    _query_gradient_kernel,
+    grid=(B, Q // q, K // k),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      pl.BlockSpec((1, q, X), lambda b, i, j: (b, i, 0)),
+      pl.BlockSpec((1, k, X), lambda b, i, j: (b, j, 0)),
+      pl.BlockSpec((1, k, C), lambda b, i, j: (b, j, 0)),
+      pl.BlockSpec((1, M, k), lambda b, i, j: (b, 0, j)),
+      pl.BlockSpec((1, q, C), lambda b, i, j: (b, i, 0)),
+      rows_spec,
+      rows_spec,
+      pl.BlockSpec((1, 1, q), lambda b, i, j: (b, 0, i)),
+    ],
+    out_specs=[pl.BlockSpec((1, q, X), lambda b, i, j: (b, i, 0)), rows_spec],
+    out_shape=[
+      jax.ShapeDtypeStruct(q_BQX.shape, q_BQX.dtype),
+      jax.ShapeDtypeStruct(top_BMQ.shape, jnp.float32),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((2 * M + 1, q, 1), jnp.float32),
+      pltpu.VMEM((M, q, X // M), jnp.float32),
+      pltpu.VMEM((M, q, X // M), jnp.float32),
+      pltpu.VMEM((M, q, 1), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    interpret=interpret,
+    name="mos_attention_query_gradient",
+  )(pi_BM, q_BQX, k_BKX, v_BKC, bias_BMK, dout_BQC, top_BMQ, share_BMQ, mean_B1Q)
+
+
+def _key_gradient_kernel(
+  pi, q, k, v, bias, dout, top, share, delta, dk, dv, dbias, columns, dk_sum, dv_sum, dbias_sum
+):
+  """Grid (B, blocks of keys, blocks of queries); scores stand upright, keys by queries."""
+  b, i = pl.program_id(0), pl.program_id(2)
+  M = pi.shape[1]
+  D = q.shape[2] // M
+
+  @pl.when(i == 0)
+  def _():
+    for m in range(M):
+      columns[m] = _column(bias[0, m : m + 1])
+    for x in (dk_sum, dv_sum, dbias_sum):
+      x[...] = jnp.zeros(x.shape, jnp.float32)
+
+  dw_kq = _dot(v[0], dout[0], (1, 1))
+  w_kq = 0.0
+  for m in range(M):
+    part = slice(m * D, (m + 1) * D)
+    q_qD = q[0, :, part]
+    s_kq = _dot(k[0, :, part], q_qD, (1, 1)) + columns[m]
+    p_kq = jnp.exp(s_kq - top[0, m : m + 1]) * share[0, m : m + 1]
+    w_kq += pi[b, m] * p_kq
+    ds_kq = p_kq * (dw_kq - delta[0, m : m + 1])
+    dbias_sum[m] += jnp.sum(ds_kq, axis=1, keepdims=True)
+    dk_sum[m] += _dot(ds_kq.astype(q.dtype), q_qD, (1, 0))
+  dv_sum[...] += _dot(w_kq.astype(dout.dtype), dout[0], (1, 0))
+
+  @pl.when(i == pl.num_programs(2) - 1)
+  def _():
+    dv[0] = dv_sum[...].astype(dv.dtype)
+    for m in range(M):
+      dk[0, :, m * D : (m + 1) * D] = (pi[b, m] * dk_sum[m]).astype(dk.dtype)
+      dbias[0, m : m + 1] = pi[b, m] * _row(dbias_sum[m])
+
+
+def _key_gradient_call(
+  q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, dout_BQC, top_BMQ, share_BMQ, delta_BMQ, interpret
+):
+  B, Q, X = q_BQX.shape
+  K, C = v_BKC.shape[1:]
+  M = pi_BM.shape[1]
+  q, k = _block(Q), _block(K)
+  rows_spec = pl.BlockSpec((1, M, q), lambda b, j, i: (b, 0, i))
+  keys_spec = pl.BlockSpec((1, k, X), lambda b, j, i: (b, j, 0))
+  values_spec = pl.BlockSpec((1, k, C), lambda b, j, i: (b, j, 0))
+  bias_spec = pl.BlockSpec((1, M, k), lambda b, j, i: (b, 0, j))
+  return pl.pallas_call(
+    _key_gradient_kernel,
+    grid=(B, K // k, Q // q),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      pl.BlockSpec((1, q, X), lambda b, j, i: (b, i, 0)),
+      keys_spec,
+      values_spec,
+      bias_spec,
+      pl.BlockSpec((1, q, C), lambda b, j, i: (b, i, 0)),
+      rows_spec,
+      rows_spec,
+      rows_spec,
+    ],
+    out_specs=[keys_spec, values_spec, bias_spec],
+    out_shape=[
+      jax.ShapeDtypeStruct(k_BKX.shape, k_BKX.dtype),
+      jax.ShapeDtypeStruct(v_BKC.shape, v_BKC.dtype),
+      jax.ShapeDtypeStruct(bias_BMK.shape, jnp.float32),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((M, k, 1), jnp.float32),
+      pltpu.VMEM((M, k, X // M), jnp.float32),
+      pltpu.VMEM((k, C), jnp.float32),
+      pltpu.VMEM((M, k, 1), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    interpret=interpret,
+    name="mos_attention_key_gradient",
+  )(pi_BM, q_BQX, k_BKX, v_BKC, bias_BMK, dout_BQC, top_BMQ, share_BMQ, delta_BMQ)

@@ -5,7 +5,7 @@
 The paper reports 38.0 box AP and 36.8 mask AP on val2017 for ResNet-50 after 160k steps of 8 images, with
 a frozen backbone that was pretrained on ImageNet (`--config.init_from`, see the README).
 
-    --config=configs/coco_mask.py:demo         generated shapes, a small ResNet from scratch, minutes on a laptop
+    --config=configs/coco_mask.py:demo         generated shapes, a small ResNet from scratch, minutes
     --config=configs/coco_mask.py:torchvision  torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
 """
 

@@ -40,9 +40,7 @@ def detection() -> ConfigDict:
       aligned=True,  # regions are cut out to the half pixel; False: as torchvision's Mask R-CNN
     )
   )
-  config.model.backbone = ConfigDict(
-    dict(name="resnet50", width=64, norm="frozen_bn", frozen=True)
-  )
+  config.model.backbone = ConfigDict(dict(name="resnet50", width=64, norm="frozen_bn", frozen=True))
   config.model.pyramid = ConfigDict(dict(name="bfp", channels=256))
   config.model.fpt = ConfigDict(
     dict(

@@ -1,7 +1,7 @@
 """Feature Pyramid Transformer in JAX/Flax.
 
-    restored = fpt_jax.restore("/runs/coco_mask")
-    detections = restored.predict([image_HWC])
+restored = fpt_jax.restore("/runs/coco_mask")
+detections = restored.predict([image_HWC])
 """
 
 __all__ = ["Restored", "restore"]

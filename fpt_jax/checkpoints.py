@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
@@ -20,7 +19,14 @@ from fpt_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 # parts of a model's config that may change between training and use
-NOT_OF_THE_WEIGHTS = ("test.", "rpn.test.", "rpn.train.", "category_names", "dtype", "fpt.implementation")
+NOT_OF_THE_WEIGHTS = (
+  "test.",
+  "rpn.test.",
+  "rpn.train.",
+  "category_names",
+  "dtype",
+  "fpt.implementation",
+)
 
 
 def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
@@ -148,7 +154,9 @@ def read_config(workdir: str) -> ConfigDict:
   try:
     return ConfigDict(json.loads(path.read_text()))
   except json.JSONDecodeError as error:
-    raise UserError(f"{path} line {error.lineno} is no JSON ({error.msg}); restore the file") from error
+    raise UserError(
+      f"{path} line {error.lineno} is no JSON ({error.msg}); restore the file"
+    ) from error
 
 
 def config_of_run(workdir: str, config: ConfigDict | None) -> ConfigDict:
@@ -161,7 +169,9 @@ def config_of_run(workdir: str, config: ConfigDict | None) -> ConfigDict:
   if config is None:
     return saved
   if not config.model.category_ids:
-    config.model.update({k: saved.model[k] for k in ("num_classes", "category_ids", "category_names")})
+    config.model.update(
+      {k: saved.model[k] for k in ("num_classes", "category_ids", "category_names")}
+    )
   check_same_model(saved, config, workdir)
   return config
 
@@ -213,9 +223,7 @@ def _saved_shapes(checkpoints, step, item) -> dict[str, tuple[int, ...]]:
 
 
 def _read(checkpoints, step, item, shapes, sharding, partial):
-  target = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
-  )
+  target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
   args = ocp.args.PyTreeRestore(
     target,
     restore_args=ocp.checkpoint_utils.construct_restore_args(target),

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from fpt_jax import checkpoints, command_line, data, sharding
 from fpt_jax.errors import UserError
 from fpt_jax.evaluate import evaluate
-from fpt_jax.predict import predict
+from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
 from fpt_jax.restored import open_run
 from fpt_jax.train import train
 
@@ -32,10 +32,16 @@ _MODE = flags.DEFINE_enum(
   "train",
   MODES,
   "prepare: write the records of the data. train: train, evaluating as it goes. eval: evaluate a "
-  "checkpoint. predict: detect in --images.",
+  "checkpoint. predict: detect and draw.",
 )
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate or predict with; newest if absent.")
-_IMAGES = flags.DEFINE_list("images", [], "Image files and folders for --mode=predict.")
+_STEP = flags.DEFINE_integer(
+  "step", None, "Checkpoint to evaluate or predict with; newest if absent."
+)
+_IMAGES = flags.DEFINE_list(
+  "images",
+  [],
+  "Image files and folders for --mode=predict; the images of config.data.eval_split if absent.",
+)
 _MIN_SCORE = flags.DEFINE_float("min_score", 0.5, "Least score of a detection that is drawn.")
 
 
@@ -62,14 +68,14 @@ def main() -> None:
     mesh = sharding.mesh(config.eval.batch_size)
     arrays = sharding.replicate(restored.arrays, mesh)
     evaluate(config, restored.structure, arrays, mesh, workdir)
+    return
+  if _IMAGES.value:
+    files = image_files(_IMAGES.value)
+    subjects, total = subjects_of_files(files, skip_bad=config.data.skip_bad), len(files)
   else:
-    predict(
-      restored,
-      _IMAGES.value,
-      workdir,
-      min_score=_MIN_SCORE.value,
-      skip_bad=config.data.skip_bad,
-    )
+    subjects = subjects_of_split(config)
+    total = len(data.coco_ground_truth(config.data, config.data.eval_split)["images"])
+  predict(restored, subjects, total, workdir, min_score=_MIN_SCORE.value)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,11 @@ class Restored:
     )
 
   def _predict_one(self, i: int, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
-    if getattr(image_HWC, "dtype", None) != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+    if (
+      getattr(image_HWC, "dtype", None) != np.uint8
+      or image_HWC.ndim != 3
+      or image_HWC.shape[2] != 3
+    ):
       described = getattr(image_HWC, "dtype", type(image_HWC).__name__)
       raise ValueError(
         f"image {i} must be a uint8 array [height, width, 3], got {described} {np.shape(image_HWC)}"

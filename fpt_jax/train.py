@@ -185,7 +185,9 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
   other.close()
   fresh = sorted(set(arrays) - set(loaded))
   if fresh:
-    logging.info("%d arrays are not in %s and start afresh, from %s", len(fresh), config.init_from, fresh[0])
+    logging.info(
+      "%d arrays are not in %s and start afresh, from %s", len(fresh), config.init_from, fresh[0]
+    )
   return arrays | loaded
 
 

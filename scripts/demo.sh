@@ -11,6 +11,6 @@ config=configs/coco_mask.py:demo
 data="--config.data.data_dir=$workdir/data"
 "$python" -m fpt_jax.main --mode=prepare --config=$config "$data"
 "$python" -m fpt_jax.main --mode=train --config=$config "$data" --workdir="$workdir"
-"$python" scripts/export_images.py --config=$config "$data" --split='val[:12]' --out="$workdir/images"
-"$python" -m fpt_jax.main --mode=predict --workdir="$workdir" --images="$workdir/images"
-echo "pictures: $workdir/predictions    metrics: $workdir/metrics.jsonl    TensorBoard: --logdir $workdir"
+"$python" -m fpt_jax.main --mode=predict --config=$config "$data" --workdir="$workdir" \
+  --config.data.eval_split='val[:12]'
+echo "pictures: $workdir/predictions/contact_sheet.png    metrics: $workdir/metrics.jsonl    TensorBoard: --logdir $workdir"

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Makes a checkpoint of torchvision's weights: of a ResNet, or of a whole maskrcnn_resnet50_fpn.
 
-    python scripts/import_torchvision.py --weights=resnet50.pth --config=configs/coco_mask.py --workdir=/runs/r50
-    python -m fpt_jax.main --config=configs/coco_mask.py --config.init_from=/runs/r50 --workdir=/runs/coco_mask
+    python scripts/import_torchvision.py --weights=resnet50.pth --config=configs/coco_mask.py \\
+        --workdir=/runs/r50
+    python -m fpt_jax.main --config=configs/coco_mask.py --config.init_from=/runs/r50 \\
+        --workdir=/runs/coco_mask --config.data.source=/data/coco
 
 A ResNet's weights fill the backbone, the rest of the model keeps its initial weights. The weights of a
 detector fill all of `configs/coco_mask.py:torchvision`, which then detects as torchvision does:

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from fpt_jax.data import records
 from fpt_jax.data.progress import Progress
 from fpt_jax.errors import UserError
+from fpt_jax.ops import masks
 
 # annotation file and image folder of each split, inside the source
 OFFICIAL_SPLITS = {
@@ -266,8 +267,8 @@ def _encode_annotation(annotation: dict, label: int, image: dict) -> dict:
   area = annotation.get("area")
   try:
     if area is None:
-      area = float(coco_mask.area(records.run_lengths(segmentation, size)))
-    bitmap_mm = records.rasterise(segmentation, box, size)
+      area = float(masks.rasterize(segmentation, *size).sum())
+    bitmap_mm = records.draw_bitmap(segmentation, box, size)
   except (ValueError, TypeError) as error:
     raise _BadError("field segmentation cannot be drawn", str(error)) from error
   if not _is_number(area) or area < 0:

@@ -128,7 +128,7 @@ def draw_example(image_id: int, size: int, seed: int) -> dict:
         bbox_xywh=[x, y, w, h],
         area=float(mask_HW.sum()),
         segmentation=segmentation,
-        bitmap_mm=records.rasterise(segmentation, box, (size, size)),
+        bitmap_mm=records.draw_bitmap(segmentation, box, (size, size)),
       )
     )
   return {

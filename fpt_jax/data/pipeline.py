@@ -9,7 +9,7 @@ import dataclasses
 import io
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import ml_collections
@@ -253,18 +253,60 @@ def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
     truth["images"].append(
       {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
     )
-    for i, annotation in enumerate(record.annotations):
-      truth["annotations"].append(
-        records.decode_annotation(annotation)
-        | {
-          "id": int(record.annotation_ids[i]),
-          "image_id": record.image_id,
-          "category_id": dataset.category_ids[record.labels[i] - 1],
-          "iscrowd": int(record.crowd[i]),
-        }
-      )
+    truth["annotations"] += _annotations(record, dataset.category_ids)
   reader.close()
   return truth
+
+
+def images(
+  data: ml_collections.ConfigDict, split: str
+) -> Iterator[tuple[str, np.ndarray, list[dict]]]:
+  """Reads the images of a split as they are in their files, to look at.
+
+  Args:
+    data: the config's `data`.
+    split: in TFDS syntax.
+
+  Yields:
+    file name, uint8 RGB [H, W, 3], and the image's annotations as in `coco_ground_truth`.
+
+  Raises:
+    UserError: the data are not prepared, or a record or its image cannot be read.
+  """
+  category_ids = info(data).category_ids
+  reader = _Reader(data, split)
+  try:
+    for index in range(len(reader)):
+      record = reader.read(index)
+      image_HWC = _decode(reader, index, record)
+      yield record.file_name, image_HWC, _annotations(record, category_ids)
+  finally:
+    reader.close()
+
+
+def _annotations(record: records.Record, category_ids: tuple[int, ...]) -> list[dict]:
+  """The record's objects as COCO's annotation file has them."""
+  return [
+    records.decode_annotation(annotation)
+    | {
+      "id": int(record.annotation_ids[i]),
+      "image_id": record.image_id,
+      "category_id": category_ids[record.labels[i] - 1],
+      "iscrowd": int(record.crowd[i]),
+    }
+    for i, annotation in enumerate(record.annotations)
+  ]
+
+
+def _decode(reader: "_Reader", index: int, record: records.Record) -> np.ndarray:
+  """The record's image, uint8 RGB."""
+  try:
+    return records.decode_image(record.image)
+  except ValueError as error:
+    raise UserError(
+      f"{reader.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
+      "--mode=prepare"
+    ) from error
 
 
 def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
@@ -454,13 +496,7 @@ def _load(
 ) -> dict[str, np.ndarray]:
   """Reads one image and its padded ground truth; the image itself is not resized yet."""
   record = reader.read(index)
-  try:
-    image_HWC = records.decode_image(record.image)
-  except ValueError as error:
-    raise UserError(
-      f"{reader.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
-      "--mode=prepare"
-    ) from error
+  image_HWC = _decode(reader, index, record)
   size = transforms.resized_size(*record.size, short, data.long_edge)
 
   x0_G, y0_G, x1_G, y1_G = record.boxes.T

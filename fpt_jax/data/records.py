@@ -11,10 +11,10 @@ import numpy as np
 import PIL.Image
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from pycocotools import mask as coco_mask
+
+from fpt_jax.ops import masks
 
 BITMAP = 112
-_REACH = 50 * BITMAP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def decode_image(data: bytes) -> np.ndarray:
     raise ValueError(f"undecodable image: {reason}") from error
 
 
-def rasterise(
+def draw_bitmap(
   segmentation: list | dict, box: tuple[float, float, float, float], size: tuple[int, int]
 ) -> np.ndarray:
   """Draws an instance's bitmap: the mask seen through its box.
@@ -200,27 +200,4 @@ def rasterise(
   x0, y0, x1, y1 = box
   if x1 <= x0 or y1 <= y0:
     return np.zeros((BITMAP, BITMAP), np.uint8)
-  if isinstance(segmentation, list):
-    # polygons are scaled, not their raster: small objects keep their outline; corners far beyond a
-    # tiny box are pulled in, for pycocotools takes memory by the length of the outline
-    origin, scale = np.array([x0, y0]), BITMAP / np.array([x1 - x0, y1 - y0])
-    polygons = [
-      ((np.reshape(polygon, (-1, 2)) - origin) * scale).clip(-_REACH, _REACH).ravel().tolist()
-      for polygon in segmentation
-    ]
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, BITMAP, BITMAP)))
-  mask_HW = coco_mask.decode(run_lengths(segmentation, size))
-  centres = (np.arange(BITMAP) + 0.5) / BITMAP
-  rows = np.minimum(y0 + centres * (y1 - y0), size[0] - 1).astype(int)
-  columns = np.minimum(x0 + centres * (x1 - x0), size[1] - 1).astype(int)
-  return mask_HW[rows[:, None], columns]
-
-
-def run_lengths(segmentation: list | dict, size: tuple[int, int]) -> dict:
-  """Returns COCO's compressed run lengths of polygons or of run lengths of either kind."""
-  height, width = size
-  if isinstance(segmentation, list):
-    return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-  if isinstance(segmentation["counts"], list):
-    return coco_mask.frPyObjects(segmentation, height, width)
-  return segmentation
+  return masks.box_bitmap(segmentation, np.asarray(box), *size, BITMAP)

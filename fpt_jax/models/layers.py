@@ -59,8 +59,9 @@ class FrozenBatchNorm(nnx.Module):
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     multiplier_C = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
     offset_C = self.bias[...] - self.mean[...] * multiplier_C
-    return x_BHWC * multiplier_C.astype(self.dtype)[None, None, None] + (
-      offset_C.astype(self.dtype)[None, None, None]
+    return (
+      x_BHWC * multiplier_C.astype(self.dtype)[None, None, None]
+      + (offset_C.astype(self.dtype)[None, None, None])
     )
 
 

@@ -102,9 +102,7 @@ class RCNN(nnx.Module):
   def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None) -> Pyramid:
     """As `features`, from images that are normalised already."""
     train_backbone = key is not None and not self.config.backbone.frozen
-    levels = self.backbone(
-      image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone
-    )
+    levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
     levels = self.pyramid(levels)
     if self.fpt is not None:
       levels = self.fpt(levels, key=key)
@@ -180,18 +178,14 @@ class RCNN(nnx.Module):
   def mask_loss(self, pyramid, batch, rois) -> jax.Array:
     """Over the positives, which are the first of the sampled regions of each image."""
     config = self.config.box_head
-    positives = min(
-      int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1]
-    )
+    positives = min(int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1])
     rois = {name: value[:, :positives] for name, value in rois.items()}
     positive_BR = rois["valid_BR"] & (rois["labels_BR"] > 0)
     logits_BRmmK = self.mask_head(
       self.pool(pyramid, rois["boxes_BR4"], positive_BR, self.config.mask_head)
     )
     mask_boxes_BG4 = batch.get("gt_mask_boxes_BG4", batch["gt_boxes_BG4"])
-    cut = functools.partial(
-      mask_targets, size=logits_BRmmK.shape[2], aligned=self.config.aligned
-    )
+    cut = functools.partial(mask_targets, size=logits_BRmmK.shape[2], aligned=self.config.aligned)
     targets_BRmm = jax.vmap(cut)(
       batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
     )
@@ -245,9 +239,7 @@ class RCNN(nnx.Module):
     )
     if self.mask_head is not None:
       logits_BDmmK = self.mask_head(
-        self.pool(
-          pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
-        )
+        self.pool(pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head)
       )
       detections["masks_BDmm"] = jax.nn.sigmoid(of_class(logits_BDmmK, detections["labels_BD"]))
     return detections

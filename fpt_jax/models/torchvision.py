@@ -93,9 +93,7 @@ def from_torchvision(
   complaints += [f"{name} has no place in the model" for name in left_over]
   if complaints:
     more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
-    raise UserError(
-      f"the weights do not fit the config's model: {'; '.join(complaints[:8])}{more}"
-    )
+    raise UserError(f"the weights do not fit the config's model: {'; '.join(complaints[:8])}{more}")
   return arrays
 
 

@@ -14,6 +14,9 @@ from pycocotools import mask as coco_mask
 Segmentation = list | dict | np.ndarray  # polygons, RLE (compressed or not), or a bitmap [H, W]
 
 
+_REACH = 100  # box sizes
+
+
 def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
   """Draws a COCO segmentation as the bitmap of the whole image.
 
@@ -92,7 +95,11 @@ def box_bitmap(
     raise ValueError(f"a box x0 < x1, y0 < y1 expected, got {box_xyxy!r}")
   if isinstance(segmentation, list):
     scale = size / (box[2:] - box[:2])
-    framed = [(polygon - box[:2]) * scale for polygon in _polygons(segmentation)]
+    # corners far beyond a tiny box are pulled in: pycocotools' memory grows with the outline
+    framed = [
+      np.clip((polygon - box[:2]) * scale, -_REACH * size, _REACH * size)
+      for polygon in _polygons(segmentation)
+    ]
     return _fill(framed, size, size).astype(np.uint8)
   left, top = np.maximum(np.floor(box[:2]), 0).astype(int)
   right, bottom = np.maximum(np.ceil(box[2:]), 0).astype(int)

@@ -13,6 +13,7 @@ from tensorflow_datasets.core import shuffle
 from fpt_jax import data
 from fpt_jax.data import pipeline, records
 from fpt_jax.errors import UserError
+from fpt_jax.ops import masks
 from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
 
 
@@ -82,13 +83,13 @@ def test_bitmap_of_runs_samples_the_mask():
   mask_HW = np.zeros((HEIGHT, WIDTH), np.uint8)
   mask_HW[3:6, 8:12] = [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]
   runs = coco_mask.encode(np.asfortranarray(mask_HW))
-  bitmap = records.rasterise(runs, (8, 3, 12, 5), (HEIGHT, WIDTH))
+  bitmap = records.draw_bitmap(runs, (8, 3, 12, 5), (HEIGHT, WIDTH))
   np.testing.assert_array_equal(bitmap, np.kron(mask_HW[3:5, 8:12], np.ones((56, 28))))
 
 
 def test_bitmap_of_a_tiny_box_takes_little_memory():
   polygon = [[0, 0, 600, 0, 600, 400, 0, 400]]
-  bitmap = records.rasterise(polygon, (300, 200, 300 + 1e-6, 200 + 1e-6), (400, 600))
+  bitmap = records.draw_bitmap(polygon, (300, 200, 300 + 1e-6, 200 + 1e-6), (400, 600))
   assert bitmap.shape == (112, 112) and bitmap.all()
 
 
@@ -396,7 +397,7 @@ def test_real_bitmaps_agree_with_the_masks(real_coco):
       if min(x1 - x0, y1 - y0) < 32:
         continue
       segmentation = records.decode_annotation(annotation)["segmentation"]
-      mask_HW = coco_mask.decode(records.run_lengths(segmentation, record.size))
+      mask_HW = masks.rasterize(segmentation, *record.size)
       # each pixel's centre looked up in the bitmap
       rows, columns = (np.arange(n) + 0.5 for n in record.size)
       u, v = (columns - x0) / (x1 - x0) * 112, (rows - y0) / (y1 - y0) * 112

@@ -139,7 +139,9 @@ def pyramid(rng, channels=CHANNELS, size=(16, 12), levels=3):
 
 
 def test_whole_pyramid_on_a_canvas(rng):
-  module = FeaturePyramidTransformer((CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0))
+  module = FeaturePyramidTransformer(
+    (CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0)
+  )
   levels = pyramid(rng)
   padded = []
   for i, m in enumerate(levels):
@@ -147,22 +149,18 @@ def test_whole_pyramid_on_a_canvas(rng):
     valid = jnp.pad(m.valid_BHW, grow[:3])
     values = jnp.where(valid[..., None], jnp.pad(m.values_BHWC, grow), 7.0)
     padded.append(FeatureMap(values, valid, m.stride))
-  for alone, inside in zip(
-    nnx.jit(module)(levels), nnx.jit(module)(tuple(padded)), strict=True
-  ):
+  for alone, inside in zip(nnx.jit(module)(levels), nnx.jit(module)(tuple(padded)), strict=True):
     height, width = alone.size
-    np.testing.assert_allclose(
-      inside.values_BHWC[:, :height, :width], alone.values_BHWC, atol=1e-5
-    )
+    np.testing.assert_allclose(inside.values_BHWC[:, :height, :width], alone.values_BHWC, atol=1e-5)
 
 
 def test_wiring_equals_figure_2(rng):
-  module = FeaturePyramidTransformer((CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0))
+  module = FeaturePyramidTransformer(
+    (CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0)
+  )
   levels = [jnp.asarray(rng.standard_normal((1, *s, CHANNELS)), jnp.float32) for s in SIZES]
   parameters = {n: np.float64(a) for n, a in arrays_of(module).items()}
-  expected = reference.feature_pyramid_transformer(
-    [np.float64(m[0]) for m in levels], parameters
-  )
+  expected = reference.feature_pyramid_transformer([np.float64(m[0]) for m in levels], parameters)
   for ours, theirs in zip(nnx.jit(module)(levels), expected, strict=True):
     np.testing.assert_allclose(ours[0], theirs, atol=1e-4 * np.abs(theirs).max())
 
@@ -183,7 +181,7 @@ def test_plain_arrays_keep_their_sizes(sizes, rng):
 
 def test_switches_and_scope_decide_what_is_built():
   def names(**options):
-    build = lambda: FeaturePyramidTransformer((8,) * 4, channels=8, rngs=nnx.Rngs(0), **options)  # noqa: E731
+    build = lambda: FeaturePyramidTransformer((8,) * 4, channels=8, rngs=nnx.Rngs(0), **options)
     return skeleton(build).shapes
 
   only_self = names(grounding_transformer=False, rendering_transformer=False)

@@ -22,9 +22,7 @@ def test_sync_bn_statistics_are_over_valid_positions(rng):
   np.testing.assert_allclose(norm.norm.var[...], 0.9 + 0.1 * var, atol=1e-4)
   # to infer, the running statistics count, and nothing is updated
   y = norm(jnp.asarray(x), valid_BHW=jnp.asarray(valid))
-  np.testing.assert_allclose(
-    y, (x - 0.1 * mean) / np.sqrt(0.9 + 0.1 * var + 1e-5), atol=1e-4
-  )
+  np.testing.assert_allclose(y, (x - 0.1 * mean) / np.sqrt(0.9 + 0.1 * var + 1e-5), atol=1e-4)
 
 
 def test_group_norm_is_over_valid_positions(rng):
@@ -74,7 +72,9 @@ def test_drop_block_on_tiny_maps_and_padding():
   y = np.asarray(
     drop_block(x, jax.random.key(1), block_size=5, keep_probability=0.7, valid_BHW=valid)
   )
-  np.testing.assert_allclose(np.where(valid[..., None], y, 0).sum((1, 2, 3)), [6 * 64, 64], rtol=1e-5)
+  np.testing.assert_allclose(
+    np.where(valid[..., None], y, 0).sum((1, 2, 3)), [6 * 64, 64], rtol=1e-5
+  )
   assert (drop_block(x, jax.random.key(1), block_size=5, keep_probability=1.0) == x).all()
 
 

@@ -1,4 +1,4 @@
-"""The wiring of the three transformers: a pyramid in, a richer pyramid of the same sizes out (paper, fig. 2)."""
+"""The wiring of the three transformers: a pyramid in, a richer one of the same sizes out (paper, fig. 2)."""
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,9 @@ class FeaturePyramidTransformer(nnx.Module):
     )
     for i, level in enumerate(levels):
       if level.channels != self.channels:
-        raise ValueError(f"level {i} was announced as {self.channels} channels, got {level.channels}")
+        raise ValueError(
+          f"level {i} was announced as {self.channels} channels, got {level.channels}"
+        )
     outputs = []
     for i, level in enumerate(levels):
       parts = [level.values_BHWC]

@@ -12,7 +12,9 @@ class FeaturePyramidNetwork(nnx.Module):
 
   def __init__(self, in_channels, *, channels: int = 256, dtype=jnp.float32, rngs: nnx.Rngs):
     self.lateral = nnx.List([conv(c, channels, 1, dtype=dtype, rngs=rngs) for c in in_channels])
-    self.smooth = nnx.List([conv(channels, channels, 3, dtype=dtype, rngs=rngs) for _ in in_channels])
+    self.smooth = nnx.List(
+      [conv(channels, channels, 3, dtype=dtype, rngs=rngs) for _ in in_channels]
+    )
     self.channels = channels
 
   def __call__(self, pyramid: Pyramid) -> Pyramid:

@@ -33,7 +33,9 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
   """The checkpoints of a run, written in the background; the newest `keep` stay."""
   options = ocp.CheckpointManagerOptions(max_to_keep=keep)
   return ocp.CheckpointManager(
-    folder(workdir) / "checkpoints", options=options, item_names=("model", "optimizer")
+    folder(workdir) / "checkpoints",
+    options=options,
+    item_handlers={name: ocp.PyTreeCheckpointHandler() for name in ("model", "optimizer")},
   )
 
 
@@ -56,13 +58,26 @@ def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimize
   Raises:
     UserError: a checkpoint cannot be written. Those complete are untouched.
   """
-  items = {"model": ocp.args.StandardSave(dict(model))}
+  items = {"model": ocp.args.PyTreeSave(dict(model))}
   if optimizer is not None:
-    items["optimizer"] = ocp.args.StandardSave(optimizer)
+    items["optimizer"] = ocp.args.PyTreeSave(optimizer)
   finish(checkpoints)
   _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves((model, optimizer))))
   with _told(checkpoints):
     checkpoints.save(step, args=ocp.args.Composite(**items))
+
+
+@contextlib.contextmanager
+def closing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+  """On the way out, also by an error, what was saved before reaches the disk."""
+  try:
+    yield
+  except BaseException:
+    with contextlib.suppress(Exception):  # the error under way is the one to tell
+      checkpoints.close()
+    raise
+  finish(checkpoints)
+  checkpoints.close()
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:

@@ -1,10 +1,12 @@
 """What every command shares: quiet logs, and mistakes told in one line."""
 
 import logging as python_logging
+import os
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from fpt_jax.errors import UserError
 
@@ -33,7 +35,8 @@ def quiet_log() -> None:
 
 
 def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
-  if "orbax" in record.pathname:  # logs what it also raises, with the stack of a thread
+  # These log what they also raise, or what is none of the user's business.
+  if "orbax" in record.pathname or "tensorflow_datasets" in record.pathname:
     return False
   return record.levelno >= python_logging.WARNING or "fpt_jax" in record.pathname
 
@@ -41,11 +44,30 @@ def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, with the mistakes in a config or its overrides told in one line."""
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    rest = flags.FLAGS(argv)
+    if "config" in flags.FLAGS and flags.FLAGS.is_parsed():
+      _check_config_file()
+    return rest
+  except (flags.Error, TypeError, ValueError, OSError, UserError) as error:
     tell_and_exit(error)
+  except (AttributeError, KeyError) as error:  # whose text is the repr of a message
+    hint = str(error).strip("'\"").replace("\\n", " - ").replace("\\'", "'")
+    tell_and_exit(UserError(f"--config has no field {hint}"))
+
+
+def _check_config_file() -> None:
+  """Raises UserError if the config's file does not exist: the flag itself stays silent until used."""
+  if flags.FLAGS["config"].present:
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if file and not os.path.exists(file):
+      raise UserError(f"--config={file} does not exist")
 
 
 def tell_and_exit(error: BaseException) -> None:
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  """Prints one line and exits; of a stack trace that a library put in its message, the last line."""
+  message = str(error)
+  if "Traceback (most recent call last)" in message:
+    flag, trace = message.split("Error whilst parsing config file", 1)
+    message = flag + trace.strip().splitlines()[-1]
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
   sys.exit(2)

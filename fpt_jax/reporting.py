@@ -55,15 +55,14 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
 class Clock:
   """Images a second, the share of time spent waiting for data, and the time left.
 
-  Speeds are of the time since the last call of `figures`; the first step, which compiles, and what
-  happens inside `paused` do not count.
+  Speeds are of the time since the last call of `figures` or `restart`; what happens inside `paused`
+  does not count.
   """
 
   def __init__(self, start_step: int, total_steps: int, batch_size: int):
     self._total_steps, self._batch_size = total_steps, batch_size
     self._since = (start_step, time.perf_counter())
     self._waited = self._paused = 0.0
-    self._seconds_per_step = math.nan
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -79,6 +78,12 @@ class Clock:
     yield
     self._paused += time.perf_counter() - begun
 
+  def restart(self, step: int) -> float:
+    """Forgets the time until now, which was spent on compiling; returns it in seconds."""
+    seconds = time.perf_counter() - self._since[1]
+    self._since, self._waited, self._paused = (step, time.perf_counter()), 0.0, 0.0
+    return seconds
+
   def figures(self, step: int) -> dict[str, float]:
     """`images_per_second`, `data_wait` (share of the time), `eta_seconds`."""
     last_step, last_time = self._since
@@ -87,7 +92,6 @@ class Clock:
     per_step = seconds / max(step - last_step, 1)
     waited = self._waited / seconds
     self._since, self._waited, self._paused = (step, now), 0.0, 0.0
-    self._seconds_per_step = per_step
     return {
       "images_per_second": self._batch_size / per_step,
       "data_wait": waited,

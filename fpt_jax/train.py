@@ -42,13 +42,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   take_categories(config, dataset)
   to_class = label_table(config, dataset)
   first_host = jax.process_index() == 0
-  if first_host:
-    checkpoints.write_config(workdir, config)
 
   # Model and optimizer, as dictionaries of arrays over a skeleton.
   mesh = sharding.mesh(config.batch_size)
   everywhere = sharding.replicated(mesh)
   structure = models.structure_of(config)
+  if first_host:
+    checkpoints.write_config(workdir, config)
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
@@ -106,7 +106,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   )
   if start and evaluation_due(start) and not was_evaluated(workdir, start):
     results = run_evaluation(start)
-  with reading as batches, stop:
+  with checkpoints.closing(saved), reading as batches, stop:
     for done in range(start + 1, total_steps + 1):
       with clock.waiting():
         host_batch = next(batches)
@@ -116,6 +116,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       with jax.transfer_guard("disallow"):
         state, losses = train_step(state, batch, step)
       pending.append((done, losses))
+      if done == start + 1:
+        jax.block_until_ready(losses)
+        logging.info("first step, compilation included: %.0f s", clock.restart(done))
 
       last = done == total_steps or stop.asked
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
@@ -134,8 +137,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       if evaluation_due(done):
         with clock.paused():
           results = run_evaluation(done)
-  checkpoints.finish(saved)
-  saved.close()
   if metrics:
     metrics.close()
   if stop.asked:

@@ -136,7 +136,7 @@ def test_checkpoints_that_are_no_state_dicts(tmp_path, content, message):
 
 def _tensor_pickle(offset, shape, strides, numel=4):
   """{"w": tensor} in the opcodes torch writes."""
-  ints = lambda values: b"(" + b"".join(b"I%d\n" % v for v in values) + b"t"  # noqa: E731
+  ints = lambda values: b"(" + b"".join(b"I%d\n" % v for v in values) + b"t"
   storage = b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\n" + b"I%d\ntQ" % numel
   arguments = storage + b"I%d\n" % offset + ints(shape) + ints(strides) + b"I00\nNt"
   return b"(dS'w'\nctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"Rs."

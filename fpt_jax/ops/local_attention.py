@@ -4,10 +4,10 @@ Shapes: B batch, H W rows and columns of the queries' map, h w those of the keys
 D channels of a part, C channels of a value; Y X rows and columns of tiles, q k the queries and keys
 of one tile, N keys of a window.
 
-The keys' map is cut into square tiles. All queries that lie on a tile meet all keys of the tile and a
-margin of half a window, in one dense product; a constant bias hides from each query what lies outside
-its own window. That multiplies more than it must, but in matrices, with no gather, and one key is
-loaded for many queries.
+The keys' map is cut into square tiles. All queries that lie on a tile meet all keys of the tile and
+of a margin of half a window around it, in one dense product; a constant bias hides from each query
+what lies outside its own window. That multiplies more than it must, but in matrices, with no gather,
+and one key is loaded for many queries.
 """
 
 import functools
@@ -39,8 +39,8 @@ def local_mos_attention(
   """Attends from each query to the window around its place (locality-constrained GT, paper 3.3).
 
   A query at row y of H looks at rows `y // ratio - window // 2` to `y // ratio + window // 2` of h,
-  where `ratio = ceil(H / h)`; the same for columns. A position outside the map, or an invalid one, is
-  a zero key with a zero value, which still takes its share of the softmax.
+  where `ratio = ceil(H / h)`; the same for columns. A position outside the map, or an invalid one,
+  is a zero key with a zero value, which still takes its share of the softmax.
 
   Args:
     q_BHWMD: queries, float32 or bfloat16 (statistics are float32 in both).

@@ -5,11 +5,11 @@ value, N blocks of queries, q queries of one block.
 
     out_i = sum_j W_ij v_j,    W_ij = sum_m pi_m exp(s_mij - lse_mi)
 
-Three facts make it cheap. `-||q - k||^2` is `2 q.k - ||k||^2` up to a constant of the row, which the
-softmax does not see, so both similarities are a dot product with a bias a key; a mask is a bias too.
-Once the parts' normalisers are known W is one matrix, so the values are multiplied once, not M times,
-and so are `dO V^T` and `W^T dO` in the backward pass. And the backward pass needs no more than the
-log-sum-exp of each row, from which it computes W again.
+Three facts make it cheap. `-||q - k||^2` is `2 q.k - ||k||^2` up to a constant of the row, which
+the softmax does not see, so both similarities are a dot product with a bias a key; a mask is a bias
+too. Once the parts' normalisers are known, W is one matrix, so the values are multiplied once, not M
+times, and so are `dO V^T` and `W^T dO` in the backward pass. And the backward pass needs no more
+than two numbers a row, from which it computes W again.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax import lax
 
 from fpt_jax.ops.mos_attention_tpu import mos_attention_tpu
@@ -53,8 +54,8 @@ def mos_attention(
     pi_BM: the weight of each part, floating; summing to one is the caller's business.
     similarity: "dot" for `q.k`, "euclidean" for `-||q - k||^2`.
     scale: factor on the similarity, the inverse of a temperature.
-    key_valid_BK: bool, the keys that may be attended to; all where None. A batch element without any
-      gives zeros, and zero gradients.
+    key_valid_BK: bool, the keys that may be attended to; all where None. A batch element without
+      any gives zeros, and zero gradients.
     implementation: "naive" is the formula, "chunked" the same in little memory, "pallas" the TPU
       kernels; "auto" takes the kernels on TPU, elsewhere naive or chunked by size.
 
@@ -64,10 +65,9 @@ def mos_attention(
   Raises:
     ValueError: for shapes, dtypes or names that do not fit.
   """
-  _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK)
+  _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation)
   if implementation == "auto":
-    scores = q_BQMD.shape[1] * k_BKMD.shape[1]
-    implementation = "naive" if scores <= _NAIVE_MAX_SCORES else "chunked"
+    implementation = _choose(q_BQMD.shape[1] * k_BKMD.shape[1])
   if key_valid_BK is not None:
     # Whatever lies under the mask, be it NaN, can then reach neither the output nor a gradient.
     k_BKMD = jnp.where(key_valid_BK[:, :, None, None], k_BKMD, 0)
@@ -82,7 +82,25 @@ def mos_attention(
   return attention(q_BQMD, k_BKMD, v_BKC, pi_BM.astype(jnp.float32), bias_BMK, bias_has_gradient)
 
 
-def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK):
+def _choose(scores: int) -> Implementation:
+  if jax.default_backend() == "tpu":
+    choice = "pallas"
+  else:
+    choice = "naive" if scores <= _NAIVE_MAX_SCORES else "chunked"
+  _say_once(choice, jax.default_backend())
+  return choice
+
+
+@functools.cache
+def _say_once(choice, backend):
+  logging.info("mos_attention runs as %r on %s", choice, backend)
+
+
+def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation):
+  if implementation not in ("auto", "naive", "chunked", "pallas"):
+    raise ValueError(
+      f"implementation must be auto, naive, chunked or pallas, not {implementation!r}"
+    )
   shapes = f"q {q_BQMD.shape}, k {k_BKMD.shape}, v {v_BKC.shape}, pi {pi_BM.shape}"
   if (q_BQMD.ndim, k_BKMD.ndim, v_BKC.ndim, pi_BM.ndim) != (4, 4, 3, 2):
     raise ValueError(
@@ -135,8 +153,8 @@ def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK):
     lowest = jnp.finfo(f32).min
     p_BMQK = jax.nn.softmax(jnp.where(valid_B11K, scale * s_BMQK, lowest), axis=-1)
     p_BMQK = jnp.where(valid_B11K, p_BMQK, 0)
-  # A weight for each query, though all are equal: its gradient is summed row by row, then over rows,
-  # which keeps digits that one long sum would lose.
+  # A weight for each query, though all are equal: its gradient is summed row by row, then over
+  # rows, which keeps digits that one long sum would lose.
   pi_BMQ = jnp.broadcast_to(pi_BM.astype(f32)[:, :, None], p_BMQK.shape[:3])
   w_BQK = jnp.einsum("bmq,bmqk->bqk", pi_BMQ, p_BMQK)
   out_BQC = jnp.einsum("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC, preferred_element_type=f32)
@@ -241,8 +259,8 @@ class Rows(NamedTuple):
   Two numbers, for `top + log(sum)` in one would round off digits where scores are large.
   """
 
-  top_BMq: jax.Array  # noqa: N815
-  share_BMq: jax.Array  # noqa: N815
+  top_BMq: jax.Array
+  share_BMq: jax.Array
 
 
 class KeyGradients(NamedTuple):

@@ -9,10 +9,10 @@ weight W meets the values once for all parts. Of the gradient
 
     ds = p (dw - delta),    dw = dO V^T,    delta = sum_j p dw
 
-a first kernel makes dQ and delta in one pass over the keys, though ds needs delta beforehand: it sums
-`p (dw - c) K` and `p K` apart and joins them in the end. The constant of the row c = dO . O, the mean
-of delta over the parts, keeps that difference from losing digits. A second kernel, queries innermost,
-makes dK, dV and the gradient of the bias.
+a first kernel makes dQ and delta in one pass over the keys, though ds needs delta beforehand: it
+sums `p (dw - c) K` and `p K` apart and joins them in the end. The constant of the row c = dO . O,
+the mean of delta over the parts, keeps that difference from losing digits. A second kernel, queries
+innermost, makes dK, dV and the gradient of the bias.
 
 Rows of scores lie along lanes in memory; `_column` turns them where a kernel wants them upright.
 """
@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 # Queries and keys of a block: what fits beside the accumulators in 16 MB of VMEM, v5e's default.
 _BLOCK = 512
@@ -60,14 +59,12 @@ def mos_attention_tpu(
 
 def _forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
   del bias_has_gradient
-  Q, K = q_BQMD.shape[1], k_BKMD.shape[1]
+  Q = q_BQMD.shape[1]
   q_BQX, k_BKX, v_pad_BKC, bias_pad_BMK = _pad_keys_and_queries(q_BQMD, k_BKMD, v_BKC, bias_BMK)
-  out_BQC, top_BMQ, share_BMQ = _on_each_device(
+  out_BQC, top_BMQ, share_BMQ = _run(
     _forward_kernel_call,
-    "b q x, b k x, b k c, b m, b m k -> b q c, b m q, b m q",
     (q_BQX, k_BKX, v_pad_BKC, pi_BM, bias_pad_BMK),
   )
-  del K
   out_BQC = out_BQC[:, :Q]
   return out_BQC, (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, out_BQC, top_BMQ, share_BMQ)
 
@@ -76,31 +73,25 @@ def _backward(bias_has_gradient, saved, dout_BQC):
   q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, out_BQC, top_BMQ, share_BMQ = saved
   Q, K = q_BQMD.shape[1], k_BKMD.shape[1]
   q_BQX, k_BKX, v_pad_BKC, bias_pad_BMK = _pad_keys_and_queries(q_BQMD, k_BKMD, v_BKC, bias_BMK)
-  mean_B1Q = jnp.einsum("bqc,bqc->bq", dout_BQC, out_BQC, preferred_element_type=jnp.float32)[
-    :, None
-  ]
+  mean_BQ = jnp.einsum("bqc,bqc->bq", dout_BQC, out_BQC, preferred_element_type=jnp.float32)
   dout_BQC = _pad_axis(dout_BQC, 1, q_BQX.shape[1])
-  mean_B1Q = _pad_axis(mean_B1Q, 2, q_BQX.shape[1])
-  dq_BQX, delta_BMQ = _on_each_device(
+  mean_B1Q = _pad_axis(mean_BQ[:, None], 2, q_BQX.shape[1])
+  dq_BQX, delta_BMQ = _run(
     _query_gradient_call,
-    "b q x, b k x, b k c, b m, b m k, b q c, b m q, b m q, b l q -> b q x, b m q",
     (q_BQX, k_BKX, v_pad_BKC, pi_BM, bias_pad_BMK, dout_BQC, top_BMQ, share_BMQ, mean_B1Q),
   )
-  dk_BKX, dv_BKC, dbias_BMK = _on_each_device(
+  dk_BKX, dv_BKC, dbias_BMK = _run(
     _key_gradient_call,
-    "b q x, b k x, b k c, b m, b m k, b q c, b m q, b m q, b m q -> b k x, b k c, b m k",
     (q_BQX, k_BKX, v_pad_BKC, pi_BM, bias_pad_BMK, dout_BQC, top_BMQ, share_BMQ, delta_BMQ),
   )
-  if bias_BMK is None:
-    dbias_BMK = None
-  else:
-    dbias_BMK = dbias_BMK[:, :, :K] if bias_has_gradient else jnp.zeros_like(bias_BMK)
+  if not bias_has_gradient:
+    dbias_BMK = None if bias_BMK is None else jnp.zeros_like(bias_BMK)
   return (
     dq_BQX[:, :Q].reshape(q_BQMD.shape),
     dk_BKX[:, :K].reshape(k_BKMD.shape),
     dv_BKC[:, :K],
     jnp.sum(delta_BMQ[:, :, :Q], axis=-1),
-    dbias_BMK,
+    dbias_BMK if dbias_BMK is None else dbias_BMK[:, :, :K],
   )
 
 
@@ -128,38 +119,48 @@ def _pad_axis(x, axis, size):
   return jnp.pad(x, [(0, size - n if a == axis else 0) for a, n in enumerate(x.shape)])
 
 
-def _on_each_device(call, sharding_rule, args):
-  """Runs a kernel on each device's own images: XLA cannot see that a kernel keeps them apart."""
+def _run(call, args):
+  """Runs a kernel: compiled on TPU, interpreted elsewhere, on each device for its own images."""
 
-  def partition(mesh, arg_shapes, result_shapes):
-    batch = NamedSharding(mesh, PartitionSpec(*arg_shapes[0].sharding.spec[:1]))
-    return mesh, on_tpu, (batch,) * len(result_shapes), (batch,) * len(arg_shapes)
+  def on_one_device(*args):
+    return lax.platform_dependent(
+      *args,
+      tpu=lambda *args: tuple(call(*args, interpret=False)),
+      default=lambda *args: tuple(call(*args, interpret=True)),
+    )
 
-  def on_tpu(*args):
-    return tuple(call(*args, interpret=False))
+  @jax.custom_batching.custom_vmap
+  def on_all_devices(*args):
+    mesh = _mesh(args[0])
+    if mesh.size <= 1:
+      return on_one_device(*args)
+    # XLA cannot split a kernel; it has to be told that nothing crosses the batch.
+    split = args[0].shape[0] % mesh.size == 0
+    spec = PartitionSpec(mesh.axis_names) if split else PartitionSpec()
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+      *args
+    )
 
-  def elsewhere(*args):
-    return tuple(call(*args, interpret=True))
-
-  def run(*args):
-    partitioned = custom_partitioning(on_tpu)
-    partitioned.def_partition(partition=partition, sharding_rule=sharding_rule)
-    return lax.platform_dependent(*args, tpu=partitioned, default=elsewhere)
-
-  folded = jax.custom_batching.custom_vmap(run)
-
-  @folded.def_vmap
+  @on_all_devices.def_vmap
   def fold(axis_size, in_batched, *args):
     """A mapped axis joins the batch."""
     whole = [
       x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
       for x, batched in zip(args, in_batched, strict=True)
     ]
-    outs = _on_each_device(call, sharding_rule, [x.reshape(-1, *x.shape[2:]) for x in whole])
+    outs = _run(call, [x.reshape(-1, *x.shape[2:]) for x in whole])
     outs = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in outs)
     return outs, (True,) * len(outs)
 
-  return folded(*args)
+  return on_all_devices(*args)
+
+
+def _mesh(x) -> jax.sharding.AbstractMesh:
+  """The mesh that a traced array lies on; empty where it lies on one device, or is already local."""
+  mesh = jax.sharding.get_abstract_mesh()
+  mesh = jax.typeof(x).sharding.mesh if mesh.empty else mesh
+  local = jax.sharding.AxisType.Manual in mesh.axis_types
+  return jax.sharding.AbstractMesh((), ()) if local else mesh
 
 
 def _dot(a, b, contract):
@@ -177,7 +178,11 @@ def _row(column_n1):
   return jnp.broadcast_to(column_n1, (column_n1.shape[0], _LANES)).T[:1]
 
 
-def _forward_kernel(pi, q, k, v, bias, out, top, share, top_scratch, sum_scratch, out_scratch):
+def _one(m):
+  return slice(m, m + 1)
+
+
+def _forward_kernel(pi, q, k, v, bias, out, top, share, top_qM, sum_qM, out_qC):
   """Grid (B, blocks of queries, 2 passes, blocks of keys)."""
   b, turn, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
   M = pi.shape[1]
@@ -186,43 +191,43 @@ def _forward_kernel(pi, q, k, v, bias, out, top, share, top_scratch, sum_scratch
 
   def scores(m):
     part = slice(m * D, (m + 1) * D)
-    return _dot(q[0, :, part], k[0, :, part], (1, 1)) + bias[0, m : m + 1]
+    return _dot(q[0, :, part], k[0, :, part], (1, 1)) + bias[0, _one(m)]
 
   @pl.when((turn == 0) & (j == 0))
   def _():
-    top_scratch[...] = jnp.full(top_scratch.shape, _LOWEST)
-    sum_scratch[...] = jnp.zeros(sum_scratch.shape, jnp.float32)
+    top_qM[...] = jnp.full(top_qM.shape, _LOWEST)
+    sum_qM[...] = jnp.zeros(sum_qM.shape, jnp.float32)
 
   @pl.when(turn == 0)
   def _():
     for m in range(M):
       s_qk = scores(m)
-      old_q1 = top_scratch[m]
+      old_q1 = top_qM[:, _one(m)]
       top_q1 = jnp.maximum(old_q1, jnp.max(s_qk, axis=1, keepdims=True))
       new_q1 = jnp.sum(jnp.exp(s_qk - top_q1), axis=1, keepdims=True)
-      sum_scratch[m] = sum_scratch[m] * jnp.exp(old_q1 - top_q1) + new_q1
-      top_scratch[m] = top_q1
+      sum_qM[:, _one(m)] = sum_qM[:, _one(m)] * jnp.exp(old_q1 - top_q1) + new_q1
+      top_qM[:, _one(m)] = top_q1
 
   @pl.when((turn == 0) & last)
   def _():
-    out_scratch[...] = jnp.zeros(out_scratch.shape, jnp.float32)
+    out_qC[...] = jnp.zeros(out_qC.shape, jnp.float32)
+    # From here on the shares of the rows stand where their sums stood.
+    sum_qM[...] = jnp.where(sum_qM[...] > 0, 1 / sum_qM[...], 0)
     for m in range(M):
-      sum_q1 = sum_scratch[m]
-      share_q1 = jnp.where(sum_q1 > 0, 1 / sum_q1, 0)
-      sum_scratch[m] = share_q1
-      top[0, m : m + 1] = _row(top_scratch[m])
-      share[0, m : m + 1] = _row(share_q1)
+      top[0, _one(m)] = _row(top_qM[:, _one(m)])
+      share[0, _one(m)] = _row(sum_qM[:, _one(m)])
 
   @pl.when(turn == 1)
   def _():
     w_qk = 0.0
     for m in range(M):
-      w_qk += (pi[b, m] * sum_scratch[m]) * jnp.exp(scores(m) - top_scratch[m])
-    out_scratch[...] += _dot(w_qk.astype(v.dtype), v[0], (1, 0))
+      factor_q1 = pi[b, m] * sum_qM[:, _one(m)]
+      w_qk += factor_q1 * jnp.exp(scores(m) - top_qM[:, _one(m)])
+    out_qC[...] += _dot(w_qk.astype(v.dtype), v[0], (1, 0))
 
   @pl.when((turn == 1) & last)
   def _():
-    out[0] = out_scratch[...].astype(out.dtype)
+    out[0] = out_qC[...].astype(out.dtype)
 
 
 def _forward_kernel_call(q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, interpret):
@@ -249,8 +254,8 @@ def _forward_kernel_call(q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, interpret):
     ],
     out_shape=[jax.ShapeDtypeStruct((B, Q, C), v_BKC.dtype), rows, rows],
     scratch_shapes=[
-      pltpu.VMEM((M, q, 1), jnp.float32),
-      pltpu.VMEM((M, q, 1), jnp.float32),
+      pltpu.VMEM((q, M), jnp.float32),
+      pltpu.VMEM((q, M), jnp.float32),
       pltpu.VMEM((q, C), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
@@ -262,7 +267,23 @@ def _forward_kernel_call(q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, interpret):
 
 
 def _query_gradient_kernel(
-  pi, q, k, v, bias, dout, top, share, mean, dq, delta, columns, weighted, plain, delta_scratch
+  pi,
+  q,
+  k,
+  v,
+  bias,
+  dout,
+  top,
+  share,
+  mean,
+  dq,
+  delta,
+  top_qM,
+  share_qM,
+  mean_q1,
+  pdwk,
+  pk,
+  delta_qM,
 ):
   """Grid (B, blocks of queries, blocks of keys)."""
   b, j = pl.program_id(0), pl.program_id(2)
@@ -271,30 +292,31 @@ def _query_gradient_kernel(
 
   @pl.when(j == 0)
   def _():
+    mean_q1[...] = _column(mean[0])
     for m in range(M):
-      columns[m] = _column(top[0, m : m + 1])
-      columns[M + m] = _column(share[0, m : m + 1])
-    columns[2 * M] = _column(mean[0])
-    for x in (weighted, plain, delta_scratch):
+      top_qM[:, _one(m)] = _column(top[0, _one(m)])
+      share_qM[:, _one(m)] = _column(share[0, _one(m)])
+    for x in (pdwk, pk, delta_qM):
       x[...] = jnp.zeros(x.shape, jnp.float32)
 
-  dw_qk = _dot(dout[0], v[0], (1, 1)) - columns[2 * M]
+  dw_qk = _dot(dout[0], v[0], (1, 1)) - mean_q1[...]
   for m in range(M):
     part = slice(m * D, (m + 1) * D)
     k_kD = k[0, :, part]
-    s_qk = _dot(q[0, :, part], k_kD, (1, 1)) + bias[0, m : m + 1]
-    p_qk = jnp.exp(s_qk - columns[m]) * columns[M + m]
+    s_qk = _dot(q[0, :, part], k_kD, (1, 1)) + bias[0, _one(m)]
+    p_qk = jnp.exp(s_qk - top_qM[:, _one(m)]) * share_qM[:, _one(m)]
     pdw_qk = p_qk * dw_qk
-    delta_scratch[m] += jnp.sum(pdw_qk, axis=1, keepdims=True)
-    weighted[m] += _dot(pdw_qk.astype(k.dtype), k_kD, (1, 0))
-    plain[m] += _dot(p_qk.astype(k.dtype), k_kD, (1, 0))
+    delta_qM[:, _one(m)] += jnp.sum(pdw_qk, axis=1, keepdims=True)
+    pdwk[:, part] += _dot(pdw_qk.astype(k.dtype), k_kD, (1, 0))
+    pk[:, part] += _dot(p_qk.astype(k.dtype), k_kD, (1, 0))
 
   @pl.when(j == pl.num_programs(2) - 1)
   def _():
     for m in range(M):
-      dq_qD = pi[b, m] * (weighted[m] - delta_scratch[m] * plain[m])
-      dq[0, :, m * D : (m + 1) * D] = dq_qD.astype(dq.dtype)
-      delta[0, m : m + 1] = _row(delta_scratch[m]) + mean[0]
+      part = slice(m * D, (m + 1) * D)
+      delta_q1 = delta_qM[:, _one(m)]
+      dq[0, :, part] = (pi[b, m] * (pdwk[:, part] - delta_q1 * pk[:, part])).astype(dq.dtype)
+      delta[0, _one(m)] = _row(delta_q1) + mean[0]
 
 
 def _query_gradient_call(
@@ -325,10 +347,12 @@ def _query_gradient_call(
       jax.ShapeDtypeStruct(top_BMQ.shape, jnp.float32),
     ],
     scratch_shapes=[
-      pltpu.VMEM((2 * M + 1, q, 1), jnp.float32),
-      pltpu.VMEM((M, q, X // M), jnp.float32),
-      pltpu.VMEM((M, q, X // M), jnp.float32),
-      pltpu.VMEM((M, q, 1), jnp.float32),
+      pltpu.VMEM((q, M), jnp.float32),
+      pltpu.VMEM((q, M), jnp.float32),
+      pltpu.VMEM((q, 1), jnp.float32),
+      pltpu.VMEM((q, X), jnp.float32),
+      pltpu.VMEM((q, X), jnp.float32),
+      pltpu.VMEM((q, M), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,
@@ -337,7 +361,7 @@ def _query_gradient_call(
 
 
 def _key_gradient_kernel(
-  pi, q, k, v, bias, dout, top, share, delta, dk, dv, dbias, columns, dk_sum, dv_sum, dbias_sum
+  pi, q, k, v, bias, dout, top, share, delta, dk, dv, dbias, bias_kM, dk_kX, dv_kC, dbias_kM
 ):
   """Grid (B, blocks of keys, blocks of queries); scores stand upright, keys by queries."""
   b, i = pl.program_id(0), pl.program_id(2)
@@ -347,8 +371,8 @@ def _key_gradient_kernel(
   @pl.when(i == 0)
   def _():
     for m in range(M):
-      columns[m] = _column(bias[0, m : m + 1])
-    for x in (dk_sum, dv_sum, dbias_sum):
+      bias_kM[:, _one(m)] = _column(bias[0, _one(m)])
+    for x in (dk_kX, dv_kC, dbias_kM):
       x[...] = jnp.zeros(x.shape, jnp.float32)
 
   dw_kq = _dot(v[0], dout[0], (1, 1))
@@ -356,20 +380,21 @@ def _key_gradient_kernel(
   for m in range(M):
     part = slice(m * D, (m + 1) * D)
     q_qD = q[0, :, part]
-    s_kq = _dot(k[0, :, part], q_qD, (1, 1)) + columns[m]
-    p_kq = jnp.exp(s_kq - top[0, m : m + 1]) * share[0, m : m + 1]
+    s_kq = _dot(k[0, :, part], q_qD, (1, 1)) + bias_kM[:, _one(m)]
+    p_kq = jnp.exp(s_kq - top[0, _one(m)]) * share[0, _one(m)]
     w_kq += pi[b, m] * p_kq
-    ds_kq = p_kq * (dw_kq - delta[0, m : m + 1])
-    dbias_sum[m] += jnp.sum(ds_kq, axis=1, keepdims=True)
-    dk_sum[m] += _dot(ds_kq.astype(q.dtype), q_qD, (1, 0))
-  dv_sum[...] += _dot(w_kq.astype(dout.dtype), dout[0], (1, 0))
+    ds_kq = p_kq * (dw_kq - delta[0, _one(m)])
+    dbias_kM[:, _one(m)] += jnp.sum(ds_kq, axis=1, keepdims=True)
+    dk_kX[:, part] += _dot(ds_kq.astype(q.dtype), q_qD, (1, 0))
+  dv_kC[...] += _dot(w_kq.astype(dout.dtype), dout[0], (1, 0))
 
   @pl.when(i == pl.num_programs(2) - 1)
   def _():
-    dv[0] = dv_sum[...].astype(dv.dtype)
+    dv[0] = dv_kC[...].astype(dv.dtype)
     for m in range(M):
-      dk[0, :, m * D : (m + 1) * D] = (pi[b, m] * dk_sum[m]).astype(dk.dtype)
-      dbias[0, m : m + 1] = pi[b, m] * _row(dbias_sum[m])
+      part = slice(m * D, (m + 1) * D)
+      dk[0, :, part] = (pi[b, m] * dk_kX[:, part]).astype(dk.dtype)
+      dbias[0, _one(m)] = pi[b, m] * _row(dbias_kM[:, _one(m)])
 
 
 def _key_gradient_call(
@@ -404,10 +429,10 @@ def _key_gradient_call(
       jax.ShapeDtypeStruct(bias_BMK.shape, jnp.float32),
     ],
     scratch_shapes=[
-      pltpu.VMEM((M, k, 1), jnp.float32),
-      pltpu.VMEM((M, k, X // M), jnp.float32),
+      pltpu.VMEM((k, M), jnp.float32),
+      pltpu.VMEM((k, X), jnp.float32),
       pltpu.VMEM((k, C), jnp.float32),
-      pltpu.VMEM((M, k, 1), jnp.float32),
+      pltpu.VMEM((k, M), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     interpret=interpret,

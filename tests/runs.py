@@ -1,0 +1,100 @@
+"""A tiny run for tests: the demo's config, made as small as it can be and still do everything."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from ml_collections import ConfigDict
+
+from configs import coco_mask
+from fpt_jax import data
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIELDS = {
+  "data.short_edge": 64,
+  "data.long_edge": 64,
+  "data.buckets": ((64, 64),),
+  "data.builder": {"train_size": 24, "val_size": 4, "image_size": 64},
+  "model.backbone.width": 4,
+  "model.pyramid.channels": 8,
+  "model.fpt.scope": "adjacent",
+  "model.box_head.hidden": 16,
+  "model.mask_head.hidden": 8,
+  "model.mask_head.layers": 1,
+  "model.rpn.train.pre_nms": 40,
+  "model.rpn.train.post_nms": 20,
+  "model.rpn.test.pre_nms": 40,
+  "model.rpn.test.post_nms": 20,
+  "model.box_head.samples": 8,
+  "model.test.detections_per_image": 5,
+  "model.test.max_candidates": 20,
+  "batch_size": 4,
+  "optim.base_batch_size": 4,
+  "optim.warmup_steps": 0,
+  "steps": 8,
+  "log_every": 1,
+  "checkpoint.every_steps": 2,
+  "eval.every_steps": 100,
+  "eval.batch_size": 4,
+}
+
+
+def tiny_config(**fields) -> ConfigDict:
+  """The config; `fields` are set on top, with "__" for the dots."""
+  config = coco_mask.get_config("demo")
+  config.data.builder = ConfigDict()
+  config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
+  for name, value in (FIELDS | {k.replace("__", "."): v for k, v in fields.items()}).items():
+    *path, last = name.split(".")
+    part = config
+    for key in path:
+      part = part[key]
+    part[last] = ConfigDict(value) if isinstance(value, dict) else value
+  if not data.is_prepared(config.data):
+    data.prepare(config.data)
+  return config
+
+
+def config_file(folder: pathlib.Path, **fields) -> pathlib.Path:
+  """A config file of `tiny_config(**fields)`, for the command line."""
+  file = folder / "tiny_config.py"
+  file.write_text(
+    f"from tests.runs import tiny_config\n\n\ndef get_config():\n  return tiny_config(**{fields!r})\n"
+  )
+  return file
+
+
+def command(*flags: str, **environment: str) -> subprocess.Popen:
+  """`python -m fpt_jax.main` with these flags, its standard error readable as text."""
+  return subprocess.Popen(
+    [sys.executable, "-m", "fpt_jax.main", *flags],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ
+    | {
+      "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "fpt_jax_test_cache"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+    }
+    | environment,
+  )
+
+
+def error_lines(process: subprocess.Popen, timeout: float = 300) -> list[str]:
+  """Waits for the end; the lines of standard error that tell of an error or show a stack trace."""
+  _, text = process.communicate(timeout=timeout)
+  return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
+
+
+def losses_by_step(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+  """The losses in metrics.jsonl; fails if a step is told twice."""
+  losses = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    entry = json.loads(line)
+    if "total_loss" in entry:
+      assert entry["step"] not in losses
+      losses[entry["step"]] = {k: v for k, v in entry.items() if "loss" in k}
+  return losses

@@ -1,0 +1,90 @@
+"""The command line: one line for every mistake, pictures and JSON for every image."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runs import command, config_file, error_lines
+
+DEMO = "--config=configs/coco_mask.py:demo"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flags", "told"),
+  [
+    ((DEMO, "--config.optim.learning_rat=1"), ("learning_rat", 'Did you mean "learning_rate"')),
+    (("--config=configs/coco_mask.py:demoo",), ("demoo", "choose one of demo, torchvision")),
+    (("--config=configs/none.py",), ("configs/none.py does not exist",)),
+    ((DEMO, "--config.batch_size=many"), ("config.batch_size=many",)),
+    ((DEMO,), ("no --workdir",)),
+    ((DEMO, "--mode=trian"), ("trian", "prepare|train|eval|predict")),
+    (("--mode=train", "--workdir=WORK"), ("--mode=train needs --config",)),
+    (("--mode=eval", "--workdir=WORK/none"), ("none/config.json does not exist",)),
+    (
+      ("--config=configs/coco_mask.py", "--mode=prepare", "--config.data.source=WORK/none"),
+      ("data.source=", "no such folder"),
+    ),
+    ((DEMO, "workdir=WORK"), ("is no flag",)),
+    ((DEMO, "--workdir=WORK", "--config.model.backbone.name=vgg"), ("'vgg'", "resnet50")),
+  ],
+)
+def test_mistakes_are_told_in_one_line(flags, told, tmp_path):
+  flags = [flag.replace("WORK", str(tmp_path)) for flag in flags]
+  process = command(*flags, f"--config.data.data_dir={tmp_path}") if DEMO in flags else command(*flags)
+  lines = error_lines(process)
+  assert process.returncode == 2
+  assert len(lines) == 1 and lines[0].startswith("error:"), lines
+  for part in told:
+    assert part in lines[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  file = config_file(folder, steps=2)
+  assert error_lines(command(f"--config={file}", f"--workdir={folder / 'work'}")) == []
+  return folder / "work", file
+
+
+@pytest.mark.slow
+def test_eval_gives_the_figures_of_training(run):
+  workdir, _ = run
+  results = workdir / "eval" / "coco_instances_results.json"
+  before = json.loads(results.read_text())
+  results.unlink()
+  assert error_lines(command("--mode=eval", f"--workdir={workdir}")) == []
+  assert json.loads(results.read_text()) == before
+
+
+@pytest.mark.slow
+def test_predict_draws_files_folders_and_splits(run, tmp_path, rng):
+  workdir, file = run
+  (tmp_path / "folder").mkdir()
+  for name in ("a.png", "folder/a.jpg", "folder/b.png"):
+    Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / name)
+  Image.fromarray(rng.integers(0, 255, (30, 20), np.uint8)).save(tmp_path / "folder" / "grey.png")
+  images = f"--images={tmp_path / 'a.png'},{tmp_path / 'folder'}"
+  flags = ("--mode=predict", f"--workdir={workdir}", "--min_score=0")
+  assert error_lines(command(*flags, images)) == []
+  predictions = workdir / "predictions"
+  names = {p.name for p in predictions.iterdir()}
+  assert names == {
+    "a.png", "a_2.png", "b.png", "grey.png", "contact_sheet.png", "predictions.json",
+  }  # fmt: skip
+  results = json.loads((predictions / "predictions.json").read_text())
+  assert {r["file_name"] for r in results} <= {
+    str(tmp_path / n) for n in ("a.png", "folder/a.jpg", "folder/b.png", "folder/grey.png")
+  }
+
+  assert error_lines(command(*flags, f"--config={file}")) == []
+  assert len(list(predictions.glob("*.png"))) == 5 + 4
+
+  data = (tmp_path / "folder" / "a.jpg").read_bytes()
+  (tmp_path / "folder" / "cut.jpg").write_bytes(data[: len(data) // 2])
+  (line,) = error_lines(command(*flags, images))
+  assert "cut.jpg is no readable image" in line
+  skip = ("--config.data.skip_bad", f"--config={file}")
+  assert error_lines(command(*flags, images, *skip)) == []

@@ -1,0 +1,193 @@
+"""Training leaves what it promises, resumes exactly, compiles once, and tells what went wrong."""
+
+import json
+import logging
+import re
+import resource
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import fpt_jax
+from fpt_jax import checkpoints
+from fpt_jax.errors import UserError
+from fpt_jax.train import train
+from tests.runs import command, config_file, error_lines, losses_by_step, tiny_config
+
+LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask", "total_loss"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of 6 steps, and what it logged about compilation."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = tiny_config(steps=6, data__flip=False)
+  records = []
+  handler = logging.Handler()
+  handler.emit = lambda record: records.append(record.getMessage())
+  logger = logging.getLogger("jax._src.dispatch")
+  logger.addHandler(handler)
+  before = logger.level
+  logger.setLevel(logging.DEBUG)
+  metrics = train(config, str(workdir))
+  logger.setLevel(before)
+  logger.removeHandler(handler)
+  return workdir, metrics, records
+
+
+def test_what_a_run_leaves_behind(finished):
+  workdir, metrics, _ = finished
+  losses = losses_by_step(workdir)
+  assert set(losses) == {1, 2, 3, 4, 5, 6}
+  assert all(set(entry) == LOSSES for entry in losses.values())
+  for entry in losses.values():
+    parts = sum(v for k, v in entry.items() if k != "total_loss")
+    assert entry["total_loss"] == pytest.approx(parts, rel=1e-5)
+  assert {"bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50"} <= set(metrics)
+  last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  assert last["step"] == 6 and last["segm/AP"] == metrics["segm/AP"]
+  assert json.loads((workdir / "config.json").read_text())["steps"] == 6
+  kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+  assert kept == [2, 4, 6]
+  assert list(workdir.glob("events.out.tfevents*"))
+  results = json.loads((workdir / "eval" / "coco_instances_results.json").read_text())
+  assert all({"image_id", "category_id", "bbox", "score", "segmentation"} <= set(r) for r in results)
+
+
+def test_one_compilation_an_input_shape(finished):
+  _, _, records = finished
+  compiled = [m for m in records if re.match(r"Finished XLA compilation of jit\(train_step\)", m)]
+  assert len(compiled) == 1, compiled
+
+
+def test_restore_predicts_on_images_of_any_size(finished, rng):
+  workdir, _, _ = finished
+  restored = fpt_jax.restore(str(workdir))
+  assert restored.step == 6
+  assert fpt_jax.restore(str(workdir), step=4).step == 4
+  images = [rng.integers(0, 255, (*size, 3), np.uint8) for size in ((64, 64), (37, 51), (9, 200))]
+  for image, found in zip(images, restored.predict(images), strict=True):
+    height, width = image.shape[:2]
+    count = len(found["scores"])
+    assert found["boxes_xyxy"].shape == (count, 4) and found["labels"].shape == (count,)
+    assert found["masks"].shape == (count, height, width) and found["masks"].dtype == bool
+    assert (np.diff(found["scores"]) <= 0).all()
+    assert set(found["labels"].tolist()) <= set(restored.config.model.category_ids)
+    low, high = found["boxes_xyxy"][:, :2], found["boxes_xyxy"][:, 2:]
+    assert (low >= -1e-3).all() and (high <= np.array([width, height]) + 1e-3).all()
+  with pytest.raises(ValueError, match=r"image 0 must be a uint8 array .*float64 \(4, 4, 3\)"):
+    restored.predict([np.zeros((4, 4, 3))])
+  with pytest.raises(UserError, match=r"holds no step 5; it holds \[2, 4, 6\]"):
+    fpt_jax.restore(str(workdir), step=5)
+
+
+def test_another_model_is_refused_and_nothing_is_touched(finished):
+  workdir, _, _ = finished
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  with pytest.raises(UserError, match="model.mask_head.hidden was 8, now 4"):
+    train(tiny_config(steps=6, model__mask_head__hidden=4), str(workdir))
+  (workdir / "config.json").rename(workdir / "away.json")
+  with pytest.raises(UserError, match=r"step 6 in .* is of another model: .*mask_head"):
+    train(tiny_config(steps=8, model__mask_head__hidden=4), str(workdir))
+  (workdir / "away.json").rename(workdir / "config.json")
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_init_from_takes_what_fits(finished, tmp_path):
+  workdir, _, _ = finished
+  config = tiny_config(steps=1, init_from=str(workdir), model__num_classes=5)
+  config.optim.learning_rate = 0.0
+  train(config, str(tmp_path))
+  old, new = (fpt_jax.restore(str(w)).arrays for w in (workdir, tmp_path))
+  assert all((old[n] == new[n]).all() for n in old if n.endswith("kernel"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  config = tiny_config(steps=8, optim__learning_rate=1e20, optim__clip_norm=0.0)
+  config.checkpoint.every_steps = 1
+  with pytest.raises(UserError, match=r"step [2-8]: .*total_loss.* is not finite"):
+    train(config, str(tmp_path))
+  saved = checkpoints.manager(str(tmp_path))
+  newest = checkpoints.choose_step(saved)
+  saved.close()
+  arrays = fpt_jax.restore(str(tmp_path), newest).arrays
+  assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def wait_for_step(workdir, step, process, seconds=300):
+  """Until metrics.jsonl has reached a step."""
+  file, end = workdir / "metrics.jsonl", time.monotonic() + seconds
+  while time.monotonic() < end and process.poll() is None:
+    if file.exists() and any(
+      f'"step": {n},' in file.read_text() for n in range(step, step + 20)
+    ):
+      return
+    time.sleep(0.05)
+  raise AssertionError(f"step {step} was not reached: {process.communicate()[1][-2000:]}")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+  file = config_file(tmp_path, steps=14, checkpoint__every_steps=3)
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  assert error_lines(command(f"--config={file}", f"--workdir={straight}")) == []
+  for step in (4, 8):  # once between checkpoints, once about when one is written
+    process = command(f"--config={file}", f"--workdir={broken}")
+    wait_for_step(broken, step, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  assert error_lines(command(f"--config={file}", f"--workdir={broken}")) == []
+  expected = losses_by_step(straight)
+  assert set(expected) == set(range(1, 15))
+  assert losses_by_step(broken) == expected
+  ours, theirs = (fpt_jax.restore(str(w)).arrays for w in (broken, straight))
+  assert all((ours[n] == theirs[n]).all() for n in ours)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_before_it_ends(tmp_path):
+  file = config_file(tmp_path, steps=4000, checkpoint__every_steps=2000)
+  workdir = tmp_path / "run"
+  process = command(f"--config={file}", f"--workdir={workdir}")
+  wait_for_step(workdir, 3, process)
+  process.send_signal(signal.SIGTERM)
+  (line,) = error_lines(process)
+  assert process.returncode == 2
+  step = int(re.search(r"stopped by a signal; step (\d+) is saved", line)[1])
+  assert fpt_jax.restore(str(workdir)).step == step
+  assert max(losses_by_step(workdir)) == step
+
+
+@pytest.mark.slow
+def test_two_devices_train_as_one_and_restore_on_one(tmp_path):
+  file = config_file(tmp_path, steps=3)
+  one, two = tmp_path / "one", tmp_path / "two"
+  assert error_lines(command(f"--config={file}", f"--workdir={one}")) == []
+  flags = "--xla_force_host_platform_device_count=2"
+  process = command(f"--config={file}", f"--workdir={two}", XLA_FLAGS=flags)
+  assert error_lines(process) == []
+  first, second = losses_by_step(one), losses_by_step(two)
+  for name, value in first[1].items():
+    assert second[1][name] == pytest.approx(value, rel=1e-4), name
+  assert jax.device_count() == 1
+  assert fpt_jax.restore(str(two)).step == 3
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path):
+  file = config_file(tmp_path, steps=4, checkpoint__every_steps=2, model__box_head__hidden=512)
+  workdir = tmp_path / "run"
+  process = command(f"--config={file}", f"--workdir={workdir}")
+  wait_for_step(workdir, 2, process)
+  error_lines(process)
+  file = config_file(tmp_path, steps=8, checkpoint__every_steps=2, model__box_head__hidden=512)
+  process = command(f"--config={file}", f"--workdir={workdir}")
+  # No file may grow beyond 100 kB from here: writes fail as on a full disk.
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+  lines = [line for line in error_lines(process) if line.startswith("error:")]
+  assert process.returncode == 2
+  assert len(lines) == 1 and "could not be written" in lines[0] and "complete are [2, 4]" in lines[0]
+  assert fpt_jax.restore(str(workdir)).step == 4

@@ -13,6 +13,6 @@ def get_config(arg: str = ""):
   """`arg`: "" for the paper, "demo", or "torchvision"."""
   config = common.detection()
   config.model.mask_head.enabled = False
-  config.steps = 100_000
-  config.optim.decay_steps = (80_000,)
+  config.images = 100_000 * 8
+  config.optim.decay_at = (0.8,)
   return common.variant(config, arg)

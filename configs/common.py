@@ -9,7 +9,8 @@ def detection() -> ConfigDict:
   config.seed = 0
   config.init_from = ""  # a workdir whose newest weights to start from
   config.batch_size = 8  # images of all devices together
-  config.steps = 160_000  # of batches of optim.base_batch_size; other sizes scale steps and rates
+  config.images = 160_000 * 8  # images to train on: the paper's 160k steps of 8
+  config.steps = 0  # 0: as many as `images` makes at this batch size
   config.log_every = 20  # steps
 
   config.data = ConfigDict(
@@ -96,12 +97,12 @@ def detection() -> ConfigDict:
   config.optim = ConfigDict(
     dict(
       learning_rate=0.05,  # for batches of base_batch_size
-      base_batch_size=8,  # images; the rate grows and the steps shrink linearly from here
+      base_batch_size=8,  # images; larger batches have a rate as much higher
       momentum=0.9,
       weight_decay=1e-4,
       warmup_steps=500,
       warmup_factor=0.001,
-      decay_steps=(120_000,),
+      decay_at=(0.75,),  # shares of the training after which the rate is multiplied by decay_factor
       decay_factor=0.1,
       schedule="step",  # or "cosine"
       clip_norm=0.0,  # of the gradient; 0 for none
@@ -143,8 +144,8 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.data.buckets = ((128, 128),)
   config.data.max_instances = 8
   config.batch_size = 8
-  config.steps = 500
-  config.optim.learning_rate = 0.02
+  config.steps = 400
+  config.optim.learning_rate = 0.04
   config.optim.warmup_steps = 50
   config.optim.schedule = "cosine"
   config.optim.clip_norm = 10.0
@@ -163,5 +164,5 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.model.test.update(dict(detections_per_image=20, max_candidates=200))
   config.eval.every_steps = config.steps
   config.eval.batch_size = 20
-  config.checkpoint.every_steps = 250
+  config.checkpoint.every_steps = 200
   return config

@@ -59,7 +59,7 @@ def _check_config_file() -> None:
   """Raises UserError if the config's file does not exist: the flag itself stays silent until used."""
   if flags.FLAGS["config"].present:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    if file and not os.path.exists(file):
+    if file and not os.path.exists(file.rsplit(":", 1)[0]):
       raise UserError(f"--config={file} does not exist")
 
 

@@ -6,14 +6,9 @@ import optax
 from fpt_jax.errors import UserError
 
 
-def batch_ratio(config) -> float:
-  """Global batch size over the one the config's rates and steps are written for."""
-  return config.batch_size / config.optim.base_batch_size
-
-
 def total_steps(config) -> int:
-  """Training steps at the config's batch size: twice the images a step, half the steps."""
-  return max(1, round(config.steps / batch_ratio(config)))
+  """Training steps: `config.steps`, or as many as `config.images` makes at the batch size."""
+  return config.steps or max(1, round(config.images / config.batch_size))
 
 
 def schedule(config) -> optax.Schedule:
@@ -23,21 +18,24 @@ def schedule(config) -> optax.Schedule:
     UserError: the schedule does not exist.
   """
   optim = config.optim
-  ratio = batch_ratio(config)
-  peak = optim.learning_rate * ratio
+  peak = optim.learning_rate * config.batch_size / optim.base_batch_size
+  total = total_steps(config)
   if optim.schedule == "step":
     decay = optax.piecewise_constant_schedule(
-      peak, {max(1, round(step / ratio)): optim.decay_factor for step in optim.decay_steps}
+      peak, {max(1, round(share * total)): optim.decay_factor for share in optim.decay_at}
     )
   elif optim.schedule == "cosine":
-    decay = optax.cosine_decay_schedule(peak, total_steps(config))
+    decay = optax.cosine_decay_schedule(peak, total)
   else:
     raise UserError(
       f"config.optim.schedule={optim.schedule!r} does not exist; choose step or cosine"
     )
 
+  if not optim.warmup_steps:
+    return decay
+
   def rate(step):
-    progress = jnp.minimum(step / max(optim.warmup_steps, 1), 1.0)
+    progress = jnp.minimum(step / optim.warmup_steps, 1.0)
     return decay(step) * (optim.warmup_factor + (1 - optim.warmup_factor) * progress)
 
   return rate

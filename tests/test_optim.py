@@ -1,0 +1,68 @@
+"""The paper's recipe, step by step, against plain NumPy."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from configs import coco_box, coco_mask
+from fpt_jax import optim
+from fpt_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+  ("module", "total", "drop"), [(coco_mask, 160_000, 120_000), (coco_box, 100_000, 80_000)]
+)
+def test_the_papers_schedule(module, total, drop):
+  config = module.get_config()
+  assert optim.total_steps(config) == total
+  rate = optim.schedule(config)
+  assert rate(0) == pytest.approx(0.05 * 0.001)
+  assert rate(250) == pytest.approx(0.05 * (0.001 + 0.999 / 2))
+  assert rate(500) == rate(drop - 1) == pytest.approx(0.05)
+  assert rate(drop + 1) == rate(total) == pytest.approx(0.005)
+
+
+def test_other_batch_sizes_follow_linearly():
+  config = coco_mask.get_config()
+  config.batch_size = 32
+  assert optim.total_steps(config) == 40_000
+  rate = optim.schedule(config)
+  assert rate(1000) == pytest.approx(0.2)
+  assert rate(29_999) == pytest.approx(0.2) and rate(30_001) == pytest.approx(0.02)
+  config.steps = 3
+  assert optim.total_steps(config) == 3
+
+
+def test_unknown_schedule_is_told():
+  config = coco_mask.get_config()
+  config.optim.schedule = "linear"
+  with pytest.raises(UserError, match="'linear' does not exist; choose step or cosine"):
+    optim.schedule(config)
+
+
+def test_sgd_with_momentum_and_decay(rng):
+  config = coco_mask.get_config()
+  config.optim.warmup_steps = 0
+  config.optim.clip_norm = 1.0
+  optimizer = optim.optimizer(config)
+  p = rng.standard_normal(5).astype(np.float32)
+  ours, state = {"p": p}, optimizer.init({"p": p})
+  momentum, expected = np.zeros(5), np.float64(p)
+  update = jax.jit(optimizer.update)
+  for _ in range(3):
+    g = 3 * rng.standard_normal(5)
+    updates, state = update({"p": g.astype(np.float32)}, state, ours)
+    ours = optax.apply_updates(ours, updates)
+    g = g / max(1, np.linalg.norm(g)) + 1e-4 * expected
+    momentum = 0.9 * momentum + g
+    expected = expected - 0.05 * momentum
+    np.testing.assert_allclose(ours["p"], expected, rtol=1e-5)
+
+
+def test_a_frozen_backbone_is_not_trained():
+  config = coco_mask.get_config()
+  names = {"backbone.conv1.kernel", "fpt.fuse.0.kernel", "rpn.conv.bias"}
+  assert optim.trainable(config, names) == names - {"backbone.conv1.kernel"}
+  config.model.backbone.frozen = False
+  assert optim.trainable(config, names) == names

@@ -1,0 +1,337 @@
+"""Times and weighs the attention of fpt_jax beside other ways to compute the same.
+
+    python scripts/benchmark_attention.py                      # 1k, 4k and 16k tokens, and local
+    python scripts/benchmark_attention.py --tokens 51200 --only chunked --repetitions 1
+
+Rivals: `naive`, our einsum; and where torch can be imported, `torch naive`, `torch sdpa`, its
+scaled_dot_product_attention with a part as a head (the fastest of three phrasings; dot product only),
+`torch shared`, our algorithm in torch, and `torch unfold` for the local attention. Times are medians
+of repetitions in turns; memory is the growth of the process's peak over what the inputs hold, each
+implementation in a process of its own. All run on the CPU in float32.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpt_jax.ops.local_attention import local_mos_attention
+from fpt_jax.ops.mos_attention import mos_attention
+
+try:
+  import torch
+  import torch.nn.functional as F
+except ImportError:
+  torch = None
+
+CHANNELS = 256
+WINDOW = 5
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+SDPA = ("wide", "padded", "split")
+
+# One run of an implementation: its inputs are bound, it returns when the result is there.
+Run = Callable[[], object]
+
+
+def main() -> None:
+  arguments = _parse_arguments()
+  if arguments.weigh:
+    implementation, similarity, tokens, parts = arguments.weigh
+    print(_weigh_here(implementation, similarity, int(tokens), int(parts), arguments.local_side))
+    return
+  if torch is None:
+    print("torch cannot be imported: our own implementations only")
+  cases = [
+    (similarity, tokens, parts)
+    for tokens in arguments.tokens
+    for parts in arguments.parts
+    for similarity in arguments.similarities
+  ]
+  for similarity, tokens, parts in cases:
+    names = _names(similarity, arguments.only)
+    runs = {name: _global_runs(name, similarity, tokens, parts) for name in names}
+    title = f"{tokens} tokens, N={parts}, {similarity}"
+    _report(title, runs, arguments, (similarity, tokens, parts), unit=2 * tokens**2 * CHANNELS)
+  if arguments.local_side:
+    side = arguments.local_side
+    names = [n for n in ("tiled", "torch unfold") if not arguments.only or n in arguments.only]
+    runs = {name: _local_runs(name, side, 2) for name in names if torch or name == "tiled"}
+    title = f"local, {side} x {side}, window {WINDOW}, N=2, dot"
+    _report(title, runs, arguments, ("dot", 0, 2), unit=None)
+
+
+def _parse_arguments():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 16384])
+  parser.add_argument("--parts", type=int, nargs="+", default=[2])
+  parser.add_argument("--similarities", nargs="+", default=["dot", "euclidean"])
+  parser.add_argument("--only", nargs="+", help="these implementations, of the names in the table")
+  parser.add_argument("--local-side", type=int, default=121, help="0: no local attention")
+  parser.add_argument("--repetitions", type=int, default=5)
+  parser.add_argument(
+    "--clock", choices=CLOCKS, default="wall", help="cpu: seconds of all cores, for busy machines"
+  )
+  parser.add_argument("--no-memory", action="store_true", help="times only")
+  parser.add_argument("--weigh", nargs=4, help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def _names(similarity, only) -> list[str]:
+  names = ["chunked", "naive"]
+  if torch:
+    names += ["torch naive", "torch shared"]
+    if similarity == "dot":
+      names += [f"torch sdpa {phrasing}" for phrasing in SDPA]
+  return [name for name in names if not only or name in only]
+
+
+def _report(title, runs, arguments, case, unit) -> None:
+  """Prints a table of one case: seconds and memory, and ours as a ratio to each."""
+  print(f"\n{title}", flush=True)
+  seconds, product_rate = _times(runs, arguments)
+  memory = {}
+  if not arguments.no_memory:
+    memory = {name: _weigh(name, case, arguments.local_side) for name in runs}
+  ours = next(iter(runs))
+  print(f"{'':20}{'forward':>22}{'forward + backward':>22}{'memory, both':>22}")
+  for name in runs:
+    cells = [_cell(seconds[name, kind], seconds[ours, kind], "s") for kind in ("forward", "both")]
+    cells.append(_cell(memory[name], memory[ours], "MB") if name in memory else "")
+    print(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+  phrasings = [name for name in runs if "sdpa" in name]
+  if phrasings:
+    for kind in ("forward", "both"):
+      best = min(seconds[name, kind] for name in phrasings)
+      print(f"{ours} / torch sdpa at its best, {kind}: {seconds[ours, kind] / best:.2f}")
+  if unit:
+    for kind, products in (("forward", 2), ("both", 7)):
+      rate = products * unit / seconds[ours, kind] / 1e9
+      print(
+        f"{ours}, {kind}: {rate:.0f} GFLOP/s, {rate / product_rate:.2f} of this machine's matrix "
+        f"product ({product_rate:.0f})"
+      )
+
+
+def _cell(value, ours, unit) -> str:
+  return f"{value:.3g} {unit} (x {ours / value:.2f})"
+
+
+def _times(runs: dict[str, dict[str, Run]], arguments) -> tuple[dict, float]:
+  """Medians by (name, kind), and the rate of a large matrix product in GFLOP/s, all in turns."""
+  clock = CLOCKS[arguments.clock]
+  side = 4096
+  a = jnp.ones((side, side))
+  product = jax.jit(jnp.matmul).lower(a, a).compile()
+  everything = {(name, kind): run for name, kinds in runs.items() for kind, run in kinds.items()}
+  everything["product"] = lambda: jax.block_until_ready(product(a, a))
+  taken = {key: [] for key in everything}
+  for key in everything if arguments.repetitions > 1 else ():
+    everything[key]()
+  for _ in range(arguments.repetitions):
+    for key, run in everything.items():
+      start = clock()
+      run()
+      taken[key].append(clock() - start)
+  medians = {key: statistics.median(values) for key, values in taken.items()}
+  return medians, 2 * side**3 / medians.pop("product") / 1e9
+
+
+def _weigh(name, case, local_side) -> float:
+  """MB of a process that runs one implementation forward and backward."""
+  command = [sys.executable, __file__, "--local-side", str(local_side)]
+  command += ["--weigh", name, *map(str, case)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode:
+    print(f"{name} could not be weighed: {done.stderr.splitlines()[-1:] or done.returncode}")
+    return float("nan")
+  return float(done.stdout.split()[-1])
+
+
+def _weigh_here(name, similarity, tokens, parts, local_side) -> float:
+  runs = (
+    _global_runs(name, similarity, tokens, parts)
+    if tokens
+    else _local_runs(name, local_side, parts)
+  )
+  # Linux: 5 resets the peak to what is resident now, inputs and code.
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+  before = _status("VmRSS")
+  runs["both"]()
+  return (_status("VmHWM") - before) / 1e3
+
+
+def _status(field) -> int:
+  """Kilobytes of a field of this process's status."""
+  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+    if line.startswith(field + ":"):
+      return int(line.split()[1])
+  raise ValueError(f"/proc/self/status has no {field}")
+
+
+def _draw(*shapes) -> list[np.ndarray]:
+  rng = np.random.default_rng(0)
+  return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+
+def _global_runs(name, similarity, tokens, parts) -> dict[str, Run]:
+  D = CHANNELS // parts
+  part_shape, shape = (1, tokens, parts, D), (1, tokens, CHANNELS)
+  inputs = _draw(part_shape, part_shape, shape, shape)
+  inputs.insert(3, np.full((1, parts), 1 / parts, np.float32))
+  scale = D**-0.5
+  if not name.startswith("torch"):
+    return _jax_runs(
+      lambda *x: mos_attention(*x, similarity=similarity, scale=scale, implementation=name), inputs
+    )
+  if "sdpa" in name:
+    return _torch_runs(lambda *x: _torch_sdpa(*x, scale, name.split()[-1]), inputs)
+  if name == "torch shared":
+    return _torch_runs(lambda *x: _torch_shared(*x, scale, similarity), inputs)
+  return _torch_runs(lambda *x: _torch_naive(*x, scale, similarity), inputs)
+
+
+def _local_runs(name, side, parts) -> dict[str, Run]:
+  D = CHANNELS // parts
+  part_shape, shape = (1, side, side, parts, D), (1, side, side, CHANNELS)
+  inputs = _draw(part_shape, part_shape, shape, shape)
+  inputs.insert(3, np.full((1, parts), 1 / parts, np.float32))
+  if name == "tiled":
+    return _jax_runs(
+      lambda *x: local_mos_attention(*x, window=WINDOW, scale=D**-0.5, implementation="tiled"),
+      inputs,
+    )
+  return _torch_runs(lambda *x: _torch_unfold(*x, D**-0.5), inputs)
+
+
+def _jax_runs(attention, inputs) -> dict[str, Run]:
+  inputs = [jnp.asarray(x) for x in inputs]
+  gradient = lambda *x: jax.vjp(attention, *x[:-1])[1](x[-1])
+  forward = jax.jit(attention).lower(*inputs[:-1]).compile()
+  both = jax.jit(gradient).lower(*inputs).compile()
+  return {
+    "forward": lambda: jax.block_until_ready(forward(*inputs[:-1])),
+    "both": lambda: jax.block_until_ready(both(*inputs)),
+  }
+
+
+def _torch_runs(attention, inputs) -> dict[str, Run]:
+  *inputs, dout = [torch.from_numpy(x) for x in inputs]
+  leaves = [x.requires_grad_() for x in inputs]
+
+  def forward():
+    with torch.no_grad():
+      attention(*leaves)
+
+  return {
+    "forward": forward,
+    "both": lambda: torch.autograd.grad(attention(*leaves), leaves, dout),
+  }
+
+
+def _torch_scores(q_BQMD, k_BKMD, scale, similarity):
+  s_BMQK = torch.einsum("bqmd,bkmd->bmqk", q_BQMD, k_BKMD)
+  if similarity == "euclidean":
+    qq_BMQ1 = (q_BQMD**2).sum(-1).transpose(1, 2)[:, :, :, None]
+    kk_BM1K = (k_BKMD**2).sum(-1).transpose(1, 2)[:, :, None]
+    s_BMQK = 2 * s_BMQK - qq_BMQ1 - kk_BM1K
+  return scale * s_BMQK
+
+
+def _torch_naive(q_BQMD, k_BKMD, v_BKC, pi_BM, scale, similarity):
+  p_BMQK = torch.softmax(_torch_scores(q_BQMD, k_BKMD, scale, similarity), -1)
+  return (p_BMQK * pi_BM[:, :, None, None]).sum(1) @ v_BKC
+
+
+def _torch_sdpa(q_BQMD, k_BKMD, v_BKC, pi_BM, scale, phrasing):
+  """A part is a head whose values are all of V: as they are, beside padded keys, or in pieces."""
+  B, Q, M, D = q_BQMD.shape
+  K, C = v_BKC.shape[1:]
+  q, k = q_BQMD.transpose(1, 2), k_BKMD.transpose(1, 2)
+  v = v_BKC[:, None].expand(-1, M, -1, -1)
+  if phrasing == "padded":
+    q, k = F.pad(q, (0, C - D)), F.pad(k, (0, C - D))
+  if phrasing == "split":
+    pieces = C // D
+    q, k = q.repeat_interleave(pieces, 1), k.repeat_interleave(pieces, 1)
+    v = v_BKC.view(B, K, pieces, D).transpose(1, 2).repeat(1, M, 1, 1)
+  out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+  if phrasing == "split":
+    out = out.view(B, M, pieces, Q, D).permute(0, 1, 3, 2, 4).reshape(B, M, Q, C)
+  return torch.einsum("bm,bmqc->bqc", pi_BM, out)
+
+
+def _torch_shared(q_BQMD, k_BKMD, v_BKC, pi_BM, scale, similarity):
+  """As `chunked`: scores as a dot product with a bias, then one value product for all parts."""
+  bias_BMK = torch.zeros(pi_BM.shape[0], pi_BM.shape[1], k_BKMD.shape[1])
+  if similarity == "euclidean":
+    bias_BMK = -scale * (k_BKMD**2).sum(-1).transpose(1, 2)
+    scale = 2 * scale
+  return _shared_function().apply(q_BQMD * scale, k_BKMD, v_BKC, pi_BM, bias_BMK)
+
+
+def _shared_function(block=256):
+  class Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, pi, bias):
+      outs, lses = [], []
+      for start in range(0, q.shape[1], block):
+        w, lse = 0, []
+        for m in range(q.shape[2]):
+          s = q[:, start : start + block, m] @ k[:, :, m].mT + bias[:, m, None]
+          lse.append(torch.logsumexp(s, -1))
+          w = w + pi[:, m, None, None] * s.sub_(lse[m][..., None]).exp_()
+        outs.append(w @ v)
+        lses.append(lse)
+      ctx.save_for_backward(q, k, v, pi, bias)
+      ctx.lses = lses
+      return torch.cat(outs, 1)
+
+    @staticmethod
+    def backward(ctx, dout):
+      q, k, v, pi, bias = ctx.saved_tensors
+      dq, dk, dv, dpi, dbias = (torch.zeros_like(x) for x in (q, k, v, pi, bias))
+      for start, lse in zip(range(0, q.shape[1], block), ctx.lses, strict=True):
+        rows = slice(start, start + block)
+        dw = dout[:, rows] @ v.mT
+        w = 0
+        for m in range(q.shape[2]):
+          s = q[:, rows, m] @ k[:, :, m].mT + bias[:, m, None]
+          p = s.sub_(lse[m][..., None]).exp_()
+          w = w + pi[:, m, None, None] * p
+          delta = torch.einsum("bqk,bqk->bq", p, dw)
+          ds = p.mul_(dw - delta[..., None]).mul_(pi[:, m, None, None])
+          dq[:, rows, m] = ds @ k[:, :, m]
+          dk[:, :, m] += ds.mT @ q[:, rows, m]
+          dbias[:, m] += ds.sum(1)
+          dpi[:, m] += delta.sum(1)
+        dv += w.mT @ dout[:, rows]
+      return dq, dk, dv, dpi, dbias
+
+  return Shared
+
+
+def _torch_unfold(q_BHWMD, k_BHWMD, v_BHWC, pi_BM, scale):
+  B, H, W, M, D = q_BHWMD.shape
+  patch = lambda x: F.unfold(
+    x.reshape(B, H, W, -1).permute(0, 3, 1, 2), WINDOW, padding=WINDOW // 2
+  )
+  k = patch(k_BHWMD).view(B, M, D, WINDOW**2, H * W)
+  v = patch(v_BHWC).view(B, -1, WINDOW**2, H * W)
+  p = torch.softmax(torch.einsum("blmd,bmdnl->blmn", q_BHWMD.reshape(B, -1, M, D), k) * scale, -1)
+  w = torch.einsum("bm,blmn->bln", pi_BM, p)
+  return torch.einsum("bln,bcnl->blc", w, v).reshape(B, H, W, -1)
+
+
+if __name__ == "__main__":
+  main()

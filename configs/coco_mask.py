@@ -5,13 +5,16 @@
 The paper reports 38.0 box AP and 36.8 mask AP on val2017 for ResNet-50 after 160k steps of 8 images, with
 a frozen backbone that was pretrained on ImageNet (`--config.init_from`, see the README).
 
-    --config=configs/coco_mask.py:demo         generated shapes, a small ResNet from scratch, minutes
-    --config=configs/coco_mask.py:torchvision  torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
+Variants, behind the file's colon:
+
+    coco_mask.py:demo         generated shapes, a narrow ResNet-18 from scratch, minutes on two CPU cores
+    coco_mask.py:small        the same on real images at low resolution, for trying things on a laptop
+    coco_mask.py:torchvision  torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
 """
 
 from configs import common
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, "demo", or "torchvision"."""
+  """`arg`: "" for the paper, "small", "demo", or "torchvision"."""
   return common.variant(common.detection(), arg)

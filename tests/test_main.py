@@ -16,7 +16,7 @@ DEMO = "--config=configs/coco_mask.py:demo"
   ("flags", "told"),
   [
     ((DEMO, "--config.optim.learning_rat=1"), ("learning_rat", 'Did you mean "learning_rate"')),
-    (("--config=configs/coco_mask.py:demoo",), ("demoo", "choose one of demo, torchvision")),
+    (("--config=configs/coco_mask.py:demoo",), ("demoo", "choose one of small, demo, torchvision")),
     (("--config=configs/none.py",), ("configs/none.py does not exist",)),
     ((DEMO, "--config.batch_size=many"), ("config.batch_size=many",)),
     ((DEMO,), ("no --workdir",)),
@@ -33,7 +33,9 @@ DEMO = "--config=configs/coco_mask.py:demo"
 )
 def test_mistakes_are_told_in_one_line(flags, told, tmp_path):
   flags = [flag.replace("WORK", str(tmp_path)) for flag in flags]
-  process = command(*flags, f"--config.data.data_dir={tmp_path}") if DEMO in flags else command(*flags)
+  process = (
+    command(*flags, f"--config.data.data_dir={tmp_path}") if DEMO in flags else command(*flags)
+  )
   lines = error_lines(process)
   assert process.returncode == 2
   assert len(lines) == 1 and lines[0].startswith("error:"), lines

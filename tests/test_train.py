@@ -54,7 +54,9 @@ def test_what_a_run_leaves_behind(finished):
   assert kept == [2, 4, 6]
   assert list(workdir.glob("events.out.tfevents*"))
   results = json.loads((workdir / "eval" / "coco_instances_results.json").read_text())
-  assert all({"image_id", "category_id", "bbox", "score", "segmentation"} <= set(r) for r in results)
+  assert all(
+    {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(r) for r in results
+  )
 
 
 def test_one_compilation_an_input_shape(finished):
@@ -121,9 +123,7 @@ def wait_for_step(workdir, step, process, seconds=300):
   """Until metrics.jsonl has reached a step."""
   file, end = workdir / "metrics.jsonl", time.monotonic() + seconds
   while time.monotonic() < end and process.poll() is None:
-    if file.exists() and any(
-      f'"step": {n},' in file.read_text() for n in range(step, step + 20)
-    ):
+    if file.exists() and any(f'"step": {n},' in file.read_text() for n in range(step, step + 20)):
       return
     time.sleep(0.05)
   raise AssertionError(f"step {step} was not reached: {process.communicate()[1][-2000:]}")
@@ -189,5 +189,7 @@ def test_a_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path):
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
   lines = [line for line in error_lines(process) if line.startswith("error:")]
   assert process.returncode == 2
-  assert len(lines) == 1 and "could not be written" in lines[0] and "complete are [2, 4]" in lines[0]
+  assert (
+    len(lines) == 1 and "could not be written" in lines[0] and "complete are [2, 4]" in lines[0]
+  )
   assert fpt_jax.restore(str(workdir)).step == 4

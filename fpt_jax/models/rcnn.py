@@ -48,14 +48,7 @@ class RCNN(nnx.Module):
     self.pyramid = PYRAMIDS[config.pyramid.name](
       self.backbone.channels, channels=channels, **options
     )
-    transformers = {k: v for k, v in config.fpt.items() if k != "enabled"}
-    self.fpt = (
-      FeaturePyramidTransformer(
-        (channels,) * len(self.backbone.channels), channels=channels, **transformers, **options
-      )
-      if config.fpt.enabled
-      else None
-    )
+    self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
     self.rpn = RegionProposalNetwork(channels, config.rpn, **options)
     self.box_head = BoxHead(
       channels,
@@ -273,6 +266,15 @@ class RCNN(nnx.Module):
       "labels_BD": jnp.where(valid_D, labels_M[index_D], 0),
       "valid_BD": valid_D,
     }
+
+
+def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTransformer:
+  """The FPT that the `model` part of a config describes, on a pyramid of equally thick levels."""
+  options = {k: v for k, v in config.fpt.items() if k != "enabled"}
+  channels = config.pyramid.channels
+  return FeaturePyramidTransformer(
+    (channels,) * levels, channels=channels, dtype=jnp.dtype(config.dtype), rngs=rngs, **options
+  )
 
 
 def of_class(logits_BRmmK: jax.Array, labels_BR: jax.Array) -> jax.Array:

@@ -1,0 +1,292 @@
+"""Attention against float64 NumPy written from the paper's equations, values and all gradients."""
+
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fpt_jax.ops.mos_attention import mos_attention
+
+IMPLEMENTATIONS = ("naive", "chunked")
+SIMILARITIES = ("dot", "euclidean")
+# Float32 products of a few hundred terms round off about this much of an array's largest element.
+TOLERANCE = 2e-6
+
+
+def oracle(q, k, v, pi, dout, similarity, scale, valid=None):
+  """Output and the gradients of q, k, v and pi, in float64, from eq. 2 to 5."""
+  q, k, v, pi, dout = (np.asarray(x, np.float64) for x in (q, k, v, pi, dout))
+  if similarity == "dot":
+    s = scale * np.einsum("bqmd,bkmd->bmqk", q, k)
+  else:
+    s = np.stack(
+      [
+        -scale * np.sum((q[:, :, None, m] - k[:, None, :, m]) ** 2, axis=-1)
+        for m in range(q.shape[2])
+      ],
+      axis=1,
+    )
+  seen = np.ones((len(k), k.shape[1]), bool) if valid is None else np.asarray(valid)
+  e = np.exp(s - s.max(-1, keepdims=True, initial=-np.inf, where=seen[:, None, None])).clip(max=1)
+  e *= seen[:, None, None]
+  p = e / np.where(seen.any(-1), e.sum(-1).T, 1).T[..., None]
+  w = np.einsum("bm,bmqk->bqk", pi, p)
+  dw = dout @ v.transpose(0, 2, 1)
+  delta = np.sum(p * dw[:, None], axis=-1, keepdims=True)
+  ds = scale * pi[:, :, None, None] * p * (dw[:, None] - delta)
+  dq = np.einsum("bmqk,bkmd->bqmd", ds, k)
+  dk = np.einsum("bmqk,bqmd->bkmd", ds, q)
+  if similarity == "euclidean":
+    dq = 2 * (dq - ds.sum(-1).transpose(0, 2, 1)[..., None] * q)
+    dk = 2 * (dk - ds.sum(-2).transpose(0, 2, 1)[..., None] * k)
+  return w @ v, dq, dk, np.einsum("bqk,bqc->bkc", w, dout), delta.sum((2, 3))
+
+
+def draw(B, Q, K, M, D, C, seed=0):
+  """q, k, v, pi and the output's gradient.
+
+  Values and gradient have a mean: without, the gradient of pi is the little that is left of long sums,
+  and float32 does not hold its digits.
+  """
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+  pi = rng.dirichlet(np.ones(M), size=B).astype(np.float32)
+  return normal(B, Q, M, D), normal(B, K, M, D), 0.5 + normal(B, K, C), pi, 0.5 + normal(B, Q, C)
+
+
+def value_and_gradients(q, k, v, pi, dout, **options):
+  @jax.jit
+  def run(q, k, v, pi, dout):
+    out, transpose = jax.vjp(lambda *x: mos_attention(*x, **options), q, k, v, pi)
+    return out, *transpose(dout)
+
+  return run(q, k, v, pi, dout)
+
+
+def assert_close(got, want, tolerance=TOLERANCE):
+  for name, g, w in zip(("out", "dq", "dk", "dv", "dpi"), got, want, strict=True):
+    g = np.asarray(g, np.float64)
+    assert g.shape == w.shape, name
+    assert np.abs(g - w).max() <= tolerance * np.abs(w).max() + 1e-12, name
+
+
+def random_mask(B, K):
+  return np.random.default_rng(1).random((B, K)) < 0.7
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(
+  ("sizes", "masked"),
+  [
+    ((2, 7, 5, 1, 3, 4), False),
+    ((1, 1, 1, 2, 1, 1), False),
+    ((2, 130, 77, 3, 8, 20), True),
+    ((1, 33, 530, 8, 4, 32), True),
+    ((2, 300, 140, 4, 16, 64), False),
+  ],
+)
+def test_equals_the_equations(implementation, similarity, sizes, masked):
+  inputs = draw(*sizes)
+  valid = random_mask(sizes[0], sizes[2]) if masked else None
+  scale = sizes[4] ** -0.5
+  options = {"similarity": similarity, "scale": scale, "key_valid_BK": valid}
+  got = value_and_gradients(*inputs, implementation=implementation, **options)
+  assert_close(got, oracle(*inputs, similarity, scale, valid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_equals_the_equations_at_two_thousand_tokens(implementation, similarity, M):
+  sizes = (1, 1999, 2048, M, 256 // M, 256)
+  inputs = draw(*sizes)
+  scale = sizes[4] ** -0.5
+  options = {"similarity": similarity, "scale": scale, "implementation": implementation}
+  assert_close(value_and_gradients(*inputs, **options), oracle(*inputs, similarity, scale))
+
+
+def test_keys_and_queries_in_several_pieces():
+  """More keys than one piece and more queries than one block, neither number round."""
+  inputs = draw(1, 301, 4999, 2, 16, 8)
+  valid = random_mask(1, 4999)
+  options = {"similarity": "euclidean", "scale": 0.25, "key_valid_BK": valid}
+  got = value_and_gradients(*inputs, implementation="chunked", **options)
+  assert_close(got, oracle(*inputs, "euclidean", 0.25, valid))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_an_image_without_a_valid_key_gives_zeros(implementation, similarity):
+  q, k, v, pi, dout = draw(2, 9, 12, 2, 4, 8)
+  valid = np.array([[False] * 12, [True] * 5 + [False] * 7])
+  # Whatever lies under the mask must not be seen.
+  k[~valid], v[~valid] = np.nan, np.inf
+  options = {"similarity": similarity, "key_valid_BK": valid, "implementation": implementation}
+  got = value_and_gradients(q, k, v, pi, dout, **options)
+  for x in got:
+    assert np.all(np.asarray(x[0]) == 0)
+  k[~valid], v[~valid] = 0, 0
+  assert_close(got, oracle(q, k, v, pi, dout, similarity, 1.0, valid))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masked_keys_are_as_good_as_absent(implementation):
+  q, k, v, pi, dout = draw(1, 20, 30, 2, 4, 8)
+  valid = np.arange(30)[None] < 17
+  options = {"similarity": "euclidean", "implementation": implementation}
+  masked = value_and_gradients(q, k, v, pi, dout, key_valid_BK=valid, **options)
+  absent = value_and_gradients(q, k[:, :17], v[:, :17], pi, dout, **options)
+  for m, a in zip(masked, absent, strict=True):
+    m = np.asarray(m)
+    if m.shape != a.shape:
+      assert np.all(m[:, 17:] == 0)
+      m = m[:, :17]
+    np.testing.assert_allclose(m, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_extreme_logits_stay_finite(implementation, similarity):
+  q, k, v, pi, dout = draw(1, 40, 50, 2, 8, 8)
+  options = {"similarity": similarity, "implementation": implementation}
+  for factor in (1e3, 1e-20):
+    for x in value_and_gradients(factor * q, factor * k, v, pi, dout, **options):
+      assert np.all(np.isfinite(np.asarray(x)))
+  # At a thousandfold each softmax has one winner, so each part gives the value of its best key.
+  out = mos_attention(1e3 * q, 1e3 * k, v, pi, **options)
+  best = oracle(q, k, v, pi, dout, similarity, 1e6)[0]
+  assert np.abs(np.asarray(out) - best).max() < 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_euclidean_distance_far_from_the_origin(implementation):
+  """Moving queries and keys together changes no distance, and should cost few digits."""
+  q, k, v, pi, dout = draw(1, 60, 70, 2, 8, 8)
+  # Powers of two, so that the move itself rounds all inputs to a grid that float32 holds.
+  q, k = (np.round(x * 2**12) / 2**12 for x in (q, k))
+  options = {"similarity": "euclidean", "implementation": implementation}
+  got = value_and_gradients(q + 64, k + 64, v, pi, dout, **options)
+  assert_close(got, oracle(q, k, v, pi, dout, "euclidean", 1.0), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_keeps_its_statistics_in_float32(implementation):
+  inputs = draw(1, 200, 600, 2, 16, 32)
+  low = [jnp.asarray(x, jnp.bfloat16) for x in inputs]
+  options = {"similarity": "euclidean", "scale": 0.25, "implementation": implementation}
+  got = value_and_gradients(*low, **options)
+  assert [x.dtype for x in got] == [jnp.bfloat16] * 5
+  want = oracle(*[np.asarray(x, np.float32) for x in low], "euclidean", 0.25)
+  # Two roundings to 8 bits on the way, one of them of each product's operands.
+  assert_close(got, want, tolerance=2**-6)
+  # Sums of 600 shares in bfloat16 would miss one by far more than this.
+  ones = jnp.ones((1, 600, 4), jnp.bfloat16)
+  out = mos_attention(low[0], low[1], ones, jnp.full((1, 2), 0.5), **options)
+  np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=2**-8)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_equals_a_loop(implementation):
+  q, k, v, pi, _ = draw(3, 20, 33, 2, 4, 8)
+  options = {"similarity": "euclidean", "implementation": implementation}
+
+  def loss(q, k, v, pi):
+    return jnp.sum(jnp.sin(mos_attention(q[None], k[None], v[None], pi[None], **options)))
+
+  gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+  mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None, 0, 0)))(q, k[0], v, pi)
+  for b in range(3):
+    for m, g in zip(mapped, jax.jit(gradient)(q[b], k[0], v[b], pi[b]), strict=True):
+      np.testing.assert_allclose(m[b], g, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_remat_changes_nothing(implementation):
+  q, k, v, pi, _ = draw(1, 20, 33, 2, 4, 8)
+
+  def loss(q, k):
+    return jnp.sum(mos_attention(q, k, v, pi, implementation=implementation) ** 2)
+
+  plain = jax.jit(jax.grad(loss, argnums=(0, 1)))(q, k)
+  remat = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1)))(q, k)
+  for a, b in zip(plain, remat, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharded_batch_stays_where_it_is():
+  """Four devices, each with its own images: no array travels, and the numbers are the same."""
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  here = pathlib.Path(__file__)
+  done = subprocess.run(
+    [sys.executable, "-c", f"import {__name__} as test; test.run_sharded()"],
+    cwd=here.parents[len(__name__.split(".")) - 1],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+
+
+def run_sharded():
+  assert jax.device_count() == 4
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  inputs = draw(8, 40, 50, 2, 4, 8)
+  arguments = [jax.device_put(x, sharding) for x in inputs]
+  for implementation in (*IMPLEMENTATIONS, "pallas"):
+
+    @jax.jit
+    def gradient(q, k, v, pi, dout, implementation=implementation):
+      attention = lambda *x: mos_attention(*x, implementation=implementation)
+      out, transpose = jax.vjp(attention, q, k, v, pi)
+      return out, *transpose(dout)
+
+    compiled = gradient.lower(*arguments).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+      assert collective not in compiled.as_text(), (implementation, collective)
+    assert_close(compiled(*arguments), oracle(*inputs, "dot", 1.0))
+
+
+def test_auto_chooses_by_size_and_says_so_once(caplog):
+  with caplog.at_level(logging.INFO, logger="absl"):
+    for _ in range(2):
+      small = jax.make_jaxpr(mos_attention)(*draw(1, 8, 8, 2, 4, 8)[:4])
+      large = jax.make_jaxpr(mos_attention)(*draw(1, 1024, 1024, 2, 4, 8)[:4])
+  assert "scan" not in str(small)
+  assert "scan" in str(large)
+  for choice in ("naive", "chunked"):
+    said = [r for r in caplog.records if f"runs as '{choice}'" in r.getMessage()]
+    assert len(said) <= 1
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"q": np.zeros((2, 3, 4), np.float32)}, r"\(2, 3, 4\)"),
+    ({"k": np.zeros((2, 5, 2, 3), np.float32)}, r"\(2, 5, 2, 3\)"),
+    ({"v": np.zeros((2, 6, 8), np.float32)}, r"\(2, 6, 8\)"),
+    ({"v": np.zeros((2, 5, 0), np.float32)}, "empty"),
+    ({"pi": np.zeros((2, 3), np.float32)}, r"\(2, 3\)"),
+    ({"k": np.zeros((2, 5, 2, 4), np.int32)}, "int32"),
+    ({"similarity": "cosine"}, "cosine"),
+    ({"implementation": "fast"}, "fast"),
+    ({"key_valid_BK": np.ones((2, 5), np.float32)}, "float32"),
+    ({"key_valid_BK": np.ones((2, 4), bool)}, r"\(2, 4\)"),
+  ],
+)
+def test_mistakes_are_quoted(change, message):
+  q, k, v, pi, _ = draw(2, 3, 5, 2, 4, 8)
+  options = {"q": q, "k": k, "v": v, "pi": pi} | change
+  arrays = [options.pop(name) for name in ("q", "k", "v", "pi")]
+  with pytest.raises(ValueError, match=message):
+    mos_attention(*arrays, **options)

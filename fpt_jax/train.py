@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     return step % config.eval.every_steps == 0 or step == total_steps
 
   # The loop. Losses are fetched only when they are told, so that the devices never wait.
-  results, pending = {}, []
+  results, pending, done = {}, [], start
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
   reading = data.train_batches(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles a config's FPT for a TPU topology, on any machine, and prints the memory a chip needs.
 
-    python scripts/tpu_compile.py --config=configs/coco_mask.py --topology=v5e:2x2 --config.model.dtype=bfloat16
+    python scripts/tpu_compile.py --config=configs/coco_mask.py --config.model.dtype=bfloat16
 
 Needs libtpu (requirements-test.txt); no TPU. One image a chip unless --images_per_chip says otherwise.
 """

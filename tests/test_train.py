@@ -89,7 +89,7 @@ def test_restore_predicts_on_images_of_any_size(finished, rng):
 def test_another_model_is_refused_and_nothing_is_touched(finished):
   workdir, _, _ = finished
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-  with pytest.raises(UserError, match="model.mask_head.hidden was 8, now 4"):
+  with pytest.raises(UserError, match=r"model\.mask_head\.hidden was 8, now 4"):
     train(tiny_config(steps=6, model__mask_head__hidden=4), str(workdir))
   (workdir / "config.json").rename(workdir / "away.json")
   with pytest.raises(UserError, match=r"step 6 in .* is of another model: .*mask_head"):

@@ -85,11 +85,13 @@ class Clock:
     return seconds
 
   def figures(self, step: int) -> dict[str, float]:
-    """`images_per_second`, `data_wait` (share of the time), `eta_seconds`."""
+    """`images_per_second`, `data_wait` (share of the time), `eta_seconds`; {} before a whole step."""
     last_step, last_time = self._since
+    if step == last_step:
+      return {}
     now = time.perf_counter()
     seconds = max(now - last_time - self._paused, 1e-9)
-    per_step = seconds / max(step - last_step, 1)
+    per_step = seconds / (step - last_step)
     waited = self._waited / seconds
     self._since, self._waited, self._paused = (step, now), 0.0, 0.0
     return {
@@ -100,12 +102,15 @@ class Clock:
 
   def line(self, step: int, losses: Mapping[str, float], figures: Mapping[str, float]) -> str:
     """One line for the log."""
-    left = round(figures["eta_seconds"])
     parts = [
       f"step {step}/{self._total_steps}",
       " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items()),
-      f"{figures['images_per_second']:.1f} images/s",
-      f"data wait {figures['data_wait']:.0%}",
-      f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
     ]
+    if figures:
+      left = round(figures["eta_seconds"])
+      parts += [
+        f"{figures['images_per_second']:.1f} images/s",
+        f"data wait {figures['data_wait']:.0%}",
+        f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
+      ]
     return " | ".join(parts)

@@ -109,7 +109,7 @@ class Clock:
     if figures:
       left = round(figures["eta_seconds"])
       parts += [
-        f"{figures['images_per_second']:.1f} images/s",
+        f"{figures['images_per_second']:.3g} images/s",
         f"data wait {figures['data_wait']:.0%}",
         f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
       ]

@@ -84,7 +84,9 @@ def local_mos_attention(
   if implementation == "naive":
     out_BHWC = _naive(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, ratio, window)
   else:
-    out_BHWC = _tiled(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, _Tiling(tile, ratio, window))
+    # Side by side in the channels, parts need no padding to the lanes of a TPU.
+    q_BHWX, k_BhwX = (x.reshape(*x.shape[:3], -1) for x in (q_BHWMD, k_BhwMD))
+    out_BHWC = _tiled(q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, _Tiling(tile, ratio, window))
   return out_BHWC[:, :H, :W]
 
 
@@ -199,57 +201,72 @@ def _hidden(tiling: _Tiling) -> np.ndarray:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _tiled(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, tiling):
-  return _tiled_forward(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, tiling)[0]
+def _tiled(q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, tiling):
+  return _tiled_forward(q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, tiling)[0]
 
 
-def _tiled_forward(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, tiling):
-  maps = (k_BhwMD, v_BhwC, bias_BhwM)
+def _tiled_forward(q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, tiling):
+  maps = _Maps(k_BhwX, v_BhwC, bias_BhwM)
   hidden_1qk = _hidden(tiling)
 
   def row_of_tiles(inputs):
-    y, q_BXqMD = inputs
+    y, q_BXqX = inputs
     keys, pi_TM = _tile_keys(_strip(maps, y, tiling), pi_BM, hidden_1qk, tiling)
-    out_TqC, rows = attend(_merge(q_BXqMD), [keys], pi_TM)
-    return _unmerge(out_TqC, q_BXqMD), rows
+    out_TqC, rows = attend(_merge(q_BXqX, pi_BM), [keys], pi_TM)
+    return out_TqC.reshape(*q_BXqX.shape[:3], -1), rows
 
-  q_YBXqMD = _cut_queries(q_BHWMD, tiling)
-  out_YBXqC, rows = lax.map(row_of_tiles, (jnp.arange(len(q_YBXqMD)), q_YBXqMD))
-  saved = (q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, rows)
-  return _join_queries(out_YBXqC, q_BHWMD.shape, tiling), saved
+  q_YBXqX = _cut_queries(q_BHWX, tiling)
+  out_YBXqC, rows = lax.map(row_of_tiles, (jnp.arange(len(q_YBXqX)), q_YBXqX))
+  saved = (q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, rows)
+  return _join_queries(out_YBXqC, q_BHWX.shape, tiling), saved
 
 
 def _tiled_backward(tiling, saved, dout_BHWC):
-  q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, rows = saved
-  maps = (k_BhwMD, v_BhwC, bias_BhwM)
+  q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, rows = saved
+  maps = _Maps(k_BhwX, v_BhwC, bias_BhwM)
   hidden_1qk = _hidden(tiling)
+  tile, margins = tiling.tile, tiling.window - 1
 
-  def row_of_tiles(sums, inputs):
-    y, q_BXqMD, dout_BXqC, rows = inputs
+  def row_of_tiles(above, inputs):
+    y, q_BXqX, dout_BXqC, rows = inputs
     strip = _strip(maps, y, tiling)
     keys, pi_TM = _tile_keys(strip, pi_BM, hidden_1qk, tiling)
+    dout_TqC = dout_BXqC.reshape(-1, *dout_BXqC.shape[2:])
     dq_TqMD, here, delta_TMq = attend_backward(
-      _merge(q_BXqMD), _merge(dout_BXqC), rows, [keys], pi_TM, bias_BhwM is not None
+      _merge(q_BXqX, pi_BM), dout_TqC, rows, [keys], pi_TM, bias_BhwM is not None
     )
-    sums = _add_strip(sums, _strip_gradient(here, strip, pi_TM, tiling), y, tiling)
-    dpi_BM = jnp.sum(delta_TMq.reshape(*q_BXqMD.shape[:2], *delta_TMq.shape[1:]), axis=(1, 3))
-    return sums, (_unmerge(dq_TqMD, q_BXqMD).astype(q_BXqMD.dtype), dpi_BM)
+    sums = _strip_gradient(here, strip, pi_TM, tiling)
+    # The first rows are complete with what the tiles above gave; the last await the tiles below.
+    sums = jax.tree.map(lambda s, a: s.at[:, :margins].add(a), sums, above)
+    done = jax.tree.map(lambda s, x: s[:, :tile].astype(x.dtype), sums, maps)
+    below = jax.tree.map(lambda s: s[:, tile:], sums)
+    dpi_BM = jnp.sum(delta_TMq.reshape(*q_BXqX.shape[:2], *delta_TMq.shape[1:]), axis=(1, 3))
+    return below, (dq_TqMD.astype(q_BXqX.dtype).reshape(q_BXqX.shape), done, dpi_BM)
 
-  q_YBXqMD = _cut_queries(q_BHWMD, tiling)
-  dout_YBXqC = _cut_queries(dout_BHWC, tiling)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), maps)
-  inputs = (jnp.arange(len(q_YBXqMD)), q_YBXqMD, dout_YBXqC, rows)
-  (dk_BhwMD, dv_BhwC, dbias_BhwM), (dq_YBXqMD, dpi_YBM) = lax.scan(row_of_tiles, zeros, inputs)
-  return (
-    _join_queries(dq_YBXqMD, q_BHWMD.shape, tiling),
-    dk_BhwMD.astype(k_BhwMD.dtype),
-    dv_BhwC.astype(v_BhwC.dtype),
-    jnp.sum(dpi_YBM, axis=0),
-    dbias_BhwM,
-  )
+  q_YBXqX = _cut_queries(q_BHWX, tiling)
+  inputs = (jnp.arange(len(q_YBXqX)), q_YBXqX, _cut_queries(dout_BHWC, tiling), rows)
+  above = jax.tree.map(lambda x: jnp.zeros_like(x[:, :margins], jnp.float32), maps)
+  last, (dq_YBXqX, done, dpi_YBM) = lax.scan(row_of_tiles, above, inputs)
+
+  def join_strips(done_YBaw, last_Bmw):
+    done_BYaw = jnp.moveaxis(done_YBaw, 0, 1)
+    done_Bhw = done_BYaw.reshape(done_BYaw.shape[0], -1, *done_BYaw.shape[3:])
+    return jnp.concatenate([done_Bhw, last_Bmw.astype(done_Bhw.dtype)], axis=1)
+
+  dmaps = jax.tree.map(join_strips, done, last)
+  dq_BHWX = _join_queries(dq_YBXqX, q_BHWX.shape, tiling)
+  return dq_BHWX, dmaps.k_BhwX, dmaps.v_BhwC, jnp.sum(dpi_YBM, axis=0), dmaps.bias_BhwM
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+class _Maps(NamedTuple):
+  """The padded maps of the keys, or strips of them, or their gradients."""
+
+  k_BhwX: jax.Array
+  v_BhwC: jax.Array
+  bias_BhwM: jax.Array | None
 
 
 def _cut_queries(x_BHW, tiling):
@@ -269,13 +286,11 @@ def _join_queries(x_YBXq, shape, tiling):
   return jnp.moveaxis(x_YBXab, (0, 2), (1, 3)).reshape(B, H, W, *rest)
 
 
-def _merge(x_BX):
-  """The tiles of a row join the batch: T = B X."""
-  return x_BX.reshape(-1, *x_BX.shape[2:])
-
-
-def _unmerge(x_T, like_BX):
-  return x_T.reshape(*like_BX.shape[:2], *x_T.shape[1:])
+def _merge(q_BXqX, pi_BM):
+  """The tiles of a row join the batch: T = B X; and the parts get an axis."""
+  *_, q, X = q_BXqX.shape
+  M = pi_BM.shape[1]
+  return q_BXqX.reshape(-1, q, M, X // M)
 
 
 def _strip(maps, y, tiling):
@@ -284,14 +299,6 @@ def _strip(maps, y, tiling):
   return jax.tree.map(
     lambda x_Bhw: lax.dynamic_slice_in_dim(x_Bhw, y * tiling.tile, high, axis=1), maps
   )
-
-
-def _add_strip(sums, strip, y, tiling):
-  def add(sum_Bhw, x_Baw):
-    old_Baw = lax.dynamic_slice_in_dim(sum_Bhw, y * tiling.tile, x_Baw.shape[1], axis=1)
-    return lax.dynamic_update_slice_in_dim(sum_Bhw, old_Baw + x_Baw, y * tiling.tile, axis=1)
-
-  return jax.tree.map(add, sums, strip)
 
 
 def _overlap(x_Baw, tiling):
@@ -307,24 +314,26 @@ def _overlap(x_Baw, tiling):
 
 def _tile_keys(strip, pi_BM, hidden_1qk, tiling) -> tuple[Keys, jax.Array]:
   """The keys of each tile of a strip as a batch of their own, and the batch's pi."""
-  k_TkMD, v_TkC, bias_TkM = jax.tree.map(lambda x: _overlap(x, tiling), strip)
-  parts = range(k_TkMD.shape[2])
-  biases = [hidden_1qk if bias_TkM is None else hidden_1qk + bias_TkM[:, None, :, m] for m in parts]
-  keys = Keys([k_TkMD[:, :, m] for m in parts], v_TkC, biases)
+  k_TkX, v_TkC, bias_TkM = jax.tree.map(lambda x: _overlap(x, tiling), strip)
+  M = pi_BM.shape[1]
+  biases = [
+    hidden_1qk if bias_TkM is None else hidden_1qk + bias_TkM[:, None, :, m] for m in range(M)
+  ]
+  keys = Keys(jnp.split(k_TkX, M, axis=2), v_TkC, biases)
   return keys, jnp.repeat(pi_BM, v_TkC.shape[0] // pi_BM.shape[0], axis=0)
 
 
-def _strip_gradient(here, strip, pi_TM, tiling):
+def _strip_gradient(here, strip, pi_TM, tiling) -> _Maps:
   """What the tiles' keys have gathered, added up where their margins overlap."""
-  dk_TMDk = jnp.stack([dk for (dk,) in here.dk], axis=1) * pi_TM[:, :, None, None]
-  dk_TkMD = dk_TMDk.transpose(0, 3, 1, 2)
-  dv_TkC = here.dv[0].transpose(0, 2, 1)
-  dbias_TkM = None
+  dk_TXk = jnp.concatenate(
+    [pi_TM[:, m, None, None] * dk for m, (dk,) in enumerate(here.dk)], axis=1
+  )
+  dbias_TMk = None
   if here.dbias:
-    dbias_TkM = (jnp.stack([db for (db,) in here.dbias], axis=1) * pi_TM[:, :, None]).swapaxes(1, 2)
+    dbias_TMk = pi_TM[:, :, None] * jnp.stack([dbias for (dbias,) in here.dbias], axis=1)
 
-  def add_up(tiles_Tk, strip_Baw):
-    like = jax.ShapeDtypeStruct(strip_Baw.shape, tiles_Tk.dtype)
-    return jax.linear_transpose(lambda x: _overlap(x, tiling), like)(tiles_Tk)[0]
+  def add_up(tiles_Txk, strip_Baw):
+    like = jax.ShapeDtypeStruct(strip_Baw.shape, jnp.float32)
+    return jax.linear_transpose(lambda x: _overlap(x, tiling), like)(tiles_Txk.swapaxes(1, 2))[0]
 
-  return jax.tree.map(add_up, (dk_TkMD, dv_TkC, dbias_TkM), strip)
+  return jax.tree.map(add_up, _Maps(dk_TXk, here.dv[0], dbias_TMk), strip)

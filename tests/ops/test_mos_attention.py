@@ -1,5 +1,6 @@
 """Attention against float64 NumPy written from the paper's equations, values and all gradients."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -61,13 +62,19 @@ def draw(B, Q, K, M, D, C, seed=0):
   return normal(B, Q, M, D), normal(B, K, M, D), 0.5 + normal(B, K, C), pi, 0.5 + normal(B, Q, C)
 
 
-def value_and_gradients(q, k, v, pi, dout, **options):
+def value_and_gradients(q, k, v, pi, dout, key_valid_BK=None, **options):
+  return _compiled(tuple(options.items()))(q, k, v, pi, dout, key_valid_BK)
+
+
+@functools.cache
+def _compiled(options):
   @jax.jit
-  def run(q, k, v, pi, dout):
-    out, transpose = jax.vjp(lambda *x: mos_attention(*x, **options), q, k, v, pi)
+  def run(q, k, v, pi, dout, valid):
+    attention = lambda *x: mos_attention(*x, key_valid_BK=valid, **dict(options))
+    out, transpose = jax.vjp(attention, q, k, v, pi)
     return out, *transpose(dout)
 
-  return run(q, k, v, pi, dout)
+  return run
 
 
 def assert_close(got, want, tolerance=TOLERANCE):
@@ -90,7 +97,6 @@ def random_mask(B, K):
     ((1, 1, 1, 2, 1, 1), False),
     ((2, 130, 77, 3, 8, 20), True),
     ((1, 33, 530, 8, 4, 32), True),
-    ((2, 300, 140, 4, 16, 64), False),
   ],
 )
 def test_equals_the_equations(implementation, similarity, sizes, masked):
@@ -158,13 +164,13 @@ def test_masked_keys_are_as_good_as_absent(implementation):
 def test_extreme_logits_stay_finite(implementation, similarity):
   q, k, v, pi, dout = draw(1, 40, 50, 2, 8, 8)
   options = {"similarity": similarity, "implementation": implementation}
-  for factor in (1e3, 1e-20):
-    for x in value_and_gradients(factor * q, factor * k, v, pi, dout, **options):
+  for factor in (1e-20, 1e3):
+    got = value_and_gradients(factor * q, factor * k, v, pi, dout, **options)
+    for x in got:
       assert np.all(np.isfinite(np.asarray(x)))
   # At a thousandfold each softmax has one winner, so each part gives the value of its best key.
-  out = mos_attention(1e3 * q, 1e3 * k, v, pi, **options)
   best = oracle(q, k, v, pi, dout, similarity, 1e6)[0]
-  assert np.abs(np.asarray(out) - best).max() < 1e-5
+  assert np.abs(np.asarray(got[0]) - best).max() < 1e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -189,8 +195,8 @@ def test_bfloat16_keeps_its_statistics_in_float32(implementation):
   # Two roundings to 8 bits on the way, one of them of each product's operands.
   assert_close(got, want, tolerance=2**-6)
   # Sums of 600 shares in bfloat16 would miss one by far more than this.
-  ones = jnp.ones((1, 600, 4), jnp.bfloat16)
-  out = mos_attention(low[0], low[1], ones, jnp.full((1, 2), 0.5), **options)
+  ones = jnp.ones((1, 600, 32), jnp.bfloat16)
+  out = value_and_gradients(low[0], low[1], ones, low[3] * 0 + 0.5, low[4], **options)[0]
   np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=2**-8)
 
 

@@ -27,7 +27,7 @@ from tests.ops.test_mos_attention import (
 
 @pytest.mark.parametrize(
   ("similarity", "sizes", "masked"),
-  [("dot", (1, 1, 1, 2, 1, 1), False), ("euclidean", (2, 130, 600, 3, 8, 20), True)],
+  [("dot", (1, 1, 1, 2, 1, 1), False), ("euclidean", (1, 130, 600, 3, 8, 20), True)],
 )
 def test_equals_the_equations(similarity, sizes, masked):
   inputs = draw(*sizes)
@@ -83,7 +83,8 @@ def test_vmap_and_remat_equal_plain_calls():
 
   gradient = jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3))
   mapped = jax.jit(jax.vmap(gradient, in_axes=(0, None, 0, 0)))(q, k[0], v, pi)
-  dq = jax.grad(lambda q: jnp.sum(jnp.sin(mos_attention(q, k[:1], v[:1], pi[:1]))))(q[:1])
+  plain = jax.grad(lambda q: jnp.sum(jnp.sin(mos_attention(q, k[:1], v[:1], pi[:1]))))
+  dq = jax.jit(plain)(q[:1])
   np.testing.assert_allclose(mapped[0][0], dq[0], rtol=1e-4, atol=1e-5)
   assert [x.shape for x in mapped] == [q.shape, (3, *k.shape[1:]), v.shape, pi.shape]
 

@@ -74,12 +74,34 @@ def mos_attention(
     v_BKC = jnp.where(key_valid_BK[:, :, None], v_BKC, 0)
   if similarity == "euclidean":
     q_BQMD, k_BKMD = _centre(q_BQMD, k_BKMD)
+  mean_B1C = None
+  if v_BKC.dtype != jnp.bfloat16:
+    # Attention to v is attention to v - mean, plus the mean: and differences of values are what the
+    # gradients of q and k are made of. In bfloat16 the move itself would cost more than it saves.
+    mean_B1C = lax.stop_gradient(jnp.mean(v_BKC, axis=1, keepdims=True))
+    v_BKC -= mean_B1C
+
   if implementation == "naive":
-    return _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK)
-  q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
-  attention = mos_attention_tpu if implementation == "pallas" else _chunked
-  bias_has_gradient = similarity == "euclidean"
-  return attention(q_BQMD, k_BKMD, v_BKC, pi_BM.astype(jnp.float32), bias_BMK, bias_has_gradient)
+    out_BQC = _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK)
+  else:
+    q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
+    attention = mos_attention_tpu if implementation == "pallas" else _chunked
+    bias_has_gradient = similarity == "euclidean"
+    pi_BM = pi_BM.astype(jnp.float32)
+    out_BQC = attention(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient)
+  return (
+    out_BQC
+    if mean_B1C is None
+    else out_BQC + (_weight_sum(pi_BM, key_valid_BK) * mean_B1C).astype(v_BKC.dtype)
+  )
+
+
+def _weight_sum(pi_BM, key_valid_BK):
+  """[B, 1, 1]: what the weights of a row add up to."""
+  sum_B11 = jnp.sum(pi_BM, axis=1)[:, None, None]
+  if key_valid_BK is None:
+    return sum_B11
+  return jnp.where(jnp.any(key_valid_BK, axis=1)[:, None, None], sum_B11, 0)
 
 
 def _choose(scores: int) -> Implementation:
@@ -364,8 +386,15 @@ def _product(subscripts, a, b):
 
 
 def _scores(q_BqMD, keys: Keys, m):
-  s_BqK = _product("bqd,bkd->bqk", q_BqMD[:, :, m], keys.k_parts[m])
-  return s_BqK if keys.bias_parts[m] is None else s_BqK + keys.bias_parts[m]
+  q_BqD, k_BKD, bias_BqK = q_BqMD[:, :, m], keys.k_parts[m], keys.bias_parts[m]
+  if bias_BqK is None:
+    return _product("bqd,bkd->bqk", q_BqD, k_BKD)
+  half = q_BqD.shape[-1] // 2
+  if half < 64 or q_BqD.dtype == jnp.bfloat16:
+    return _product("bqd,bkd->bqk", q_BqD, k_BKD) + bias_BqK
+  # In two sums, which round off less than one: a distance is less forgiving than a dot product.
+  first_BqK = _product("bqd,bkd->bqk", q_BqD[..., :half], k_BKD[..., :half])
+  return first_BqK + bias_BqK + _product("bqd,bkd->bqk", q_BqD[..., half:], k_BKD[..., half:])
 
 
 def _split(x_BQ, block):

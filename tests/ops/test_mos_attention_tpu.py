@@ -95,10 +95,9 @@ TPU_ENVIRONMENT = {
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
-# What a device may hold: in MB, for one image of 51,200 tokens and for one of 200 x 256.
 TOKENS = 51200
-SELF_TRANSFORMER_MB = 300
-LOCAL_MB = 350
+# What the gradients of the two large maps, 51,200 tokens and local 200 x 256, may hold on a device.
+MOST_MB = {"v5e:2x2": (300, 350), "v5p:2x2x1": (300, 400), "v6e:2x2": (300, 400)}
 
 
 def compile_for_tpu(topology: str) -> None:
@@ -164,7 +163,7 @@ def compile_for_tpu(topology: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", MOST_MB)
 def test_gradients_compile_for_tpu(topology):
   """Every kernel fits, nothing crosses the devices, and the large maps stay within memory."""
   done = subprocess.run(
@@ -181,5 +180,5 @@ def test_gradients_compile_for_tpu(topology):
   for program in programs:
     assert program["collectives"] == [], program
     assert program["kernels"] == (0 if program["name"] == "local" else 3), program
-  assert programs[0]["MB"] <= SELF_TRANSFORMER_MB
-  assert programs[3]["MB"] <= LOCAL_MB
+  for program, most in zip((programs[0], programs[3]), MOST_MB[topology], strict=True):
+    assert program["MB"] <= most, program

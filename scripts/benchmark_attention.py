@@ -97,7 +97,9 @@ def _names(similarity, only) -> list[str]:
 
 
 def _report(title, runs, arguments, case, unit) -> None:
-  """Prints a table of one case: seconds and memory, and ours as a ratio to each."""
+  """Prints a table of one case: seconds and memory, and the first row's ratio to each."""
+  if not runs:
+    return
   print(f"\n{title}", flush=True)
   seconds, product_rate = _times(runs, arguments)
   memory = {}

@@ -33,7 +33,10 @@ FIELDS = {
   "model.test.max_candidates": 20,
   "batch_size": 4,
   "optim.base_batch_size": 4,
+  # a constant rate: runs of any length share one compiled step
   "optim.warmup_steps": 0,
+  "optim.schedule": "step",
+  "optim.decay_at": (),
   "steps": 8,
   "log_every": 1,
   "checkpoint.every_steps": 2,
@@ -83,7 +86,7 @@ def command(*flags: str, **environment: str) -> subprocess.Popen:
   )
 
 
-def error_lines(process: subprocess.Popen, timeout: float = 300) -> list[str]:
+def error_lines(process: subprocess.Popen, timeout: float = 900) -> list[str]:
   """Waits for the end; the lines of standard error that tell of an error or show a stack trace."""
   _, text = process.communicate(timeout=timeout)
   return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]

@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert all(np.isfinite(array).all() for array in arrays.values())
 
 
-def wait_for_step(workdir, step, process, seconds=300):
+def wait_for_step(workdir, step, process, seconds=900):
   """Until metrics.jsonl has reached a step."""
   file, end = workdir / "metrics.jsonl", time.monotonic() + seconds
   while time.monotonic() < end and process.poll() is None:

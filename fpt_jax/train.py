@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     return step % config.eval.every_steps == 0 or step == total_steps
 
   # The loop. Losses are fetched only when they are told, so that the devices never wait.
-  results, pending, done = {}, [], start
+  results, pending, stopping = {}, [], False
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
   reading = data.train_batches(
@@ -120,7 +120,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         jax.block_until_ready(losses)
         logging.info("first step, compilation included: %.0f s", clock.restart(done))
 
-      last = done == total_steps or stop.asked
+      stopping = stop.asked  # looked at once: a signal may come at any moment
+      last = done == total_steps or stopping
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
       log_due = done % config.log_every == 0 or last
       if log_due or checkpoint_due:
@@ -132,14 +133,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         logging.info("%s", clock.line(done, losses, figures))
       if checkpoint_due:
         save(done)
-      if stop.asked:
+      if stopping:
         break
       if evaluation_due(done):
         with clock.paused():
           results = run_evaluation(done)
   if metrics:
     metrics.close()
-  if stop.asked:
+  if stopping:
     raise UserError(f"stopped by a signal; step {done} is saved, the same command goes on from it")
   return results
 

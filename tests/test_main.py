@@ -88,5 +88,5 @@ def test_predict_draws_files_folders_and_splits(run, tmp_path, rng):
   (tmp_path / "folder" / "cut.jpg").write_bytes(data[: len(data) // 2])
   (line,) = error_lines(command(*flags, images))
   assert "cut.jpg is no readable image" in line
-  skip = ("--config.data.skip_bad", f"--config={file}")
+  skip = (f"--config={file}", "--config.data.skip_bad")
   assert error_lines(command(*flags, images, *skip)) == []

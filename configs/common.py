@@ -169,7 +169,7 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.data.short_edge = config.data.long_edge = 128
   config.data.buckets = ((128, 128),)
   config.data.max_instances = 8
-  config.steps = 400
+  config.steps = 300
   config.model.backbone.width = 16
   config.model.pyramid.channels = 48
   config.model.rpn.anchor_sizes = ((12.0,), (24.0,), (40.0,), (64.0,), (96.0,))
@@ -179,5 +179,5 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.model.mask_head.hidden = 32
   config.model.test.update(dict(detections_per_image=20, max_candidates=200))
   config.eval.update(dict(every_steps=config.steps, batch_size=20))
-  config.checkpoint.every_steps = 200
+  config.checkpoint.every_steps = 150
   return config

@@ -133,19 +133,6 @@ def decode(
   )
 
 
-def xyxy_to_xywh(boxes_N4: jax.Array) -> jax.Array:
-  """Corners to COCO's (x, y, width, height).
-
-  Args:
-    boxes_N4: [..., 4], pixels.
-
-  Returns:
-    [..., 4], pixels.
-  """
-  _check(boxes_N4, "boxes_N4")
-  return jnp.concatenate([boxes_N4[..., :2], boxes_N4[..., 2:] - boxes_N4[..., :2]], axis=-1)
-
-
 def _columns(boxes_N4):
   return tuple(boxes_N4[..., i] for i in range(4))
 

@@ -43,10 +43,6 @@ def test_decode_clamps_the_scale():
   np.testing.assert_allclose(decoded, [[8 - 500, 16 - 1000, 8 + 500, 16 + 1000]], rtol=1e-5)
 
 
-def test_xyxy_to_xywh():
-  np.testing.assert_array_equal(boxes.xyxy_to_xywh(jnp.array([[1.0, 2, 4, 8]])), [[1, 2, 3, 6]])
-
-
 def test_padding_is_finite_in_values_and_gradients():
   padding_N4, box_N4 = jnp.zeros((2, 4)), jnp.array([[0.0, 0, 4, 2], [0, 0, 0, 0]])
 

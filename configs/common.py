@@ -22,6 +22,7 @@ def detection() -> ConfigDict:
       train_split="train",
       eval_split="val",
       short_edge=800,  # pixels
+      short_edge_min=0,  # pixels; training draws each image's shorter edge from here on; 0: one scale
       long_edge=1000,  # pixels, at most
       buckets=((800, 1024), (1024, 800)),  # (height, width) of the canvases
       max_instances=100,  # ground truths an image; the largest are kept
@@ -42,8 +43,16 @@ def detection() -> ConfigDict:
       aligned=True,  # regions are cut out to the half pixel; False: as torchvision's Mask R-CNN
     )
   )
-  config.model.backbone = ConfigDict(dict(name="resnet50", width=64, norm="frozen_bn", frozen=True))
-  config.model.pyramid = ConfigDict(dict(name="bfp", channels=256))
+  config.model.backbone = ConfigDict(
+    dict(
+      name="resnet50",
+      width=64,
+      context="none",  # or "non_local", "global_context", "attention_augmented": blocks in a ResNet
+      norm="frozen_bn",
+      frozen=True,
+    )
+  )
+  config.model.pyramid = ConfigDict(dict(name="bfp", channels=256))  # or "fpn", "bpa", "bfi"
   config.model.fpt = ConfigDict(
     dict(
       enabled=True,
@@ -56,7 +65,7 @@ def detection() -> ConfigDict:
       gate="identity",  # or "sigmoid": of the Rendering Transformer's channel weights
       window=placeholder(int),  # odd side of a locality-constrained Grounding Transformer
       scale=placeholder(float),  # of the similarities; 1 / sqrt(channels of a part) where not set
-      norm="sync_bn",
+      norm="sync_bn",  # or "bn": statistics of each device's images alone
       drop_block_size=5,
       keep_probability=0.9,
       implementation="auto",
@@ -75,6 +84,7 @@ def detection() -> ConfigDict:
       test=dict(pre_nms=1000, post_nms=1000),
     )
   )
+  config.model.head = "standard"  # or "augmented": PANet's box and mask heads
   config.model.box_head = ConfigDict(
     dict(
       pool_size=7,
@@ -117,15 +127,80 @@ def detection() -> ConfigDict:
 
 
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
-  """The config as the part behind its file's colon asks.
+  """The config as the part behind its file's colon asks: words and settings, separated by commas.
+
+  Words: `small`, `demo`, `torchvision`, `multiscale`. Settings: those of `SETTINGS`, such as
+  `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
-    ValueError: there is no such variant.
+    ValueError: a word, a setting or its value does not exist.
   """
-  variants = {"": lambda c: c, "small": small, "demo": demo, "torchvision": torchvision}
-  if arg not in variants:
-    raise ValueError(f"variant {arg!r} does not exist; choose one of {', '.join(variants)[2:]}")
-  return variants[arg](config)
+  for part in filter(None, arg.split(",")):
+    name, is_setting, value = part.partition("=")
+    known = SETTINGS if is_setting else WORDS
+    if name not in known:
+      kind = "setting" if is_setting else "variant"
+      raise ValueError(f"{kind} {name!r} does not exist; choose one of {', '.join(known)}")
+    config = known[name](config, value) if is_setting else known[name](config)
+  return config
+
+
+def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
+  """A name of `models.backbones`, for a ResNet perhaps with `_nl`, `_gc` or `_aa` behind it."""
+  name, _, context = value.partition("_") if value.startswith("resnet") else (value, "", "")
+  config.model.backbone.name = name
+  config.model.backbone.context = choice("backbone", value, context, CONTEXTS)
+  return config
+
+
+def set_pyramid(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.pyramid.name = value
+  return config
+
+
+def set_fpt(config: ConfigDict, value: str) -> ConfigDict:
+  """The transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or `none`."""
+  names = [] if value == "none" else value.split("+")
+  for name in names:
+    choice("fpt", value, name, dict.fromkeys(("st", "gt", "lgt", "rt")))
+  config.model.fpt.enabled = bool(names)
+  config.model.fpt.self_transformer = "st" in names
+  config.model.fpt.grounding_transformer = "gt" in names or "lgt" in names
+  config.model.fpt.rendering_transformer = "rt" in names
+  config.model.fpt.window = 5 if "lgt" in names else None
+  return config
+
+
+def set_head(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.head = choice(
+    "head", value, value, {"standard": "standard", "augmented": "augmented"}
+  )
+  return config
+
+
+def set_sbn(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.fpt.norm = choice("sbn", value, value, {"on": "sync_bn", "off": "bn"})
+  return config
+
+
+def set_dropblock(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.fpt.keep_probability = choice("dropblock", value, value, {"on": 0.9, "off": 1.0})
+  return config
+
+
+def choice(setting: str, value: str, key: str, choices: dict):
+  """`choices[key]`, or a ValueError that tells what there is."""
+  if key not in choices:
+    raise ValueError(
+      f"{setting}={value} does not exist: {key!r} is none of {', '.join(k or 'nothing' for k in choices)}"
+    )
+  return choices[key]
+
+
+def multiscale(config: ConfigDict) -> ConfigDict:
+  """Each training image at a size of its own, from half the usual one: multi-scale training of PANet."""
+  config.data.short_edge_min = config.data.short_edge // 2
+  return config
 
 
 def torchvision(config: ConfigDict) -> ConfigDict:
@@ -181,3 +256,20 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.eval.update(dict(every_steps=config.steps, batch_size=20))
   config.checkpoint.every_steps = 150
   return config
+
+
+CONTEXTS = {
+  "": "none",
+  "nl": "non_local",
+  "gc": "global_context",
+  "aa": "attention_augmented",
+}
+WORDS = {"small": small, "demo": demo, "torchvision": torchvision, "multiscale": multiscale}
+SETTINGS = {
+  "backbone": set_backbone,
+  "pyramid": set_pyramid,
+  "fpt": set_fpt,
+  "head": set_head,
+  "sbn": set_sbn,
+  "dropblock": set_dropblock,
+}

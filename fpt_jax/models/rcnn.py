@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.backbones import build_backbone
 from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
 from fpt_jax.models.fpt import FeaturePyramidTransformer
 from fpt_jax.models.heads.box import BoxHead
 from fpt_jax.models.heads.mask import MaskHead
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
 from fpt_jax.models.pyramids import PYRAMIDS
-from fpt_jax.models.resnet import ResNet
 from fpt_jax.ops import boxes, losses, sampling
 from fpt_jax.ops.masks import mask_targets
 from fpt_jax.ops.nms import batched_nms
@@ -38,8 +38,7 @@ class RCNN(nnx.Module):
     self.config = config
     dtype = jnp.dtype(config.dtype)
     options = dict(dtype=dtype, rngs=rngs)
-    backbone = config.backbone
-    self.backbone = ResNet(backbone.name, width=backbone.width, norm=backbone.norm, **options)
+    self.backbone = build_backbone(config.backbone, **options)
     if config.pyramid.name not in PYRAMIDS:
       raise ValueError(
         f"pyramid {config.pyramid.name!r} does not exist; choose one of {', '.join(PYRAMIDS)}"

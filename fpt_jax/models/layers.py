@@ -1,13 +1,13 @@
 """Convolution, normalisation and DropBlock, as every part of the models uses them.
 
-Shapes: B batch, H W rows and columns, C channels.
+Shapes: B batch, H W rows and columns, C channels, N groups of images, b images of a group.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-NORMS = ("sync_bn", "frozen_bn", "group_norm", "none")
+NORMS = ("sync_bn", "bn", "frozen_bn", "group_norm", "none")
 
 
 def conv(
@@ -65,11 +65,72 @@ class FrozenBatchNorm(nnx.Module):
     )
 
 
-class Norm(nnx.Module):
-  """The normalisation `kind` names; statistics are over valid positions only.
+class BatchNorm(nnx.Module):
+  """Batch normalisation (Ioffe & Szegedy 2015) with statistics over valid positions only.
 
-  "sync_bn" takes the mean over the whole global batch: under one jitted program that is what a plain
-  mean over the batch axis computes, whatever the number of devices (Zhang et al. 2018, SBN).
+  Synchronised (SBN: Zhang et al. 2018, the paper's [40]), statistics are those of the whole global
+  batch. Otherwise they are those of the images of one device, as where every device runs a program of
+  its own: the batch lies on the devices in order, so the images of a device are neighbours, and no
+  device waits for another. Running statistics are the mean of the devices'.
+  """
+
+  def __init__(
+    self, channels: int, *, synchronised: bool, momentum: float, epsilon: float, dtype=jnp.float32
+  ):
+    self.scale = nnx.Param(jnp.ones(channels))
+    self.bias = nnx.Param(jnp.zeros(channels))
+    self.mean = nnx.BatchStat(jnp.zeros(channels))
+    self.var = nnx.BatchStat(jnp.ones(channels))
+    self.synchronised = synchronised
+    self.momentum = momentum
+    self.epsilon = epsilon
+    self.dtype = dtype
+
+  def __call__(
+    self, x_BHWC: jax.Array, *, valid_BHW: jax.Array | None = None, train: bool
+  ) -> jax.Array:
+    """[B, H, W, C]; `train`: by the batch's statistics, which also move the running ones.
+
+    Raises:
+      ValueError: the devices cannot share the batch evenly.
+    """
+    if not train:
+      mean_BC, var_BC = self.mean[...][None], self.var[...][None]
+    else:
+      mean_NC, var_NC = self.batch_statistics(x_BHWC, valid_BHW)
+      for running, batch_NC in ((self.mean, mean_NC), (self.var, var_NC)):
+        batch_C = jax.lax.stop_gradient(jnp.mean(batch_NC, axis=0))
+        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch_C
+      images = x_BHWC.shape[0] // mean_NC.shape[0]
+      mean_BC, var_BC = (jnp.repeat(s, images, axis=0) for s in (mean_NC, var_NC))
+    multiplier_BC = self.scale[...][None] * jax.lax.rsqrt(var_BC + self.epsilon)
+    offset_BC = self.bias[...][None] - mean_BC * multiplier_BC
+    y_BHWC = x_BHWC * multiplier_BC[:, None, None] + offset_BC[:, None, None]
+    return y_BHWC.astype(self.dtype)
+
+  def batch_statistics(self, x_BHWC, valid_BHW) -> tuple[jax.Array, jax.Array]:
+    """[N, C] float32 mean and variance of each of N groups of images."""
+    batch, height, width, channels = x_BHWC.shape
+    groups = 1 if self.synchronised else jax.device_count()
+    if batch % groups:
+      raise ValueError(f"norm='bn': a batch of {batch} cannot be shared by {groups} devices")
+    x_NbHWC = x_BHWC.astype(jnp.float32).reshape(groups, -1, height, width, channels)
+    if valid_BHW is None:
+      valid_BHW = jnp.ones(x_BHWC.shape[:3], bool)
+    valid_NbHW1 = valid_BHW.reshape(*x_NbHWC.shape[:4], 1)
+    count_N1 = jnp.maximum(jnp.sum(valid_NbHW1, axis=(1, 2, 3), dtype=jnp.float32), 1)
+
+    def mean(values_NbHWC):
+      return jnp.sum(jnp.where(valid_NbHW1, values_NbHWC, 0), axis=(1, 2, 3)) / count_N1
+
+    mean_NC = mean(x_NbHWC)
+    return mean_NC, mean(jnp.square(x_NbHWC - mean_NC[:, None, None, None]))
+
+
+class Norm(nnx.Module):
+  """The normalisation that `kind` names; statistics are over valid positions only.
+
+  "sync_bn" and "bn" are `BatchNorm`, synchronised or not; "frozen_bn" has stored statistics.
   """
 
   def __init__(
@@ -78,8 +139,10 @@ class Norm(nnx.Module):
     self.kind = kind
     if kind == "frozen_bn":
       self.norm = FrozenBatchNorm(channels, epsilon=epsilon, dtype=dtype)
-    elif kind == "sync_bn":
-      self.norm = nnx.BatchNorm(channels, momentum=0.9, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    elif kind in ("sync_bn", "bn"):
+      self.norm = BatchNorm(
+        channels, synchronised=kind == "sync_bn", momentum=0.9, epsilon=epsilon, dtype=dtype
+      )
     elif kind == "group_norm":
       groups = min(32, channels // 4)
       self.norm = nnx.GroupNorm(
@@ -97,10 +160,10 @@ class Norm(nnx.Module):
       return x_BHWC
     if self.kind == "frozen_bn":
       return self.norm(x_BHWC)
-    mask = None if valid_BHW is None else valid_BHW[..., None]
     if self.kind == "group_norm":
-      return self.norm(x_BHWC, mask=None if mask is None else jnp.broadcast_to(mask, x_BHWC.shape))
-    return self.norm(x_BHWC, use_running_average=not train, mask=mask)
+      mask = None if valid_BHW is None else jnp.broadcast_to(valid_BHW[..., None], x_BHWC.shape)
+      return self.norm(x_BHWC, mask=mask)
+    return self.norm(x_BHWC, valid_BHW=valid_BHW, train=train)
 
 
 def drop_block(

@@ -1,5 +1,10 @@
 """Normalisation over valid positions, DropBlock, resizing."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +28,74 @@ def test_sync_bn_statistics_are_over_valid_positions(rng):
   # to infer, the running statistics count, and nothing is updated
   y = norm(jnp.asarray(x), valid_BHW=jnp.asarray(valid))
   np.testing.assert_allclose(y, (x - 0.1 * mean) / np.sqrt(0.9 + 0.1 * var + 1e-5), atol=1e-4)
+
+
+EIGHT_DEVICES = """
+import sys
+import jax, numpy as np
+from flax import nnx
+from fpt_jax import sharding
+from fpt_jax.models.layers import Norm
+from fpt_jax.models.state import arrays_of, skeleton
+
+inputs = np.load(sys.argv[1])
+mesh = sharding.mesh(8)
+batch = sharding.to_devices({k: inputs[k] for k in ("x", "valid", "weight")}, mesh)
+results = {}
+for kind in ("bn", "sync_bn"):
+  build = lambda: Norm(kind, 2, rngs=nnx.Rngs(0))
+  structure = skeleton(build)
+  def total(x, arrays, valid, weight):
+    norm = structure.fill(arrays)
+    y = norm(x, valid_BHW=valid, train=True)
+    return (y * weight).sum(), {"y": y} | arrays_of(norm)
+  gradient, rest = jax.jit(jax.grad(total, has_aux=True))(
+    batch["x"], arrays_of(build()), batch["valid"], batch["weight"]
+  )
+  results |= {f"{kind}_{name}": value for name, value in (rest | {"gradient": gradient}).items()}
+np.savez(sys.argv[2], devices=jax.device_count(), **results)
+"""
+
+
+def float64_batch_norm(x, valid, groups):
+  """Outputs, and the running mean and variance to move towards; `groups` devices, in order."""
+  y = np.zeros_like(x)
+  means, variances = [], []
+  for part in np.split(np.arange(len(x)), groups):
+    inside = x[part][valid[part]]
+    means.append(inside.mean(0))
+    variances.append(((inside - inside.mean(0)) ** 2).mean(0))
+    y[part] = (x[part] - means[-1]) / np.sqrt(variances[-1] + 1e-5)
+  return y, np.mean(means, 0), np.mean(variances, 0)
+
+
+def test_bn_and_sync_bn_on_eight_devices(rng, tmp_path):
+  """Unsynchronised statistics are each device's own, synchronised ones those of all."""
+  x = (rng.standard_normal((8, 3, 4, 2)) + np.arange(8)[:, None, None, None]).astype(np.float32)
+  valid = np.asarray(valid_positions(jnp.array([[3, 4], [2, 2]] * 4, jnp.int32), 3, 4))
+  weight = rng.standard_normal(x.shape).astype(np.float32)
+  np.savez(tmp_path / "in.npz", x=x, valid=valid, weight=weight)
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+  }
+  command = [sys.executable, "-c", EIGHT_DEVICES, tmp_path / "in.npz", tmp_path / "out.npz"]
+  subprocess.run(command, check=True, env=environment, cwd=pathlib.Path(__file__).parents[2])
+  found = np.load(tmp_path / "out.npz")
+  assert found["devices"] == 8
+  x64, direction = x.astype(np.float64), rng.standard_normal(x.shape) * valid[..., None]
+  for kind, groups in (("bn", 8), ("sync_bn", 1)):
+    y, mean, var = float64_batch_norm(x64, valid, groups)
+    np.testing.assert_allclose(found[f"{kind}_y"][valid], y[valid], atol=2e-5)
+    np.testing.assert_allclose(found[f"{kind}_norm.mean"], 0.1 * mean, atol=1e-6)
+    np.testing.assert_allclose(found[f"{kind}_norm.var"], 0.9 + 0.1 * var, rtol=1e-6)
+    sides = [
+      np.sum(float64_batch_norm(x64 + sign * 1e-6 * direction, valid, groups)[0] * weight)
+      for sign in (1, -1)
+    ]
+    slope = np.sum(found[f"{kind}_gradient"] * direction)
+    np.testing.assert_allclose(slope, (sides[0] - sides[1]) / 2e-6, rtol=1e-4)
+  assert np.abs(found["bn_y"] - found["sync_bn_y"]).max() > 0.5
 
 
 def test_group_norm_is_over_valid_positions(rng):

@@ -11,14 +11,15 @@ from pycocotools import mask as coco_mask
 from tensorflow_datasets.core import shuffle
 
 from fpt_jax import data
-from fpt_jax.data import pipeline, records
+from fpt_jax.data import records
+from fpt_jax.data.prepared import Reader
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
 
 
 def _read(coco, split="train"):
-  reader = pipeline._Reader(coco, split)
+  reader = Reader(coco, split)
   found = [reader.read(i) for i in range(len(reader))]
   reader.close()
   return found

@@ -11,7 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from fpt_jax import data
-from fpt_jax.data import pipeline, records, transforms
+from fpt_jax.data import records, transforms
+from fpt_jax.data.prepared import Reader
 from fpt_jax.errors import UserError
 from tests.data.conftest import config, write_coco
 
@@ -290,7 +291,7 @@ def test_real_images_fit_and_are_all_read(real_coco):
 
 
 def test_a_name_for_each_record(shapes):
-  reader = pipeline._Reader(shapes, "val[1:3]+train[:1]")
+  reader = Reader(shapes, "val[1:3]+train[:1]")
   assert [reader.name(i).split(" in ")[0] for i in range(len(reader))] == [
     "record 1 of split val",
     "record 2 of split val",

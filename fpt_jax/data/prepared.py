@@ -1,0 +1,170 @@
+"""Data sets on disk: prepared once as records, then read at random."""
+
+import contextlib
+import dataclasses
+import io
+import os
+
+import ml_collections
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from fpt_jax.data import records
+from fpt_jax.data.coco import CocoInstances
+from fpt_jax.data.context_shapes import ContextShapes
+from fpt_jax.errors import UserError
+
+_BUILDERS = {"coco": CocoInstances, "context_shapes": ContextShapes}
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What a prepared data set holds.
+
+  Attributes:
+    category_names: name of label 1, 2, ...
+    category_ids: the data set's own id of label 1, 2, ...
+    num_images: images of each split.
+  """
+
+  category_names: tuple[str, ...]
+  category_ids: tuple[int, ...]
+  num_images: dict[str, int]
+
+
+def prepare(data: ml_collections.ConfigDict) -> None:
+  """Writes the records of a data set, once: what is there already is left alone.
+
+  Args:
+    data: the config's `data`.
+
+  Raises:
+    UserError: the source lacks or spoils something; nothing is left behind then.
+  """
+  builder = _builder(data)
+  if builder.is_prepared():
+    _check_source(data, builder)
+    logging.info("already prepared: %s; delete the folder to prepare it anew", builder.data_dir)
+    return
+  if os.path.exists(builder.data_dir):
+    raise UserError(f"data.data_dir: {builder.data_dir} is incomplete; delete it and prepare again")
+  tfds.disable_progress_bar()
+  logging.info("preparing %s in %s", data.name, builder.data_dir)
+  with contextlib.redirect_stdout(io.StringIO()):  # our log tells it better
+    builder.download_and_prepare()
+  for split in builder.info.splits.values():
+    logging.info("prepared %s: %d images", split.name, split.num_examples)
+
+
+def is_prepared(data: ml_collections.ConfigDict) -> bool:
+  """Returns whether the records of a data set are complete and can be read."""
+  return _builder(data).is_prepared()
+
+
+def info(data: ml_collections.ConfigDict) -> DatasetInfo:
+  """Describes a prepared data set.
+
+  Raises:
+    UserError: it is not prepared.
+  """
+  builder = _prepared_builder(data)
+  return DatasetInfo(
+    category_names=tuple(builder.info.metadata["category_names"]),
+    category_ids=tuple(builder.info.metadata["category_ids"]),
+    num_images={name: split.num_examples for name, split in builder.info.splits.items()},
+  )
+
+
+class Reader:
+  """Random access to the records of a split."""
+
+  def __init__(self, data: ml_collections.ConfigDict, split: str):
+    builder = _prepared_builder(data)
+    metadata, splits = builder.info.metadata, builder.info.splits
+    try:
+      parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+      self._records = builder.as_data_source(split).data_source
+    except (ValueError, KeyError, AssertionError) as error:
+      raise UserError(
+        f"split {split!r} cannot be read from {builder.data_dir}; it holds {sorted(splits)}, "
+        'and parts of them such as "train[:8]"'
+      ) from error
+    self._split, self._folder = split, builder.data_dir
+    # the split and place of each record, so that an error can name it
+    self._places = [
+      (part.splitname, i)
+      for part in parts
+      for i in range(splits[part.splitname].num_examples)[part.from_ : part.to]
+    ]
+    self.sizes_N2 = np.array([metadata["sizes"][name][i] for name, i in self._places])
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def name(self, index: int) -> str:
+    """Returns what a record is called in messages."""
+    split, place = self._places[index]
+    return f"record {place} of split {split} in {self._folder}"
+
+  def read(self, index: int) -> records.Record:
+    """Reads and parses one record."""
+    try:
+      return records.parse(self._records[index])
+    except (ValueError, RuntimeError, IndexError, OSError) as error:
+      reason = str(error).replace("\n", " ")
+      raise UserError(
+        f"{self.name(index)} cannot be read ({reason}); delete the folder and run --mode=prepare"
+      ) from error
+
+  def decode(self, index: int, record: records.Record) -> np.ndarray:
+    """Returns the record's image, uint8 RGB."""
+    try:
+      return records.decode_image(record.image)
+    except ValueError as error:
+      raise UserError(
+        f"{self.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
+        "--mode=prepare"
+      ) from error
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._records.__exit__(None, None, None)
+
+
+def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
+  if data.name not in _BUILDERS:
+    raise UserError(f"data.name={data.name!r} is no data set; known are {sorted(_BUILDERS)}")
+  directory = os.path.expanduser(data.data_dir)
+  if "://" in directory:
+    raise UserError(
+      f"data.data_dir={data.data_dir}: records are read from a file system; mount the bucket, or "
+      "prepare on the local disk"
+    )
+  arguments = dict(data.get("builder", {}))
+  if data.name == "coco":
+    arguments |= {"source": data.source, "skip_bad": data.get("skip_bad", False)}
+  try:
+    return _BUILDERS[data.name](data_dir=directory, **arguments)
+  except TypeError as error:
+    raise UserError(f"data.builder: {error}") from error
+
+
+def _prepared_builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
+  builder = _builder(data)
+  if not builder.is_prepared():
+    raise UserError(f"data.data_dir: {builder.data_dir} is not prepared; run with --mode=prepare")
+  _check_source(data, builder)
+  return builder
+
+
+def _check_source(
+  data: ml_collections.ConfigDict, builder: tfds.core.GeneratorBasedBuilder
+) -> None:
+  made_from = builder.info.metadata["source"]
+  asked = os.path.abspath(os.path.expanduser(data.source)) if data.source else ""
+  if asked and asked != made_from:
+    raise UserError(
+      f"data.data_dir: {builder.data_dir} was prepared from {made_from}, not from "
+      f"data.source={asked}; choose another data.data_dir"
+    )

@@ -29,7 +29,7 @@ from absl import flags
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import FrozenConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from fpt_jax import command_line
 from fpt_jax.errors import UserError
@@ -50,7 +50,7 @@ def main() -> None:
     raise UserError("--config=FILE is needed, such as configs/coco_mask.py")
   devices = topology_devices(_TOPOLOGY.value)
   mesh = Mesh(np.array(devices), ("data",))
-  model = FrozenConfigDict(config.model)
+  model = FrozenConfigDict(as_on_a_tpu(config.model))
   structure = skeleton(lambda: build_fpt(model, levels=len(STRIDES), rngs=nnx.Rngs(0)))
   height, width = config.data.buckets[0]
   print(
@@ -62,6 +62,13 @@ def main() -> None:
   )
   for name, program in programs(structure).items():
     report(name, program, abstract_arguments(config, structure, mesh, height, width))
+
+
+def as_on_a_tpu(model: ConfigDict) -> ConfigDict:
+  """`model` with what "auto" means there: here it would ask this machine's own backend."""
+  if model.fpt.implementation == "auto" and model.fpt.window is None:
+    model.fpt.implementation = "pallas"
+  return model
 
 
 def topology_devices(name: str) -> list:

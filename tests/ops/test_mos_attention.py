@@ -118,8 +118,11 @@ def test_equals_the_equations_at_two_thousand_tokens(implementation, similarity,
   scale = sizes[4] ** -0.5
   options = {"similarity": similarity, "scale": scale, "implementation": implementation}
   got = value_and_gradients(*inputs, **options)
-  # The scores of 256 channels round off a little more than those of the small tests.
-  assert_close(got, oracle(*inputs, similarity, scale), tolerance=3e-6)
+  want = oracle(*inputs, similarity, scale)
+  for g, w in zip(got, want, strict=True):
+    assert np.linalg.norm(g - w) <= TOLERANCE * np.linalg.norm(w)
+  # The worst element of half a million is a little worse.
+  assert_close(got, want, tolerance=3e-6)
 
 
 def test_keys_and_queries_in_several_pieces():

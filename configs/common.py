@@ -39,6 +39,7 @@ def detection() -> ConfigDict:
       category_names=(),
       pixel_mean=(0.485, 0.456, 0.406),  # of RGB in 0..1
       pixel_std=(0.229, 0.224, 0.225),
+      channel_order="rgb",  # or "bgr": of the images the backbone was trained on
       dtype="float32",  # of the computation; "bfloat16" on TPU
       aligned=True,  # regions are cut out to the half pixel; False: as torchvision's Mask R-CNN
     )
@@ -46,7 +47,8 @@ def detection() -> ConfigDict:
   config.model.backbone = ConfigDict(
     dict(
       name="resnet50",
-      width=64,
+      width=64,  # of a ResNet's stem
+      stride_in="3x3",  # or "1x1": the convolution of a bottleneck that has the stride
       context="none",  # or "non_local", "global_context", "attention_augmented": blocks in a ResNet
       norm="frozen_bn",
       frozen=True,
@@ -150,6 +152,8 @@ def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
   name, _, context = value.partition("_") if value.startswith("resnet") else (value, "", "")
   config.model.backbone.name = name
   config.model.backbone.context = choice("backbone", value, context, CONTEXTS)
+  if name == "efficientnet_lite0":
+    config.model.pixel_mean, config.model.pixel_std = (127 / 255,) * 3, (128 / 255,) * 3
   return config
 
 

@@ -69,10 +69,19 @@ class RCNN(nnx.Module):
     )
 
   def normalize(self, image_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
-    """Images in 0..255 to the range the backbone was trained on, zero on padding."""
+    """RGB images in 0..255 as the backbone was trained on them, zero on padding.
+
+    Raises:
+      ValueError: the config's channel order does not exist.
+    """
+    order = self.config.channel_order
+    if order not in ("rgb", "bgr"):
+      raise ValueError(f"channel_order={order!r} does not exist; choose rgb or bgr")
     mean_C = jnp.asarray(self.config.pixel_mean, jnp.float32)
     std_C = jnp.asarray(self.config.pixel_std, jnp.float32)
     normalized = (image_BHWC / 255.0 - mean_C[None, None, None]) / std_C[None, None, None]
+    if order == "bgr":
+      normalized = normalized[..., ::-1]
     return jnp.where(valid_BHW[..., None], normalized, 0)
 
   def features(

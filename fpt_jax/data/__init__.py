@@ -1,10 +1,17 @@
-"""Data sets: prepared once as records, read as batches."""
+"""Data sets: prepared once as records, read as batches.
 
+The functions here are detection's; `segmentation` has those of the same names for label maps.
+`prepare`, `is_prepared` and `info` serve both.
+"""
+
+from fpt_jax.data import segmentation
 from fpt_jax.data.batches import Batches
+from fpt_jax.data.label_records import VOID
 from fpt_jax.data.pipeline import coco_ground_truth, eval_batches, images, train_batches
 from fpt_jax.data.prepared import DatasetInfo, info, is_prepared, prepare
 
 __all__ = [
+  "VOID",
   "Batches",
   "DatasetInfo",
   "coco_ground_truth",
@@ -13,5 +20,6 @@ __all__ = [
   "info",
   "is_prepared",
   "prepare",
+  "segmentation",
   "train_batches",
 ]

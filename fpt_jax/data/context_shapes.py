@@ -16,7 +16,7 @@ import PIL.ImageDraw
 import tensorflow_datasets as tfds
 from pycocotools import mask as coco_mask
 
-from fpt_jax.data import records
+from fpt_jax.data import label_maps, records
 from fpt_jax.data.progress import Progress
 from fpt_jax.errors import UserError
 
@@ -28,7 +28,7 @@ _OVERSAMPLING = 4
 class ContextShapes(tfds.core.GeneratorBasedBuilder):
   """Draws the data set; the same seed gives the same images."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
 
   def __init__(
     self,
@@ -61,6 +61,8 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
       "source": "",
       "category_names": CATEGORIES,
       "category_ids": list(range(1, len(CATEGORIES) + 1)),
+      "class_names": ("background", *CATEGORIES),
+      "palette": label_maps.numbered_colors(1 + len(CATEGORIES)),
       "sizes": {split: [[self._image_size] * 2] * count for split, count in self._sizes.items()},
     }
     return tfds.core.DatasetInfo(

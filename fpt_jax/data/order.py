@@ -38,7 +38,7 @@ def assign_buckets(sizes_N2: np.ndarray, buckets: tuple[tuple[int, int], ...]) -
     height, width = sizes_N2[unfit[0]]
     raise UserError(
       f"data.buckets: an image resized to {height}x{width} (height x width) fits none of "
-      f"{[tuple(map(int, b)) for b in buckets_K2]}; add a larger bucket or lower data.long_edge"
+      f"{[tuple(map(int, b)) for b in buckets_K2]}; add a larger bucket or resize to less"
     )
   areas_1K = np.where(fits_NK, buckets_K2.prod(1)[None, :], np.iinfo(np.int64).max)
   return areas_1K.argmin(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 
@@ -10,12 +11,27 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data import records
+from fpt_jax.data import (
+  ade20k,
+  camvid,
+  cityscapes,
+  image_folder,
+  label_records,
+  lip,
+  records,
+  voc2012,
+)
 from fpt_jax.data.coco import CocoInstances
 from fpt_jax.data.context_shapes import ContextShapes
+from fpt_jax.data.label_maps import LabelMaps
+from fpt_jax.data.label_records import LabelRecord
 from fpt_jax.errors import UserError
 
-_BUILDERS = {"coco": CocoInstances, "context_shapes": ContextShapes}
+_LABEL_MAPS = {
+  layout.name: functools.partial(LabelMaps, layout)
+  for layout in (ade20k.LAYOUT, camvid.LAYOUT, cityscapes.LAYOUT, lip.LAYOUT, voc2012.LAYOUT)
+} | {"image_folder": image_folder.builder}
+_INSTANCES = {"coco": CocoInstances, "context_shapes": ContextShapes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +39,25 @@ class DatasetInfo:
   """What a prepared data set holds.
 
   Attributes:
-    category_names: name of label 1, 2, ...
+    category_names: name of an instance's label 1, 2, ...; empty where there are no instances.
     category_ids: the data set's own id of label 1, 2, ...
     num_images: images of each split.
+    class_names: name of a label map's class 0, 1, ...; empty where there are no label maps.
+    palette: RGB of class 0, 1, ...
+    swaps: pairs of classes that a mirrored image exchanges, such as the left and the right arm.
   """
 
   category_names: tuple[str, ...]
   category_ids: tuple[int, ...]
   num_images: dict[str, int]
+  class_names: tuple[str, ...] = ()
+  palette: tuple[tuple[int, int, int], ...] = ()
+  swaps: tuple[tuple[int, int], ...] = ()
+
+  @property
+  def num_classes(self) -> int:
+    """Classes of a label map; `label_records.VOID` is none of them."""
+    return len(self.class_names)
 
 
 def prepare(data: ml_collections.ConfigDict) -> None:
@@ -69,10 +96,14 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
     UserError: it is not prepared.
   """
   builder = _prepared_builder(data)
+  metadata = builder.info.metadata
   return DatasetInfo(
-    category_names=tuple(builder.info.metadata["category_names"]),
-    category_ids=tuple(builder.info.metadata["category_ids"]),
+    category_names=tuple(metadata.get("category_names", ())),
+    category_ids=tuple(metadata.get("category_ids", ())),
     num_images={name: split.num_examples for name, split in builder.info.splits.items()},
+    class_names=tuple(metadata.get("class_names", ())),
+    palette=tuple(map(tuple, metadata.get("palette", ()))),
+    swaps=tuple(map(tuple, metadata.get("swaps", ()))),
   )
 
 
@@ -90,7 +121,8 @@ class Reader:
         f"split {split!r} cannot be read from {builder.data_dir}; it holds {sorted(splits)}, "
         'and parts of them such as "train[:8]"'
       ) from error
-    self._split, self._folder = split, builder.data_dir
+    self._parse = label_records.parse if data.name in _LABEL_MAPS else records.parse
+    self._folder = builder.data_dir
     # the split and place of each record, so that an error can name it
     self._places = [
       (part.splitname, i)
@@ -107,17 +139,17 @@ class Reader:
     split, place = self._places[index]
     return f"record {place} of split {split} in {self._folder}"
 
-  def read(self, index: int) -> records.Record:
-    """Reads and parses one record."""
+  def read(self, index: int) -> records.Record | LabelRecord:
+    """Reads and parses one record, which is a `LabelRecord` where the data set has no instances."""
     try:
-      return records.parse(self._records[index])
+      return self._parse(self._records[index])
     except (ValueError, RuntimeError, IndexError, OSError) as error:
       reason = str(error).replace("\n", " ")
       raise UserError(
         f"{self.name(index)} cannot be read ({reason}); delete the folder and run --mode=prepare"
       ) from error
 
-  def decode(self, index: int, record: records.Record) -> np.ndarray:
+  def decode(self, index: int, record: records.Record | LabelRecord) -> np.ndarray:
     """Returns the record's image, uint8 RGB."""
     try:
       return records.decode_image(record.image)
@@ -133,8 +165,9 @@ class Reader:
 
 
 def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
-  if data.name not in _BUILDERS:
-    raise UserError(f"data.name={data.name!r} is no data set; known are {sorted(_BUILDERS)}")
+  builders = _INSTANCES | _LABEL_MAPS
+  if data.name not in builders:
+    raise UserError(f"data.name={data.name!r} is no data set; known are {sorted(builders)}")
   directory = os.path.expanduser(data.data_dir)
   if "://" in directory:
     raise UserError(
@@ -142,10 +175,10 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
       "prepare on the local disk"
     )
   arguments = dict(data.get("builder", {}))
-  if data.name == "coco":
+  if data.name != "context_shapes":  # it is drawn, not read
     arguments |= {"source": data.source, "skip_bad": data.get("skip_bad", False)}
   try:
-    return _BUILDERS[data.name](data_dir=directory, **arguments)
+    return builders[data.name](data_dir=directory, **arguments)
   except TypeError as error:
     raise UserError(f"data.builder: {error}") from error
 

@@ -2,27 +2,46 @@
 
 from flax import nnx
 
-from fpt_jax.models.resnet import STAGE_BLOCKS, ResNet
+from fpt_jax.models.efficientnet import EfficientNetLite0
+from fpt_jax.models.resnet import STAGE_BLOCKS, ResNet, check_choice
 
 
 def resnet(config, **options) -> ResNet:
-  return ResNet(config.name, width=config.width, norm=config.norm, **options)
+  return ResNet(
+    config.name,
+    width=config.width,
+    norm=config.norm,
+    context=config.context,
+    stride_in=config.stride_in,
+    **options,
+  )
 
 
-BACKBONES = dict.fromkeys(STAGE_BLOCKS, resnet)
+def efficientnet_lite0(config, **options) -> EfficientNetLite0:
+  if config.context != "none":
+    raise ValueError(
+      f"context {config.context!r} is for a ResNet, not for backbone {config.name!r}; set it to 'none'"
+    )
+  return EfficientNetLite0(norm=config.norm, **options)
 
 
-def build_backbone(config, *, dtype, rngs: nnx.Rngs) -> nnx.Module:
+BACKBONES = dict.fromkeys(STAGE_BLOCKS, resnet) | {"efficientnet_lite0": efficientnet_lite0}
+
+
+def build_backbone(config, *, output_stride: int = 32, dtype, rngs: nnx.Rngs) -> nnx.Module:
   """The backbone that the `model.backbone` part of a config names.
+
+  Args:
+    config: that part.
+    output_stride: of the last level, 32, 16 or 8.
+    dtype: of the computation.
+    rngs: for the initial weights.
 
   Returns:
     A module (image_BHWC, valid_BHW, train) -> Pyramid, with `channels`, those of each level.
 
   Raises:
-    ValueError: it does not exist.
+    ValueError: it, or a part of it, does not exist.
   """
-  if config.name not in BACKBONES:
-    raise ValueError(
-      f"backbone {config.name!r} does not exist; choose one of {', '.join(BACKBONES)}"
-    )
-  return BACKBONES[config.name](config, dtype=dtype, rngs=rngs)
+  check_choice("backbone", config.name, tuple(BACKBONES))
+  return BACKBONES[config.name](config, output_stride=output_stride, dtype=dtype, rngs=rngs)

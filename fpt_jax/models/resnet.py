@@ -1,12 +1,21 @@
-"""ResNet (He et al. 2016) with the stride in the 3x3 convolution, as torchvision has it.
+"""ResNet (He et al. 2016), dilated and with blocks of context where asked for.
 
 Shapes: B batch, H W rows and columns, C channels.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.context_blocks import (
+  CONTEXTS,
+  AttentionAugmentedConv,
+  GlobalContext,
+  NonLocal,
+)
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
 from fpt_jax.models.layers import Norm, conv
 
@@ -16,64 +25,102 @@ STAGE_BLOCKS = {
   "resnet50": (3, 4, 6, 3),
   "resnet101": (3, 4, 23, 3),
 }
+STRIDES_IN = ("3x3", "1x1")
+OUTPUT_STRIDES = (32, 16, 8)
 
 
 class BasicBlock(nnx.Module):
-  """Two 3x3 convolutions around a shortcut."""
+  """Two 3x3 convolutions around a shortcut; the first has the stride, the second may be augmented."""
 
   expansion = 1
 
-  def __init__(self, in_channels, width, *, stride, norm, dtype, rngs):
-    self.conv1 = conv(in_channels, width, 3, stride=stride, bias=False, dtype=dtype, rngs=rngs)
-    self.bn1 = Norm(norm, width, dtype=dtype, rngs=rngs)
-    self.conv2 = conv(width, width, 3, bias=False, dtype=dtype, rngs=rngs)
-    self.bn2 = Norm(norm, width, dtype=dtype, rngs=rngs)
-    self.shortcut = Shortcut(in_channels, width, stride, norm=norm, dtype=dtype, rngs=rngs)
+  def __init__(self, in_channels, width, *, stride, dilation, context, norm, options):
+    self.conv1 = conv(
+      in_channels, width, 3, stride=stride, dilation=dilation, bias=False, **options
+    )
+    self.bn1 = Norm(norm, width, **options)
+    self.conv2 = convolution(width, width, 1, dilation, context, options)
+    self.bn2 = Norm(norm, width, **options)
+    self.context = GlobalContext(width, **options) if context.kind == "global_context" else None
+    self.shortcut = Shortcut(in_channels, width, stride, norm=norm, options=options)
     self.stride = stride
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     valid = downsample_valid(x.valid_BHW, self.stride)
     y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=valid, train=train)
-    y = self.bn2(self.conv2(nnx.relu(y)), valid_BHW=valid, train=train)
+    y = self.bn2(convolve(self.conv2, nnx.relu(y), valid), valid_BHW=valid, train=train)
+    if self.context is not None:
+      y = self.context(y, valid_BHW=valid)
     shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
     return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * self.stride)
 
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3 (with the stride) and 1x1 convolutions around a shortcut; four times as wide outside."""
+  """1x1, 3x3 and 1x1 convolutions around a shortcut; four times as wide outside."""
 
   expansion = 4
 
-  def __init__(self, in_channels, width, *, stride, norm, dtype, rngs):
+  def __init__(self, in_channels, width, *, stride, dilation, stride_in, context, norm, options):
     out_channels = width * self.expansion
-    self.conv1 = conv(in_channels, width, 1, bias=False, dtype=dtype, rngs=rngs)
-    self.bn1 = Norm(norm, width, dtype=dtype, rngs=rngs)
-    self.conv2 = conv(width, width, 3, stride=stride, bias=False, dtype=dtype, rngs=rngs)
-    self.bn2 = Norm(norm, width, dtype=dtype, rngs=rngs)
-    self.conv3 = conv(width, out_channels, 1, bias=False, dtype=dtype, rngs=rngs)
-    self.bn3 = Norm(norm, out_channels, dtype=dtype, rngs=rngs)
-    self.shortcut = Shortcut(in_channels, out_channels, stride, norm=norm, dtype=dtype, rngs=rngs)
-    self.stride = stride
+    self.strides = (stride, 1) if stride_in == "1x1" else (1, stride)
+    self.conv1 = conv(in_channels, width, 1, stride=self.strides[0], bias=False, **options)
+    self.bn1 = Norm(norm, width, **options)
+    self.conv2 = convolution(width, width, self.strides[1], dilation, context, options)
+    self.bn2 = Norm(norm, width, **options)
+    self.conv3 = conv(width, out_channels, 1, bias=False, **options)
+    self.bn3 = Norm(norm, out_channels, **options)
+    self.context = (
+      GlobalContext(out_channels, **options) if context.kind == "global_context" else None
+    )
+    self.shortcut = Shortcut(in_channels, out_channels, stride, norm=norm, options=options)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-    valid = downsample_valid(x.valid_BHW, self.stride)
-    y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=x.valid_BHW, train=train)
-    y = self.bn2(self.conv2(nnx.relu(y)), valid_BHW=valid, train=train)
+    inside = downsample_valid(x.valid_BHW, self.strides[0])
+    valid = downsample_valid(inside, self.strides[1])
+    y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=inside, train=train)
+    y = self.bn2(convolve(self.conv2, nnx.relu(y), inside), valid_BHW=valid, train=train)
     y = self.bn3(self.conv3(nnx.relu(y)), valid_BHW=valid, train=train)
+    if self.context is not None:
+      y = self.context(y, valid_BHW=valid)
     shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
-    return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * self.stride)
+    return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * max(self.strides))
+
+
+class Context(NamedTuple):
+  """What stands in a block: a name of `context_blocks.CONTEXTS`, and where attention is coarser."""
+
+  kind: str
+  downsample: bool
+
+
+def convolution(in_channels, out_channels, stride, dilation, context: Context, options):
+  """The 3x3 convolution of a block, augmented with attention where the context is."""
+  if context.kind == "attention_augmented":
+    return AttentionAugmentedConv(
+      in_channels,
+      out_channels,
+      stride=stride,
+      dilation=dilation,
+      downsample=context.downsample,
+      **options,
+    )
+  return conv(in_channels, out_channels, 3, stride=stride, dilation=dilation, bias=False, **options)
+
+
+def convolve(convolution, x_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
+  if isinstance(convolution, AttentionAugmentedConv):
+    return convolution(x_BHWC, valid_BHW=valid_BHW)
+  return convolution(x_BHWC)
 
 
 class Shortcut(nnx.Module):
   """The identity, or a strided 1x1 convolution where the shape changes."""
 
-  def __init__(self, in_channels, out_channels, stride, *, norm, dtype, rngs):
+  def __init__(self, in_channels, out_channels, stride, *, norm, options):
     self.projects = stride != 1 or in_channels != out_channels
     if self.projects:
-      self.conv = conv(
-        in_channels, out_channels, 1, stride=stride, bias=False, dtype=dtype, rngs=rngs
-      )
-      self.bn = Norm(norm, out_channels, dtype=dtype, rngs=rngs)
+      self.conv = conv(in_channels, out_channels, 1, stride=stride, bias=False, **options)
+      self.bn = Norm(norm, out_channels, **options)
 
   def __call__(self, x_BHWC: jax.Array, *, valid_BHW: jax.Array, train: bool) -> jax.Array:
     if not self.projects:
@@ -82,15 +129,26 @@ class Shortcut(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  """The features C2..C5 of an image, strides 4 to 32.
+  """The features C2..C5 of an image.
 
   Args:
     name: "resnet18", "resnet34", "resnet50" or "resnet101".
     width: channels of the stem and of the first stage's inner convolutions (64 in the paper).
     norm: see `layers.Norm`; "frozen_bn" for pretrained backbones.
+    context: "non_local", one block before the last residual block of C4 (Wang et al. 2018, section 6);
+      "global_context", in every residual block of C3 to C5, after its last normalisation (Cao et al.
+      2019, section 4.1); "attention_augmented", the 3x3 convolutions of C3 to C5, attention on a
+      coarser grid where the stride is 8 (Bello et al. 2019, section 4.2); or "none".
+    stride_in: the convolution of a bottleneck that has the stride: "3x3" as torchvision, "1x1" as
+      the paper and weights from Caffe.
+    output_stride: of C5, 32, 16 or 8; stages that would go beyond have dilations 2 and 4 instead of
+      strides (Yu et al. 2017, dilated residual networks).
     classes: also build the ImageNet classifier with this many classes; 0 for none.
     dtype: of the computation; parameters are float32.
     rngs: for the initial weights.
+
+  Raises:
+    ValueError: for a name or number that is none of these.
   """
 
   def __init__(
@@ -99,29 +157,51 @@ class ResNet(nnx.Module):
     *,
     width: int = 64,
     norm: str = "frozen_bn",
+    context: str = "none",
+    stride_in: str = "3x3",
+    output_stride: int = 32,
     classes: int = 0,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if name not in STAGE_BLOCKS:
-      raise ValueError(f"backbone {name!r} does not exist; choose one of {', '.join(STAGE_BLOCKS)}")
+    for what, value, choices in (
+      ("backbone", name, tuple(STAGE_BLOCKS)),
+      ("context", context, CONTEXTS),
+      ("stride_in", stride_in, STRIDES_IN),
+      ("output_stride", output_stride, OUTPUT_STRIDES),
+    ):
+      check_choice(what, value, choices)
+    options = dict(dtype=dtype, rngs=rngs)
     block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
-    self.conv1 = conv(3, width, 7, stride=2, bias=False, dtype=dtype, rngs=rngs)
-    self.bn1 = Norm(norm, width, dtype=dtype, rngs=rngs)
-    in_channels = width
+    if block is Bottleneck:
+      block = functools.partial(Bottleneck, stride_in=stride_in)
+    self.conv1 = conv(3, width, 7, stride=2, bias=False, **options)
+    self.bn1 = Norm(norm, width, **options)
+    in_channels, reached = width, 4
     stages, self.channels = [], ()
     for stage, blocks in enumerate(STAGE_BLOCKS[name]):
-      stage_width = width * 2**stage
+      stage_stride = min(4 * 2**stage, output_stride)
+      dilation = 4 * 2**stage // stage_stride
+      kind = context if stage > 0 else "none"
       layers = []
-      for i in range(blocks):
-        stride = 2 if stage > 0 and i == 0 else 1
-        layers.append(
-          block(in_channels, stage_width, stride=stride, norm=norm, dtype=dtype, rngs=rngs)
+      for _ in range(blocks):
+        layer = block(
+          in_channels,
+          width * 2**stage,
+          stride=stage_stride // reached,
+          dilation=dilation,
+          context=Context(kind, downsample=stage_stride == 8),
+          norm=norm,
+          options=options,
         )
-        in_channels = stage_width * block.expansion
+        layers.append(layer)
+        in_channels, reached = width * 2**stage * layer.expansion, stage_stride
       stages.append(nnx.List(layers))
       self.channels += (in_channels,)
     self.stages = nnx.List(stages)
+    self.context = (
+      NonLocal(self.channels[2], norm=norm, **options) if context == "non_local" else None
+    )
     self.fc = nnx.Linear(in_channels, classes, rngs=rngs) if classes else None
 
   def __call__(
@@ -135,15 +215,18 @@ class ResNet(nnx.Module):
       train: use and update batch statistics where the norm has any.
 
     Returns:
-      Four levels of strides 4, 8, 16, 32 and `self.channels` channels.
+      Four levels of strides 4, 8, 16, 32, none greater than the output stride, and `self.channels`
+      channels.
     """
     valid = downsample_valid(valid_BHW, 2)
     y = self.bn1(self.conv1(image_BHWC), valid_BHW=valid, train=train)
     y = nnx.max_pool(nnx.relu(y), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     x = FeatureMap(y, downsample_valid(valid, 2), 4)
     levels = []
-    for stage in self.stages:
-      for block in stage:
+    for index, stage in enumerate(self.stages):
+      for i, block in enumerate(stage):
+        if self.context is not None and index == 2 and i == len(stage) - 1:
+          x = self.context(x, train=train)
         x = block(x, train=train)
       levels.append(x)
     return tuple(levels)
@@ -154,3 +237,11 @@ class ResNet(nnx.Module):
       raise ValueError("this ResNet was built without a classifier (classes=0)")
     c5 = self(image_BHWC, jnp.ones(image_BHWC.shape[:3], bool))[-1]
     return self.fc(jnp.mean(c5.values_BHWC, axis=(1, 2)))
+
+
+def check_choice(what: str, value, choices: tuple) -> None:
+  """Raises ValueError where a part of a backbone that is asked for does not exist."""
+  if value not in choices:
+    raise ValueError(
+      f"{what} {value!r} does not exist; choose one of {', '.join(map(str, choices))}"
+    )

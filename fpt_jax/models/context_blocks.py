@@ -1,0 +1,265 @@
+"""Context inside a ResNet: Non-local, Global Context, Attention-Augmented convolution.
+
+A padded position is never attended to in any of them.
+
+Shapes: B batch, H W rows and columns, C channels, N heads, D channels of a head's keys, Q = K = H W
+positions, X channels of a head's key and the H + W places where it can be, M = 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.feature_map import FeatureMap, downsample_valid
+from fpt_jax.models.layers import Norm, conv
+from fpt_jax.ops.mos_attention import mos_attention
+
+CONTEXTS = ("none", "non_local", "global_context", "attention_augmented")
+
+HEADS = 8
+# Shares of an augmented convolution's channels, and the least channels a head's key has.
+KEY_SHARE, VALUE_SHARE = 0.2, 0.1
+MIN_KEY_CHANNELS = 20
+# Relative positions are told apart up to here: no two positions of a map of 64 x 64 are farther apart.
+MAX_DISTANCE = 63
+
+
+class NonLocal(nnx.Module):
+  """The non-local block, embedded Gaussian (Wang et al. 2018, section 3, eq. 6 and fig. 2).
+
+      z = x + BN(W_z softmax(theta(x) phi(x)^T / sqrt(C / 2)) g(x))
+
+  The paper writes no temperature; its release divides the logits by the root of the inner channels,
+  and so do we. It starts as the identity (section 4.1): the scale of a trained normalisation after
+  W_z starts at zero. Where the normalisation is not trained ("frozen_bn", "none") there is none, and
+  W_z itself starts at zero. Keys and values are not subsampled.
+
+  Args:
+    channels: C, in and out; the inner ones are half of them (section 3.3).
+    norm: see `layers.Norm`.
+  """
+
+  def __init__(self, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs):
+    inner = channels // 2
+    trained_norm = norm not in ("frozen_bn", "none")
+    small, zeros = nnx.initializers.normal(0.01), nnx.initializers.zeros
+    options = dict(dtype=dtype, rngs=rngs)
+    self.theta = conv(channels, inner, 1, kernel_init=small, **options)
+    self.phi = conv(channels, inner, 1, kernel_init=small, **options)
+    self.g = conv(channels, inner, 1, kernel_init=small, **options)
+    self.project = conv(inner, channels, 1, kernel_init=small if trained_norm else zeros, **options)
+    self.norm = Norm(norm if trained_norm else "none", channels, **options)
+    if trained_norm:
+      self.norm.norm.scale[...] = jnp.zeros(channels)
+
+  def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    """The map with what all its valid positions say added to each of them."""
+    x_BHWC = x.values_BHWC
+    B, H, W, _ = x_BHWC.shape
+    q_BQMD, k_BKMD = (f(x_BHWC).reshape(B, H * W, 1, -1) for f in (self.theta, self.phi))
+    y_BQC = mos_attention(
+      q_BQMD,
+      k_BKMD,
+      self.g(x_BHWC).reshape(B, H * W, -1),
+      jnp.ones((B, 1), jnp.float32),
+      scale=q_BQMD.shape[-1] ** -0.5,
+      key_valid_BK=x.valid_BHW.reshape(B, H * W),
+    )
+    y_BHWC = self.project(y_BQC.reshape(B, H, W, -1))
+    return x.with_values(x_BHWC + self.norm(y_BHWC, valid_BHW=x.valid_BHW, train=train))
+
+
+class GlobalContext(nnx.Module):
+  """The global context block (Cao et al. 2019, section 3.3, fig. 4d): what the whole image adds to
+  every position.
+
+      z_i = x_i + W_v2 relu(LN(W_v1 sum_j softmax_j(W_k x_j) x_j))
+
+  W_v2 starts at zero, so that the block starts as the identity. W_k has no bias: a softmax would
+  not see it.
+
+  Args:
+    channels: C, in and out.
+    ratio: C over the channels of the bottleneck (16 in the paper's COCO models, section 4.1).
+  """
+
+  def __init__(self, channels: int, *, ratio: int = 16, dtype=jnp.float32, rngs: nnx.Rngs):
+    inner = max(1, channels // ratio)
+    zeros = nnx.initializers.zeros
+    options = dict(dtype=dtype, rngs=rngs)
+    self.key = nnx.Linear(channels, 1, use_bias=False, **options)
+    self.squeeze = nnx.Linear(channels, inner, **options)
+    self.norm = nnx.LayerNorm(inner, epsilon=1e-5, **options)
+    self.expand = nnx.Linear(inner, channels, kernel_init=zeros, **options)
+
+  def __call__(self, x_BHWC: jax.Array, *, valid_BHW: jax.Array) -> jax.Array:
+    """[B, H, W, C] of the same dtype; statistics of the softmax are float32."""
+    logits_BHW = self.key(x_BHWC)[..., 0].astype(jnp.float32)
+    logits_BHW = jnp.where(valid_BHW, logits_BHW, jnp.finfo(jnp.float32).min)
+    share_BHW = jax.nn.softmax(logits_BHW, axis=(1, 2))
+    share_BHW = jnp.where(valid_BHW, share_BHW, 0)
+    seen_BHWC = jnp.where(valid_BHW[..., None], x_BHWC, 0)
+    context_BC = jnp.einsum(
+      "bhw,bhwc->bc", share_BHW.astype(x_BHWC.dtype), seen_BHWC, preferred_element_type=jnp.float32
+    )
+    hidden = nnx.relu(self.norm(self.squeeze(context_BC.astype(x_BHWC.dtype))))
+    return x_BHWC + self.expand(hidden)[:, None, None]
+
+
+class AttentionAugmentedConv(nnx.Module):
+  """A 3x3 convolution, a part of whose channels are attention's (Bello et al. 2019, section 3).
+
+      y = concat(conv(x), MHA(x)),   logits_ij = q_i (k_j + r_w[column_j - column_i]
+                                                          + r_h[row_j - row_i]) / sqrt(D)
+
+  of 8 heads (eq. 1 to 5). Keys have 0.2 and values 0.1 of the output's channels, to the nearest
+  multiple of the heads, keys at least 20 a head (section 4). The embeddings r are shared by the heads.
+
+  The paper has one embedding for every distance on its one size of map. Images of detection have all
+  sizes: here are 127 for a direction, for -63 to 63, and what is farther apart counts as 63 apart.
+
+  The logits of relative positions are a dot product too, of the query's logits over all rows and
+  columns with a one in the key's own: so `mos_attention` computes everything and bounds the memory.
+
+  `downsample` attends on a coarser grid (section 3.3): 3x3 average pooling with stride 2 over valid
+  positions before, bilinear interpolation after. In a strided block, where the paper says nothing,
+  attention has the convolution's stride by the same pooling. Position i of a pooled map lies on
+  position 2i of the finer one, as with our convolutions, so interpolation is exact there.
+
+  Args:
+    in_channels, out_channels: of the whole.
+    stride, dilation: of the convolution; a dilation does not change attention.
+    downsample: attend at half the output's resolution.
+
+  Raises:
+    ValueError: too few channels to leave some to the convolution.
+  """
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    downsample: bool = False,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.key_channels = HEADS * max(MIN_KEY_CHANNELS, round(KEY_SHARE * out_channels / HEADS))
+    self.value_channels = HEADS * max(1, round(VALUE_SHARE * out_channels / HEADS))
+    if self.value_channels >= out_channels:
+      raise ValueError(
+        f"an attention-augmented convolution needs more than {HEADS} channels, got {out_channels}; "
+        "widen the backbone"
+      )
+    self.poolings = (stride == 2) + downsample
+    self.downsample = downsample
+    options = dict(bias=False, dtype=dtype, rngs=rngs)
+    self.conv = conv(
+      in_channels,
+      out_channels - self.value_channels,
+      3,
+      stride=stride,
+      dilation=dilation,
+      **options,
+    )
+    self.context = nnx.Module()
+    self.context.qkv = conv(in_channels, 2 * self.key_channels + self.value_channels, 1, **options)
+    self.context.project = conv(self.value_channels, self.value_channels, 1, **options)
+    depth = self.key_channels // HEADS
+    init = nnx.initializers.normal(depth**-0.5)
+    shape = (2 * MAX_DISTANCE + 1, depth)
+    self.context.rows = nnx.Param(init(rngs.params(), shape, jnp.float32))
+    self.context.columns = nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+  def __call__(self, x_BHWC: jax.Array, *, valid_BHW: jax.Array) -> jax.Array:
+    """[B, ceil(H / stride), ceil(W / stride), out_channels], the convolution's channels first."""
+    convolved_BHWC = self.conv(x_BHWC)
+    x = FeatureMap(x_BHWC, valid_BHW, 1)
+    for _ in range(self.poolings):
+      x = average_pool(x)
+    attended = x.with_values(self.context.project(self.attend(x)))
+    if self.downsample:
+      attended = interpolate(attended, *convolved_BHWC.shape[1:3])
+    return jnp.concatenate([convolved_BHWC, attended.values_BHWC], axis=-1)
+
+  def attend(self, x: FeatureMap) -> jax.Array:
+    """[B, H, W, value_channels]: the heads side by side."""
+    B, H, W, _ = x.values_BHWC.shape
+    K = self.key_channels
+    qkv_BHWC = self.context.qkv(x.masked())
+    q_BHWC, k_BHWC, v_BHWC = jnp.split(qkv_BHWC, (K, 2 * K), axis=-1)
+    q_BHWND, k_BHWND, v_BHWND = (y.reshape(B, H, W, HEADS, -1) for y in (q_BHWC, k_BHWC, v_BHWC))
+    q_BHWND *= q_BHWND.shape[-1] ** -0.5
+
+    rows_HhD = of_distance(self.context.rows[...], H).astype(q_BHWND.dtype)
+    columns_WwD = of_distance(self.context.columns[...], W).astype(q_BHWND.dtype)
+    rows_BHWNh = jnp.einsum("BHWND,HhD->BHWNh", q_BHWND, rows_HhD)
+    columns_BHWNw = jnp.einsum("BHWND,WwD->BHWNw", q_BHWND, columns_WwD)
+    q_BHWNX = jnp.concatenate([q_BHWND, rows_BHWNh, columns_BHWNw], axis=-1)
+    place_HWX = jnp.concatenate(
+      [
+        jnp.broadcast_to(jnp.eye(H)[:, None], (H, W, H)),
+        jnp.broadcast_to(jnp.eye(W)[None], (H, W, W)),
+      ],
+      axis=-1,
+    ).astype(k_BHWND.dtype)
+    place_BHWNX = jnp.broadcast_to(place_HWX[None, :, :, None], (B, H, W, HEADS, H + W))
+    k_BHWNX = jnp.concatenate([k_BHWND, place_BHWNX], axis=-1)
+
+    def by_head(y_BHWND):  # heads join the batch: they share nothing from here on
+      return jnp.moveaxis(y_BHWND, 3, 1).reshape(B * HEADS, H * W, -1)
+
+    out_BQC = mos_attention(
+      by_head(q_BHWNX)[:, :, None],
+      by_head(k_BHWNX)[:, :, None],
+      by_head(v_BHWND),
+      jnp.ones((B * HEADS, 1), jnp.float32),
+      key_valid_BK=jnp.repeat(x.valid_BHW.reshape(B, H * W), HEADS, axis=0),
+    )
+    out_BNHWD = out_BQC.reshape(B, HEADS, H, W, -1)
+    return jnp.moveaxis(out_BNHWD, 1, 3).reshape(B, H, W, -1)
+
+
+def of_distance(table_RD: jax.Array, size: int) -> jax.Array:
+  """[size, size, D]: of query i and key j, the embedding of the distance j - i."""
+  positions = jnp.arange(size)
+  distance = positions[None, :] - positions[:, None]
+  return table_RD[jnp.clip(distance, -MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE]
+
+
+def average_pool(x: FeatureMap) -> FeatureMap:
+  """3x3 means over valid positions, with stride 2: [B, ceil(H / 2), ceil(W / 2), C]."""
+
+  def window_sums(y_BHWC):
+    return jax.lax.reduce_window(
+      y_BHWC, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+
+  count_BHW1 = window_sums(x.valid_BHW[..., None].astype(jnp.float32))
+  mean_BHWC = window_sums(x.masked().astype(jnp.float32)) / jnp.maximum(count_BHW1, 1)
+  return FeatureMap(
+    mean_BHWC.astype(x.values_BHWC.dtype), downsample_valid(x.valid_BHW, 2), x.stride * 2
+  )
+
+
+def interpolate(x: FeatureMap, height: int, width: int) -> FeatureMap:
+  """Bilinear, to twice the resolution: position i goes to 2i, between two valid ones lies their mean.
+
+  Beyond the last valid position of a row or a column, that one is repeated.
+  """
+
+  def double(y, size, axis):
+    zero = jnp.zeros_like(jax.lax.slice_in_dim(y, 0, 1, axis=axis))
+    following = jnp.concatenate([jax.lax.slice_in_dim(y, 1, None, axis=axis), zero], axis)
+    pairs = jnp.stack([y, (y + following) / 2], axis + 1)
+    doubled = pairs.reshape(*y.shape[:axis], 2 * y.shape[axis], *y.shape[axis + 1 :])
+    return jax.lax.slice_in_dim(doubled, 0, size, axis=axis)
+
+  def both(y_BHWC):
+    return double(double(y_BHWC, height, 1), width, 2)
+
+  weight_BHW1 = both(x.valid_BHW[..., None].astype(jnp.float32))
+  values_BHWC = both(x.masked().astype(jnp.float32)) / jnp.where(weight_BHW1 > 0, weight_BHW1, 1)
+  return FeatureMap(values_BHWC.astype(x.values_BHWC.dtype), weight_BHW1[..., 0] > 0, x.stride // 2)

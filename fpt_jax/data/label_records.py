@@ -12,6 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 VOID = 255
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,8 @@ def decode_ids(png: bytes) -> np.ndarray:
     with PIL.Image.open(io.BytesIO(png)) as image:
       if image.format != "PNG":
         raise ValueError(f"labels must be a PNG, this is {image.format}")
+      if _PNG_END not in png:  # Pillow is content when the last pixel is there
+        raise ValueError("the file is truncated")
       if image.mode.startswith("I"):
         raise ValueError("16 bits a pixel, labels must have 8")
       if image.mode not in ("1", "L", "P"):

@@ -96,6 +96,30 @@ def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collection
   return ml_collections.ConfigDict(defaults | fields)
 
 
+def label_config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collections.ConfigDict:
+  """Returns the `data` part of a config of segmentation."""
+  defaults = {
+    "name": name,
+    "source": "",
+    "data_dir": str(data_dir),
+    "train_split": "train",
+    "eval_split": "val",
+    "crop": (24, 32),
+    "scale_min": 0.5,
+    "scale_max": 2.0,
+    "short_edges": (),
+    "flip": True,
+    "short_edge": 0,
+    "buckets": (),
+    "canvas_multiple": 32,
+    "skip_bad": False,
+    "num_workers": 2,
+    "prefetch": 2,
+    "builder": {},
+  }
+  return ml_collections.ConfigDict(defaults | fields)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
   """Context Shapes, 23 + 5 images, prepared."""

@@ -16,7 +16,7 @@ def builder(
   *,
   num_classes: int = 0,
   class_names: Sequence[str] = (),
-  void: int | None = VOID,
+  void: int = VOID,
   **arguments: object,
 ) -> label_maps.LabelMaps:
   """Returns the builder of a data set of the user's.
@@ -24,7 +24,7 @@ def builder(
   Args:
     num_classes: the label files hold 0..num_classes-1; left out, as many as there are names.
     class_names: name of class 0, 1, ...; left out, the classes are called by their numbers.
-    void: what the label files hold where there is no class; None for nothing of that kind.
+    void: what the label files hold where there is no class; -1 for nothing of that kind.
     **arguments: of `LabelMaps`.
 
   Raises:
@@ -36,13 +36,13 @@ def builder(
       f"data.builder: num_classes={num_classes} must be 1 to {VOID - 1}, and as many as "
       f"class_names, which are {len(tuple(class_names))}"
     )
-  if void is not None and not len(names) <= void <= 255:
-    raise UserError(f"data.builder.void={void} must lie beyond the classes, up to 255, or be None")
+  if void != -1 and not len(names) <= void <= 255:
+    raise UserError(f"data.builder.void={void} must lie beyond the classes, up to 255, or be -1")
   layout = label_maps.Layout(
     name="image_folder",
     class_names=names,
     palette=label_maps.numbered_colors(len(names)),
-    class_of_id={i: i for i in range(len(names))} | ({} if void is None else {void: VOID}),
+    class_of_id={i: i for i in range(len(names))} | ({} if void == -1 else {void: VOID}),
     splits=("train", "val"),
     pairs=_pairs,
   )

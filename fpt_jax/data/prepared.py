@@ -174,7 +174,7 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
       f"data.data_dir={data.data_dir}: records are read from a file system; mount the bucket, or "
       "prepare on the local disk"
     )
-  arguments = dict(data.get("builder", {}))
+  arguments = {name: v for name, v in data.get("builder", {}).items() if v is not None}
   if data.name != "context_shapes":  # it is drawn, not read
     arguments |= {"source": data.source, "skip_bad": data.get("skip_bad", False)}
   try:

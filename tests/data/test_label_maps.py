@@ -206,7 +206,7 @@ def test_folders_of_ones_own(folder):
 
 
 def test_classes_without_names_are_numbered(folder):
-  folder.builder = {"num_classes": 10, "void": None}
+  folder.builder = {"num_classes": 10, "void": -1, "splits": None}
   data.prepare(folder)
   assert data.info(folder).class_names == tuple("0123456789")
   assert 9 in next(iter(data.segmentation.images(folder, "train")))[2]  # here a class

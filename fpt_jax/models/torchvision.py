@@ -1,16 +1,16 @@
-"""torchvision's names and layouts for the numbers of our models.
+"""torchvision's names for the numbers of our models: ResNets and maskrcnn_resnet50_fpn.
 
-ResNets and maskrcnn_resnet50_fpn. Our names are those of `models.state`; every one of ours has exactly
-one counterpart, so what is missing or left over can be told by name.
+timm's plain ResNets have the same names. Our names are those of `models.state`.
 """
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from fpt_jax.errors import UserError
+from fpt_jax.models.torch_layouts import fit
 
 # (our name, torchvision's name); the first that matches counts
 _DETECTOR = (
@@ -29,6 +29,7 @@ _DETECTOR = (
 )
 _RESNET = (
   (r"stages\.(\d+)\.", lambda match: f"layer{int(match[1]) + 1}."),
+  (r"conv2\.conv\.", "conv2."),  # the convolution's part of an attention-augmented one
   (r"shortcut\.conv\.", "downsample.0."),
   (r"shortcut\.bn\.", "downsample.1."),
   (r"\.norm\.scale$", ".weight"),
@@ -37,6 +38,8 @@ _RESNET = (
   (r"\.norm\.var$", ".running_var"),
   (r"\.kernel$", ".weight"),
 )
+# without a counterpart in theirs: blocks of context, which start as the identity
+_CONTEXT = re.compile(r"(^|\.)context\.")
 # without a counterpart in ours: a counter, and the classifier that detectors leave behind
 _IGNORED = re.compile(r"num_batches_tracked$|^fc\.")
 
@@ -60,7 +63,7 @@ def from_torchvision(
   Args:
     state_dict: of a ResNet, or of a whole maskrcnn_resnet50_fpn, in torch's layouts.
     shapes: the shapes of our model by name (`Skeleton.shapes`). From a ResNet's dict only the names
-      under "backbone.", or all where the model is a bare ResNet, are filled.
+      under "backbone.", or all where the model is a bare ResNet, are filled; blocks of context never.
 
   Returns:
     Arrays by our names.
@@ -73,58 +76,11 @@ def from_torchvision(
   wanted = {
     name: shape
     for name, shape in shapes.items()
-    if detector or bare or name.startswith("backbone.")
+    if (detector or bare or name.startswith("backbone.")) and not _CONTEXT.search(name)
   }
-  arrays, used, complaints = {}, set(), []
-  for name, shape in wanted.items():
-    theirs = torchvision_name(name, detector=detector)
-    if theirs not in state_dict:
-      complaints.append(f"{theirs} is missing")
-      continue
-    used.add(theirs)
-    array = to_our_layout(name)(np.asarray(state_dict[theirs]), shape.shape)
-    if array is None:
-      complaints.append(
-        f"{theirs} is {tuple(np.shape(state_dict[theirs]))} and does not fit {name} {shape.shape}"
-      )
-      continue
-    arrays[name] = array.astype(shape.dtype)
-  left_over = [n for n in state_dict if n not in used and not _IGNORED.search(n)]
-  complaints += [f"{name} has no place in the model" for name in left_over]
-  if complaints:
-    more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
-    raise UserError(f"the weights do not fit the config's model: {'; '.join(complaints[:8])}{more}")
-  return arrays
-
-
-def to_our_layout(name: str) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]:
-  """The function (torch's array, our shape) -> our array, or None where it does not fit."""
-  if name.endswith("box_head.fc6.kernel"):
-    return _flattened_linear
-  if name.endswith("deconv.kernel"):
-    return _deconvolution
-  return _plain
-
-
-def _plain(array, shape):
-  if array.ndim == 4:
-    array = array.transpose(2, 3, 1, 0)  # OIHW to HWIO
-  elif array.ndim == 2:
-    array = array.T
-  return array if array.shape == shape else None
-
-
-def _flattened_linear(array, shape):
-  """A layer on a flattened 7 x 7 map: torch flattens (C, 7, 7), we flatten (7, 7, C)."""
-  hidden, inputs = array.shape
-  if (inputs, hidden) != shape or inputs % 49:
-    return None
-  return array.reshape(hidden, -1, 7, 7).transpose(2, 3, 1, 0).reshape(inputs, hidden)
-
-
-def _deconvolution(array, shape):
-  """A transposed convolution [I, O, 2, 2] as a matrix [I, 2 * 2 * O]."""
-  if array.ndim != 4:
-    return None
-  array = array.transpose(0, 2, 3, 1).reshape(array.shape[0], -1)
-  return array if array.shape == shape else None
+  return fit(
+    state_dict,
+    wanted,
+    functools.partial(torchvision_name, detector=detector),
+    lambda name: bool(_IGNORED.search(name)),
+  )

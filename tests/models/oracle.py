@@ -1,0 +1,78 @@
+"""float64 NumPy for the tests of backbones: convolution by loops, and gradients by differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpt_jax.models.state import arrays_of
+
+
+def convolve(x_BHWC, kernel, *, stride=1, dilation=1, pads=None, bias=0.0):
+  """A convolution position by position; `pads` are those before the rows and the columns."""
+  k, _, inputs, outputs = kernel.shape
+  B, H, W, C = x_BHWC.shape
+  top, left = pads or (dilation * (k // 2),) * 2
+  sizes = [-(-n // stride) for n in (H, W)]
+  y = np.zeros((B, *sizes, outputs))
+  depthwise = inputs == 1 and C > 1
+  for r, c, i, j in np.ndindex(*sizes, k, k):
+    row, column = r * stride - top + i * dilation, c * stride - left + j * dilation
+    if 0 <= row < H and 0 <= column < W:
+      seen = x_BHWC[:, row, column]
+      y[:, r, c] += seen * kernel[i, j, 0] if depthwise else seen @ kernel[i, j]
+  return y + bias
+
+
+def batch_norm(x, arrays, name, epsilon=1e-5):
+  part = {key: arrays[f"{name}.norm.{key}"] for key in ("scale", "bias", "mean", "var")}
+  return (x - part["mean"]) / np.sqrt(part["var"] + epsilon) * part["scale"] + part["bias"]
+
+
+def randomised(module, rng) -> dict[str, np.ndarray]:
+  """float32 arrays for a module, none of them zero or one as when it starts."""
+  arrays = {}
+  for name, value in arrays_of(module).items():
+    spread = np.sqrt(2 / max(1, np.prod(value.shape[:-1]))) if value.ndim > 1 else 0.3
+    offset = 1.0 if name.endswith(("scale", "var")) else 0.0
+    arrays[name] = (offset + spread * rng.uniform(-1, 1, value.shape)).astype(np.float32)
+  return arrays
+
+
+def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-5):
+  """Values, and the slope along a random direction of every array and of x, equal the reference's.
+
+  Args:
+    ours: (arrays, x) -> output.
+    reference: the same in float64 NumPy.
+    arrays, x: float32.
+    seen: where the output counts, broadcast with it.
+    rng: of the directions.
+    tolerance: of the largest value.
+  """
+  arrays64 = {n: a.astype(np.float64) for n, a in arrays.items()}
+  x64 = x.astype(np.float64)
+  y = np.asarray(jax.jit(ours)(arrays, x))
+  want = reference(arrays64, x64)
+  assert y.shape == want.shape
+  assert np.abs(np.where(seen, y - want, 0)).max() <= tolerance * np.abs(want).max()
+
+  weight = np.where(seen, rng.standard_normal(want.shape), 0)
+  total = jax.jit(jax.grad(lambda a, x: jnp.sum(ours(a, x) * weight.astype(np.float32)), (0, 1)))
+  gradients, gradient_x = total(arrays, x)
+  gradients["x"] = gradient_x
+  for name, gradient in gradients.items():
+    value = x64 if name == "x" else arrays64[name]
+    direction = np.sign(np.asarray(gradient)) + 0.1 * rng.standard_normal(value.shape)
+    sides = []
+    for step in (1e-5, -1e-5):
+      moved = value + step * direction
+      changed = (arrays64, moved) if name == "x" else (arrays64 | {name: moved}, x64)
+      sides.append(np.sum(reference(*changed) * weight))
+    slope = (sides[0] - sides[1]) / 2e-5
+    np.testing.assert_allclose(
+      np.sum(np.asarray(gradient, np.float64) * direction),
+      slope,
+      rtol=1e-3,
+      atol=1e-4,
+      err_msg=name,
+    )

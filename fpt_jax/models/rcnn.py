@@ -182,17 +182,14 @@ class RCNN(nnx.Module):
     positives = min(int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1])
     rois = {name: value[:, :positives] for name, value in rois.items()}
     positive_BR = rois["valid_BR"] & (rois["labels_BR"] > 0)
-    logits_BRmmK = self.mask_head(
-      self.pool(pyramid, rois["boxes_BR4"], positive_BR, self.config.mask_head)
-    )
+    pooled_BRPPC = self.pool(pyramid, rois["boxes_BR4"], positive_BR, self.config.mask_head)
+    logits_BRmm = self.mask_head(pooled_BRPPC, rois["labels_BR"])
     mask_boxes_BG4 = batch.get("gt_mask_boxes_BG4", batch["gt_boxes_BG4"])
-    cut = functools.partial(mask_targets, size=logits_BRmmK.shape[2], aligned=self.config.aligned)
+    cut = functools.partial(mask_targets, size=logits_BRmm.shape[2], aligned=self.config.aligned)
     targets_BRmm = jax.vmap(cut)(
       batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
     )
-    return losses.mask_loss(
-      of_class(logits_BRmmK, rois["labels_BR"]), jax.lax.stop_gradient(targets_BRmm), positive_BR
-    )
+    return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), positive_BR)
 
   def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config) -> jax.Array:
     """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part."""
@@ -239,10 +236,11 @@ class RCNN(nnx.Module):
       proposals_BN4, valid_BN, class_logits_BNK, box_deltas_BNK4, size_B2
     )
     if self.mask_head is not None:
-      logits_BDmmK = self.mask_head(
-        self.pool(pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head)
+      pooled_BDPPC = self.pool(
+        pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
       )
-      detections["masks_BDmm"] = jax.nn.sigmoid(of_class(logits_BDmmK, detections["labels_BD"]))
+      logits_BDmm = self.mask_head(pooled_BDPPC, detections["labels_BD"])
+      detections["masks_BDmm"] = jax.nn.sigmoid(logits_BDmm)
     return detections
 
   def select_detections(self, proposals_N4, valid_N, logits_NK, deltas_NK4, size_2):
@@ -283,8 +281,3 @@ def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTrans
   return FeaturePyramidTransformer(
     (channels,) * levels, channels=channels, dtype=jnp.dtype(config.dtype), rngs=rngs, **options
   )
-
-
-def of_class(logits_BRmmK: jax.Array, labels_BR: jax.Array) -> jax.Array:
-  """[B, R, m, m]: each region's map of its own class."""
-  return jnp.take_along_axis(logits_BRmmK, labels_BR[:, :, None, None, None], axis=-1)[..., 0]

@@ -41,15 +41,18 @@ class MaskHead(nnx.Module):
     self.deconv_bias = nnx.Param(jnp.zeros(hidden))
     self.logits = conv(hidden, num_classes + 1, 1, **options)
 
-  def __call__(self, pooled_BRPPC: jax.Array) -> jax.Array:
-    """Logits [B, R, 2P, 2P, K] in float32."""
+  def __call__(self, pooled_BRPPC: jax.Array, labels_BR: jax.Array) -> jax.Array:
+    """Logits [B, R, 2P, 2P] in float32 of each region's own class; nobody looks at the others'."""
     batch, regions = pooled_BRPPC.shape[:2]
     x_NPPC = pooled_BRPPC.reshape(-1, *pooled_BRPPC.shape[2:])
     for layer in self.convs:
       x_NPPC = nnx.relu(layer(x_NPPC))
     x_NPPC = nnx.relu(self.upsample(x_NPPC))
-    logits = self.logits(x_NPPC).astype(jnp.float32)
-    return logits.reshape(batch, regions, *logits.shape[1:])
+    labels_N = labels_BR.reshape(-1)
+    kernel_NC = self.logits.kernel[0, 0].T[labels_N].astype(x_NPPC.dtype)
+    logits_NPP = jnp.einsum("nijc,nc->nij", x_NPPC, kernel_NC, preferred_element_type=jnp.float32)
+    logits_NPP += self.logits.bias[...][labels_N][:, None, None]
+    return logits_NPP.reshape(batch, regions, *logits_NPP.shape[1:])
 
   def upsample(self, x_NPPC: jax.Array) -> jax.Array:
     """[N, P, P, C] to [N, 2P, 2P, C]."""

@@ -28,13 +28,14 @@ def batch_norm(x, arrays, name, epsilon=1e-5):
   return (x - part["mean"]) / np.sqrt(part["var"] + epsilon) * part["scale"] + part["bias"]
 
 
-def randomised(module, rng) -> dict[str, np.ndarray]:
+def randomised(module, rng) -> dict[str, jax.Array]:
   """float32 arrays for a module, none of them zero or one as when it starts."""
   arrays = {}
   for name, value in arrays_of(module).items():
     spread = np.sqrt(2 / max(1, np.prod(value.shape[:-1]))) if value.ndim > 1 else 0.3
     offset = 1.0 if name.endswith(("scale", "var")) else 0.0
-    arrays[name] = (offset + spread * rng.uniform(-1, 1, value.shape)).astype(np.float32)
+    array = offset + spread * rng.uniform(-1, 1, value.shape)
+    arrays[name] = jnp.asarray(array, jnp.float32)
   return arrays
 
 
@@ -49,7 +50,7 @@ def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-
     rng: of the directions.
     tolerance: of the largest value.
   """
-  arrays64 = {n: a.astype(np.float64) for n, a in arrays.items()}
+  arrays64 = {n: np.asarray(a, np.float64) for n, a in arrays.items()}
   x64 = x.astype(np.float64)
   y = np.asarray(jax.jit(ours)(arrays, x))
   want = reference(arrays64, x64)

@@ -154,7 +154,8 @@ class Norm(nnx.Module):
         channels, synchronised=kind == "sync_bn", momentum=0.9, epsilon=epsilon, dtype=dtype
       )
     elif kind == "group_norm":
-      groups = min(32, channels // 4)
+      most = max(1, min(32, channels // 4))
+      groups = max(g for g in range(1, most + 1) if channels % g == 0)
       self.norm = nnx.GroupNorm(
         channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs
       )

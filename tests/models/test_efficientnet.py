@@ -175,6 +175,16 @@ def test_parameters_counted_by_hand():
   assert total == expected == 4_652_008
 
 
+@pytest.mark.parametrize("norm", ["sync_bn", "bn", "group_norm", "none"])
+def test_norms(norm):
+  """GroupNorm finds a number of groups for channels that 32 does not divide."""
+  image, valid = jnp.zeros((1, 33, 64, 3)), jnp.ones((1, 33, 64), bool)
+  levels = jax.eval_shape(
+    lambda: EfficientNetLite0(norm=norm, rngs=nnx.Rngs(0))(image, valid, train=True)
+  )
+  assert levels[-1].values_BHWC.shape == (1, 2, 2, 320)
+
+
 def test_config():
   config = coco_mask.get_config("backbone=efficientnet_lite0")
   image = 127.0 + 128.0 * np.array([-0.5, 0.0, 1.0])

@@ -45,9 +45,9 @@ FIELDS = {
 }
 
 
-def tiny_config(**fields) -> ConfigDict:
-  """The config; `fields` are set on top, with "__" for the dots."""
-  config = coco_mask.get_config("demo")
+def tiny_config(arg: str = "", **fields) -> ConfigDict:
+  """The config of `coco_mask.py:demo,{arg}`; `fields` are set on top, with "__" for the dots."""
+  config = coco_mask.get_config(f"demo,{arg}")
   config.data.builder = ConfigDict()
   config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
   for name, value in (FIELDS | {k.replace("__", "."): v for k, v in fields.items()}).items():

@@ -152,8 +152,9 @@ def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
   name, _, context = value.partition("_") if value.startswith("resnet") else (value, "", "")
   config.model.backbone.name = name
   config.model.backbone.context = choice("backbone", value, context, CONTEXTS)
-  if name == "efficientnet_lite0":
+  if name == "efficientnet_lite0":  # small, and there for its weights
     config.model.pixel_mean, config.model.pixel_std = (127 / 255,) * 3, (128 / 255,) * 3
+    config.model.backbone.update(dict(norm="frozen_bn", frozen=True))
   return config
 
 

@@ -6,4 +6,5 @@ source "$(dirname "$0")/_environment.sh"
 use_environment requirements-test.txt
 
 "$python" -m ruff check .
-JAX_PLATFORMS=cpu "$python" -m pytest "$@"
+# a worker a core; files stay whole, for their tests share what is slow to make
+JAX_PLATFORMS=cpu "$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"

@@ -45,9 +45,9 @@ def test_row_at_full_size(arg):
 @pytest.mark.slow
 @pytest.mark.parametrize("arg", ROWS)
 def test_row_trains_and_evaluates(arg, tmp_path):
-  # of the deeper ResNet's blocks, all but their number is in the shallower one too
+  # ResNet-18 has the same places for blocks of context, and a twentieth of the program to compile
   config = tiny_config(
-    arg.replace("resnet101", "resnet50"),
+    arg.replace("resnet101", "resnet18"),
     model__backbone__frozen=False,
     data__flip=False,
     data__train_split="train[:4]",

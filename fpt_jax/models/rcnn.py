@@ -1,7 +1,7 @@
 """Faster and Mask R-CNN from their parts: backbone, pyramid, FPT, RPN, box head, mask head.
 
-Shapes: B batch, H W rows and columns, N proposals, R sampled regions, G ground truths, D detections,
-K classes with background as 0, C channels, m side of an instance's bitmap.
+Shapes: B batch, H W rows and columns, N proposals, R sampled regions, G ground truths, M candidates,
+D detections, K classes with background as 0, C channels, m side of an instance's bitmap.
 """
 
 import functools
@@ -225,6 +225,19 @@ class RCNN(nnx.Module):
     )
 
   def detect_in_features(self, pyramid, size_B2, canvas) -> dict[str, jax.Array]:
+    candidates = self.candidates(pyramid, size_B2, canvas)
+    detections = suppress(candidates, self.config.test)
+    if self.mask_head is not None:
+      detections["masks_BDmm"] = self.masks(pyramid, detections)
+    return detections
+
+  def candidates(self, pyramid, size_B2, canvas) -> dict[str, jax.Array]:
+    """The boxes of all classes that suppression has to choose from.
+
+    Returns:
+      boxes_BM4 (pixels of the canvas), scores_BM in descending order, -1 where there is no box, and
+      labels_BM; M = `max_candidates`, or all boxes there are where these are fewer.
+    """
     logits, deltas = self.rpn(pyramid)
     proposals_BN4, _, valid_BN = self.rpn.propose(
       logits, deltas, self.rpn.anchors(pyramid, canvas), size_B2, train=False
@@ -232,19 +245,12 @@ class RCNN(nnx.Module):
     class_logits_BNK, box_deltas_BNK4 = self.box_head(
       self.pool(pyramid, proposals_BN4, valid_BN, self.config.box_head)
     )
-    detections = jax.vmap(self.select_detections)(
+    return jax.vmap(self.select_candidates)(
       proposals_BN4, valid_BN, class_logits_BNK, box_deltas_BNK4, size_B2
     )
-    if self.mask_head is not None:
-      pooled_BDPPC = self.pool(
-        pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
-      )
-      logits_BDmm = self.mask_head(pooled_BDPPC, detections["labels_BD"])
-      detections["masks_BDmm"] = jax.nn.sigmoid(logits_BDmm)
-    return detections
 
-  def select_detections(self, proposals_N4, valid_N, logits_NK, deltas_NK4, size_2):
-    """Class-wise suppression in one image; only the `max_candidates` best boxes are compared."""
+  def select_candidates(self, proposals_N4, valid_N, logits_NK, deltas_NK4, size_2):
+    """The `max_candidates` best boxes of one image with scores over the threshold."""
     config = self.config.test
     scores_NK = jax.nn.softmax(logits_NK)
     num, classes = scores_NK.shape
@@ -257,7 +263,32 @@ class RCNN(nnx.Module):
     candidate_NK &= (jnp.arange(classes) > 0)[None]
     ranked = jnp.where(candidate_NK, scores_NK, -1.0).reshape(-1)
     scores_M, index_M = jax.lax.top_k(ranked, min(config.max_candidates, ranked.size))
-    boxes_M4, labels_M = boxes_NK4.reshape(-1, 4)[index_M], index_M % classes
+    return {
+      "boxes_BM4": boxes_NK4.reshape(-1, 4)[index_M],
+      "scores_BM": scores_M,
+      "labels_BM": index_M % classes,
+    }
+
+  def masks(self, pyramid, detections: dict[str, jax.Array]) -> jax.Array:
+    """[B, D, m, m]: probabilities of the masks of detections, relative to their boxes."""
+    pooled_BDPPC = self.pool(
+      pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
+    )
+    return jax.nn.sigmoid(self.mask_head(pooled_BDPPC, detections["labels_BD"]))
+
+
+def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:
+  """Class-wise suppression.
+
+  Args:
+    candidates: boxes_BM4, scores_BM (at most 0 where there is no box) and labels_BM.
+    config: `nms_threshold` and `detections_per_image`.
+
+  Returns:
+    boxes_BD4, scores_BD in descending order, labels_BD and valid_BD; zeros where not valid.
+  """
+
+  def one_image(boxes_M4, scores_M, labels_M):
     index_D, valid_D = batched_nms(
       boxes_M4,
       scores_M,
@@ -272,6 +303,8 @@ class RCNN(nnx.Module):
       "labels_BD": jnp.where(valid_D, labels_M[index_D], 0),
       "valid_BD": valid_D,
     }
+
+  return jax.vmap(one_image)(*(candidates[k] for k in ("boxes_BM4", "scores_BM", "labels_BM")))
 
 
 def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTransformer:

@@ -81,10 +81,10 @@ def mos_attention(
     mean_B1C = lax.stop_gradient(jnp.mean(v_BKC, axis=1, keepdims=True))
     v_BKC -= mean_B1C
 
+  q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
   if implementation == "naive":
-    out_BQC = _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK)
+    out_BQC = _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK)
   else:
-    q_BQMD, bias_BMK = _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK)
     attention = mos_attention_tpu if implementation == "pallas" else _chunked
     bias_has_gradient = similarity == "euclidean"
     pi_BM = pi_BM.astype(jnp.float32)
@@ -158,29 +158,22 @@ def _centre(q_BQMD, k_BKMD):
   return (q_BQMD - mean_B1MD).astype(dtype), (k_BKMD - mean_B1MD).astype(dtype)
 
 
-def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, scale, key_valid_BK):
-  """The formula, with the whole matrix of weights in memory: the oracle of all the others.
-
-  Of `-||q - k||^2` it leaves out `||q||^2`, a constant of the softmax's row.
-  """
+def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK):
+  """The formula, with the whole matrix of weights in memory."""
   f32 = jnp.float32
-  s_BMQK = jnp.einsum("bqmd,bkmd->bmqk", q_BQMD, k_BKMD, preferred_element_type=f32)
-  if similarity == "euclidean":
-    kk_BMK = jnp.einsum("bkmd,bkmd->bmk", k_BKMD, k_BKMD, preferred_element_type=f32)
-    s_BMQK = 2 * s_BMQK - kk_BMK[:, :, None, :]
-  if key_valid_BK is None:
-    p_BMQK = jax.nn.softmax(scale * s_BMQK, axis=-1)
-  else:
-    valid_B11K = key_valid_BK[:, None, None, :]
-    lowest = jnp.finfo(f32).min
-    p_BMQK = jax.nn.softmax(jnp.where(valid_B11K, scale * s_BMQK, lowest), axis=-1)
-    p_BMQK = jnp.where(valid_B11K, p_BMQK, 0)
+  s_BMQK = _biased_product(
+    "bqmd,bkmd->bmqk", q_BQMD, k_BKMD, None if bias_BMK is None else bias_BMK[:, :, None]
+  )
+  # As in `attend`: finite, so that a row without a valid key gives zeros.
+  top_BMQ1 = jnp.maximum(jnp.max(s_BMQK, axis=-1, keepdims=True), jnp.finfo(f32).min)
+  e_BMQK = jnp.exp(s_BMQK - lax.stop_gradient(top_BMQ1))
+  total_BMQ1 = jnp.sum(e_BMQK, axis=-1, keepdims=True)
+  p_BMQK = e_BMQK / jnp.where(total_BMQ1 > 0, total_BMQ1, 1)
   # A weight for each query, though all are equal: its gradient is summed row by row, then over
   # rows, which keeps digits that one long sum would lose.
   pi_BMQ = jnp.broadcast_to(pi_BM.astype(f32)[:, :, None], p_BMQK.shape[:3])
   w_BQK = jnp.einsum("bmq,bmqk->bqk", pi_BMQ, p_BMQK)
-  out_BQC = jnp.einsum("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC, preferred_element_type=f32)
-  return out_BQC.astype(v_BKC.dtype)
+  return _product("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC).astype(v_BKC.dtype)
 
 
 def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
@@ -386,15 +379,19 @@ def _product(subscripts, a, b):
 
 
 def _scores(q_BqMD, keys: Keys, m):
-  q_BqD, k_BKD, bias_BqK = q_BqMD[:, :, m], keys.k_parts[m], keys.bias_parts[m]
-  if bias_BqK is None:
-    return _product("bqd,bkd->bqk", q_BqD, k_BKD)
-  half = q_BqD.shape[-1] // 2
-  if half < 64 or q_BqD.dtype == jnp.bfloat16:
-    return _product("bqd,bkd->bqk", q_BqD, k_BKD) + bias_BqK
+  return _biased_product("bqd,bkd->bqk", q_BqMD[:, :, m], keys.k_parts[m], keys.bias_parts[m])
+
+
+def _biased_product(subscripts, q_D, k_D, bias):
+  """Products over the last axis D plus a bias that broadcasts with them, or None."""
+  if bias is None:
+    return _product(subscripts, q_D, k_D)
+  half = q_D.shape[-1] // 2
+  if half < 64 or q_D.dtype == jnp.bfloat16:
+    return _product(subscripts, q_D, k_D) + bias
   # In two sums, which round off less than one: a distance is less forgiving than a dot product.
-  first_BqK = _product("bqd,bkd->bqk", q_BqD[..., :half], k_BKD[..., :half])
-  return first_BqK + bias_BqK + _product("bqd,bkd->bqk", q_BqD[..., half:], k_BKD[..., half:])
+  first = _product(subscripts, q_D[..., :half], k_D[..., :half])
+  return first + bias + _product(subscripts, q_D[..., half:], k_D[..., half:])
 
 
 def _split(x_BQ, block):

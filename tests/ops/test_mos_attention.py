@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy.spatial.distance import cdist
 
 from fpt_jax.ops.mos_attention import mos_attention
 
@@ -24,30 +25,28 @@ TOLERANCE = 2e-6
 def oracle(q, k, v, pi, dout, similarity, scale, valid=None):
   """Output and the gradients of q, k, v and pi, in float64, from eq. 2 to 5."""
   q, k, v, pi, dout = (np.asarray(x, np.float64) for x in (q, k, v, pi, dout))
+  q, k = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k))  # [B, M, Q or K, D]
   if similarity == "dot":
-    s = scale * np.einsum("bqmd,bkmd->bmqk", q, k)
+    s = scale * (q @ k.swapaxes(2, 3))
   else:
-    s = np.stack(
-      [
-        -scale * np.sum((q[:, :, None, m] - k[:, None, :, m]) ** 2, axis=-1)
-        for m in range(q.shape[2])
-      ],
-      axis=1,
-    )
-  seen = np.ones((len(k), k.shape[1]), bool) if valid is None else np.asarray(valid)
+    pairs = [
+      [cdist(*part, "sqeuclidean") for part in zip(*b, strict=True)] for b in zip(q, k, strict=True)
+    ]
+    s = -scale * np.array(pairs)
+  seen = np.ones((len(k), k.shape[2]), bool) if valid is None else np.asarray(valid)
   e = np.exp(s - s.max(-1, keepdims=True, initial=-np.inf, where=seen[:, None, None])).clip(max=1)
   e *= seen[:, None, None]
   p = e / np.where(seen.any(-1), e.sum(-1).T, 1).T[..., None]
-  w = np.einsum("bm,bmqk->bqk", pi, p)
+  w = np.sum(pi[:, :, None, None] * p, axis=1)
   dw = dout @ v.transpose(0, 2, 1)
   delta = np.sum(p * dw[:, None], axis=-1, keepdims=True)
   ds = scale * pi[:, :, None, None] * p * (dw[:, None] - delta)
-  dq = np.einsum("bmqk,bkmd->bqmd", ds, k)
-  dk = np.einsum("bmqk,bqmd->bkmd", ds, q)
+  dq, dk = ds @ k, ds.swapaxes(2, 3) @ q
   if similarity == "euclidean":
-    dq = 2 * (dq - ds.sum(-1).transpose(0, 2, 1)[..., None] * q)
-    dk = 2 * (dk - ds.sum(-2).transpose(0, 2, 1)[..., None] * k)
-  return w @ v, dq, dk, np.einsum("bqk,bqc->bkc", w, dout), delta.sum((2, 3))
+    dq = 2 * (dq - ds.sum(-1)[..., None] * q)
+    dk = 2 * (dk - ds.sum(-2)[..., None] * k)
+  dq, dk = dq.swapaxes(1, 2), dk.swapaxes(1, 2)
+  return w @ v, dq, dk, w.swapaxes(1, 2) @ dout, delta.sum((2, 3))
 
 
 def draw(B, Q, K, M, D, C, seed=0):

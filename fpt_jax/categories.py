@@ -12,8 +12,16 @@ from fpt_jax.errors import UserError
 
 
 def take_categories(config: ConfigDict, dataset: DatasetInfo) -> None:
-  """Writes the data set's categories into a config that names none."""
+  """Writes the data set's categories into a config that names none.
+
+  Raises:
+    UserError: the data set has none.
+  """
   model = config.model
+  if not dataset.category_ids:
+    raise UserError(
+      f"data.name={config.data.name!r} has no instances to detect; choose a data set that has"
+    )
   if not model.category_ids:
     model.category_ids = dataset.category_ids
     model.category_names = dataset.category_names

@@ -14,9 +14,9 @@ from ml_collections import config_flags
 
 from fpt_jax import checkpoints, command_line, data, sharding
 from fpt_jax.errors import UserError
-from fpt_jax.evaluate import evaluate
 from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
 from fpt_jax.restored import open_run
+from fpt_jax.tasks import task_of
 from fpt_jax.train import train
 
 MODES = ("prepare", "train", "eval", "predict")
@@ -67,14 +67,14 @@ def main() -> None:
   if mode == "eval":
     mesh = sharding.mesh(config.eval.batch_size)
     arrays = sharding.replicate(restored.arrays, mesh)
-    evaluate(config, restored.structure, arrays, mesh, workdir)
+    task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)
     return
   if _IMAGES.value:
     files = image_files(_IMAGES.value)
     subjects, total = subjects_of_files(files, skip_bad=config.data.skip_bad), len(files)
   else:
     subjects = subjects_of_split(config)
-    total = len(data.coco_ground_truth(config.data, config.data.eval_split)["images"])
+    total = data.num_images(config.data, config.data.eval_split)
   predict(restored, subjects, total, workdir, min_score=_MIN_SCORE.value)
 
 

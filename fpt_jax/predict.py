@@ -2,24 +2,22 @@
 
 import json
 import pathlib
-import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from fpt_jax import checkpoints, data, visualize
+from fpt_jax import checkpoints, visualize
 from fpt_jax.errors import UserError
-from fpt_jax.metrics import coco
-from fpt_jax.ops.masks import rasterize
+from fpt_jax.reporting import Countdown
 from fpt_jax.restored import Restored
+from fpt_jax.tasks import task_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SHEET_PICTURES = 12
-_TELL_EVERY_SECONDS = 10
 
 
 class Subject(NamedTuple):
@@ -28,78 +26,48 @@ class Subject(NamedTuple):
   Attributes:
     name: of its file.
     image_HWC: uint8 RGB.
-    annotations: its ground truth in COCO's format, or None where there is none.
+    truth: its ground truth as the task's `images` gives it, or None where there is none.
   """
 
   name: str
   image_HWC: np.ndarray
-  annotations: list[dict] | None
+  truth: Any
 
 
 def predict(
   restored: Restored, subjects: Iterator[Subject], total: int, workdir: str, *, min_score: float
 ) -> None:
-  """Detects in images and draws what was found, beside the ground truth where there is one.
+  """Looks at images and draws what was found, beside the ground truth where there is one.
 
   Writes `predictions/<name>.png` for every image, the first of them together as
-  `predictions/contact_sheet.png`, and `predictions/predictions.json`: COCO results with the `file_name`
-  of each image in place of its id.
+  `predictions/contact_sheet.png`, and `predictions/predictions.json`: the task's `entries` of all.
 
   Args:
     restored: the model.
     subjects: the images.
     total: how many there are, for the time left.
     workdir: the run's folder, on a disk.
-    min_score: of what is drawn; the JSON has every detection.
+    min_score: of a detection that is drawn; the JSON has every one.
   """
   out = pathlib.Path(str(checkpoints.folder(workdir) / "predictions"))
   out.mkdir(parents=True, exist_ok=True)
-  model = restored.config.model
-  names = dict(zip(model.category_ids, model.category_names, strict=False))
+  config = restored.config
+  task = task_of(config)
   results, taken, sheet = [], set(), []
-  begun = told = time.monotonic()
+  countdown = Countdown("predict", total, every_seconds=10)
   for done, subject in enumerate(subjects, 1):
-    found = restored.detect(subject.image_HWC)
-    results += [
-      {"file_name": subject.name} | {k: v for k, v in result.items() if k != "image_id"}
-      for result in coco.to_coco_results(0, **found)
-    ]
-    picture = draw(subject, found, names, min_score)
+    found = restored.infer(subject.image_HWC)
+    results += task.entries(config, subject.name, found)
+    picture = task.draw(config, subject.image_HWC, found, subject.truth, min_score)
     path = unused_path(out, pathlib.Path(subject.name).stem, taken)
     Image.fromarray(picture).save(path)
     if len(sheet) < SHEET_PICTURES:
       sheet.append(picture)
-    if time.monotonic() - told > _TELL_EVERY_SECONDS:
-      told = time.monotonic()
-      left = round((told - begun) / done * (total - done))
-      logging.info("%d of %d images, %d:%02d left", done, total, *divmod(left, 60))
+    countdown.tell(done)
   (out / "predictions.json").write_text(json.dumps(results))
   if sheet:
     Image.fromarray(visualize.contact_sheet(sheet, columns=3)).save(out / "contact_sheet.png")
   logging.info("%d pictures, contact_sheet.png and predictions.json in %s", len(taken), out)
-
-
-def draw(subject: Subject, found: dict, names: dict[int, str], min_score: float) -> np.ndarray:
-  """The image with its detections; with ground truth, that on the left and the detections right."""
-  shown = np.flatnonzero(found["scores"] >= min_score)
-  detected = visualize.draw_detections(
-    subject.image_HWC,
-    found["boxes_xyxy"][shown],
-    [names.get(int(i), str(i)) for i in found["category_ids"][shown]],
-    found["scores"][shown],
-    masks=None if found["rles"] is None else [found["rles"][i] for i in shown],
-  )
-  if subject.annotations is None:
-    return detected
-  xywh = np.array([a["bbox"] for a in subject.annotations], np.float64).reshape(-1, 4)
-  size = subject.image_HWC.shape[:2]
-  true = visualize.draw_detections(
-    subject.image_HWC,
-    np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-    [names.get(a["category_id"], str(a["category_id"])) for a in subject.annotations],
-    masks=[rasterize(a["segmentation"], *size) for a in subject.annotations],
-  )
-  return visualize.contact_sheet([true, detected], columns=2, titles=["ground truth", "detected"])
 
 
 def subjects_of_files(files: list[pathlib.Path], *, skip_bad: bool) -> Iterator[Subject]:
@@ -121,8 +89,7 @@ def subjects_of_files(files: list[pathlib.Path], *, skip_bad: bool) -> Iterator[
 
 def subjects_of_split(config: ConfigDict) -> Iterator[Subject]:
   """The images of `config.data.eval_split` with their ground truth."""
-  for name, image, annotations in data.images(config.data, config.data.eval_split):
-    yield Subject(name, image, annotations)
+  yield from map(Subject._make, task_of(config).images(config))
 
 
 def image_files(paths: list[str]) -> list[pathlib.Path]:

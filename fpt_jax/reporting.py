@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 import tensorflow as tf
+from absl import logging
 
 from fpt_jax.checkpoints import folder
 
@@ -114,3 +115,22 @@ class Clock:
         f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
       ]
     return " | ".join(parts)
+
+
+class Countdown:
+  """Tells in the log how many of a number of images are done, and the time left."""
+
+  def __init__(self, what: str, total: int, every_seconds: float):
+    """Args: what is being looked at, how many images it has, and how often to tell."""
+    self._what, self._total, self._every_seconds = what, total, every_seconds
+    self._begun = self._told = time.monotonic()
+
+  def tell(self, done: int) -> None:
+    """Logs a line, unless one was logged just now; done: images, > 0."""
+    now = time.monotonic()
+    if now - self._told > self._every_seconds:
+      self._told = now
+      left = round((now - self._begun) / done * (self._total - done))
+      logging.info(
+        "%s: %d of %d images, %d:%02d left", self._what, done, self._total, *divmod(left, 60)
+      )

@@ -7,6 +7,7 @@ import os
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpt_jax.errors import UserError
@@ -58,3 +59,15 @@ def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     name: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
     for name, value in arrays.items()
   }
+
+
+def from_all_hosts(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The hosts' parts of a global batch, put together in order along the first axis."""
+  if jax.process_count() == 1:
+    return values
+  # 64-bit integers travel as pairs of 32 bits: JAX would cut them
+  wide = [name for name, value in values.items() if value.dtype == np.int64]
+  pairs = {n: np.ascontiguousarray(values[n])[..., None].view(np.int32) for n in wide}
+  gathered = multihost_utils.process_allgather(values | pairs, tiled=True)
+  whole = {n: np.ascontiguousarray(gathered[n]).view(np.int64)[..., 0] for n in wide}
+  return gathered | whole

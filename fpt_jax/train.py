@@ -11,16 +11,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import checkpoints, data, models, optim, sharding
-from fpt_jax.categories import label_table, take_categories
 from fpt_jax.errors import UserError
-from fpt_jax.evaluate import evaluate
 from fpt_jax.models.pretrained import preprocessing
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays
 from fpt_jax.reporting import Clock, MetricsWriter, read_metrics
-
-DEVICE_KEYS = (
-  "image_BHWC", "size_B2", "gt_boxes_BG4", "gt_labels_BG", "gt_masks_BGmm", "gt_valid_BG",
-)  # fmt: skip
+from fpt_jax.tasks import task_of
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -37,11 +32,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     UserError: something the user can mend; nothing saved before is lost.
   """
   # Data. Records are prepared at the first run.
+  task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
-  dataset = data.info(config.data)
-  take_categories(config, dataset)
-  to_class = label_table(config, dataset)
+  task.settle(config, data.info(config.data))
   first_host = jax.process_index() == 0
 
   # Model and optimizer, as dictionaries of arrays over a skeleton.
@@ -85,7 +79,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     checkpoints.save(saved, step, {**state["trained"], **state["rest"]}, state["optimizer"])
 
   def run_evaluation(step: int) -> dict[str, float]:
-    results = evaluate(config, structure, {**state["trained"], **state["rest"]}, mesh, workdir)
+    arrays = {**state["trained"], **state["rest"]}
+    results = task.evaluate(config, structure, arrays, mesh, workdir)
     if metrics:
       metrics.write(step, results)
     return results
@@ -97,22 +92,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   results, pending, stopping = {}, [], False
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
-  reading = data.train_batches(
-    config.data,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=start,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  if start and evaluation_due(start) and not was_evaluated(workdir, start):
+  if start and evaluation_due(start) and not was_evaluated(workdir, start, task.MAIN_METRIC):
     results = run_evaluation(start)
-  with checkpoints.closing(saved), reading as batches, stop:
+  with checkpoints.closing(saved), task.train_batches(config, start) as batches, stop:
     for done in range(start + 1, total_steps + 1):
       with clock.waiting():
         host_batch = next(batches)
-      host_batch["gt_labels_BG"] = to_class[host_batch["gt_labels_BG"]]
-      batch = sharding.to_devices({k: host_batch[k] for k in DEVICE_KEYS}, mesh)
+      batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
       step = jax.device_put(np.int32(done - 1), everywhere)
       with jax.transfer_guard("disallow"):
         state, losses = train_step(state, batch, step)
@@ -236,9 +222,9 @@ def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, 
   return {name: float(value) for name, value in fetched[-1][1].items()}
 
 
-def was_evaluated(workdir: str, step: int) -> bool:
-  """Whether `metrics.jsonl` has an evaluation of this step: a crash may have come between."""
-  return any(e["step"] == step and "bbox/AP" in e for e in read_metrics(workdir))
+def was_evaluated(workdir: str, step: int, metric: str) -> bool:
+  """Whether `metrics.jsonl` has this step's figure of a metric: a crash may have come between."""
+  return any(e["step"] == step and metric in e for e in read_metrics(workdir))
 
 
 class StopSignal:

@@ -10,8 +10,8 @@ from configs import coco_box, coco_mask
 from fpt_jax import models
 from fpt_jax.categories import label_table, take_categories
 from fpt_jax.data import DatasetInfo
+from fpt_jax.data.transforms import smallest_canvas
 from fpt_jax.errors import UserError
-from fpt_jax.restored import smallest_canvas
 
 
 def parameters(shapes, prefix):

@@ -8,7 +8,7 @@ from fpt_jax.data import segmentation
 from fpt_jax.data.batches import Batches
 from fpt_jax.data.label_records import VOID
 from fpt_jax.data.pipeline import coco_ground_truth, eval_batches, images, train_batches
-from fpt_jax.data.prepared import DatasetInfo, info, is_prepared, prepare
+from fpt_jax.data.prepared import DatasetInfo, info, is_prepared, num_images, prepare
 
 __all__ = [
   "VOID",
@@ -19,6 +19,7 @@ __all__ = [
   "images",
   "info",
   "is_prepared",
+  "num_images",
   "prepare",
   "segmentation",
   "train_batches",

@@ -107,6 +107,17 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
   )
 
 
+def num_images(data: ml_collections.ConfigDict, split: str) -> int:
+  """Counts the images of a split in TFDS syntax.
+
+  Raises:
+    UserError: the data are not prepared, or have no such split.
+  """
+  reader = Reader(data, split)
+  reader.close()
+  return len(reader)
+
+
 class Reader:
   """Random access to the records of a split."""
 

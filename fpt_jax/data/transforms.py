@@ -5,6 +5,7 @@ Boxes are (x0, y0, x1, y1) in pixels, float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +20,16 @@ def resized_size(height: int, width: int, short: int, long: int) -> tuple[int, i
   """
   scale = min(short / min(height, width), long / max(height, width))
   return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+
+
+def smallest_canvas(
+  size: tuple[int, int], buckets: Sequence[tuple[int, int]], multiple: int = 32
+) -> tuple[int, int]:
+  """The smallest bucket that holds an image, or its size rounded up to `multiple` if none does."""
+  fitting = [b for b in buckets if b[0] >= size[0] and b[1] >= size[1]]
+  if fitting:
+    return tuple(min(fitting, key=lambda b: b[0] * b[1]))
+  return tuple(-(-edge // multiple) * multiple for edge in size)
 
 
 def resize_and_pad(

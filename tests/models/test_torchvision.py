@@ -12,12 +12,12 @@ from configs import coco_mask
 from fpt_jax import models
 from fpt_jax.data import transforms
 from fpt_jax.errors import UserError
-from fpt_jax.evaluate import to_original_image
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.resnet import ResNet
 from fpt_jax.models.state import skeleton
 from fpt_jax.models.torchvision import from_torchvision
 from fpt_jax.ops.masks import paste
+from fpt_jax.tasks.detection import to_original_image
 from tests.conftest import GOLDEN
 from tests.golden.fill import fill
 

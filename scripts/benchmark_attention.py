@@ -28,6 +28,7 @@ import numpy as np
 
 from fpt_jax.ops.local_attention import local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
+from scripts.process_memory import peak_growth
 
 try:
   import torch
@@ -166,19 +167,7 @@ def _weigh_here(name, similarity, tokens, parts, local_side) -> float:
     if tokens
     else _local_runs(name, local_side, parts)
   )
-  # Linux: 5 resets the peak to what is resident now, inputs and code.
-  pathlib.Path("/proc/self/clear_refs").write_text("5")
-  before = _status("VmRSS")
-  runs["both"]()
-  return (_status("VmHWM") - before) / 1e3
-
-
-def _status(field) -> int:
-  """Kilobytes of a field of this process's status."""
-  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-    if line.startswith(field + ":"):
-      return int(line.split()[1])
-  raise ValueError(f"/proc/self/status has no {field}")
+  return peak_growth(runs["both"])
 
 
 def _draw(*shapes) -> list[np.ndarray]:

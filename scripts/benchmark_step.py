@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Times one training step of our Mask R-CNN beside torchvision's, from the same weights and images.
+
+    python scripts/benchmark_step.py                      # 320 x 320, one image, backbone frozen
+    python scripts/benchmark_step.py --size 640 --train_backbone
+
+`configs/coco_mask.py:torchvision` against maskrcnn_resnet50_fpn as its pretrained weights come: frozen
+BatchNorm, losses and gradients of everything that is trained. Needs torch and torchvision beside
+requirements.txt. Times are medians of repetitions in turns; memory is the growth of a process's peak,
+each in a process of its own. All run on the CPU in float32.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import coco_mask
+from fpt_jax import models, optim
+from fpt_jax.models.torchvision import from_torchvision
+from scripts.process_memory import peak_growth
+
+try:
+  import torch
+  from torchvision.models import resnet50
+  from torchvision.models.detection import MaskRCNN
+  from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+  from torchvision.ops.misc import FrozenBatchNorm2d
+except ImportError as missing:
+  sys.exit(f"error: {missing}; pip install torch torchvision to compare with them")
+
+CLASSES = 91
+BITMAP = 112
+
+Step = Callable[[], dict[str, float]]
+
+
+def main() -> None:
+  arguments = parse_arguments()
+  torch.manual_seed(0)
+  theirs = torchvision_model(arguments)
+  scene = draw_scene(arguments)
+  makers = {
+    "fpt_jax": lambda: our_step(theirs, scene, arguments),
+    "torchvision": lambda: their_step(theirs, scene),
+  }
+  if arguments.weigh:
+    print(peak_growth(makers[arguments.weigh]()))
+    return
+  steps = {name: make() for name, make in makers.items()}
+  losses = {name: step() for name, step in steps.items()}  # warm-up
+  for loss in sorted(losses["torchvision"]):
+    print(f"{loss:<18}" + "".join(f"{name} {losses[name][loss]:<12.5g}" for name in steps))
+  seconds = {name: [] for name in steps}
+  for _ in range(arguments.repetitions):
+    for name, step in steps.items():
+      begun = time.perf_counter()
+      step()
+      seconds[name].append(time.perf_counter() - begun)
+  medians = {name: statistics.median(values) for name, values in seconds.items()}
+  trained = "all trained" if arguments.train_backbone else "backbone frozen"
+  print(f"\n{arguments.size} x {arguments.size}, {arguments.batch} image(s), {trained}")
+  print(f"{'':14}{'step':>10}{'memory':>12}")
+  for name, median in medians.items():
+    print(f"{name:14}{median:>8.3f} s{weigh(name):>9.0f} MB")
+  print(f"ratio {medians['fpt_jax'] / medians['torchvision']:.2f}")
+
+
+def parse_arguments():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--size", type=int, default=320, help="pixels of an image's side")
+  parser.add_argument("--batch", type=int, default=1)
+  parser.add_argument("--objects", type=int, default=8, help="instances an image")
+  parser.add_argument("--train_backbone", action="store_true", help="gradients of all layers")
+  parser.add_argument("--repetitions", type=int, default=7)
+  parser.add_argument("--weigh", help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def torchvision_model(arguments) -> MaskRCNN:
+  """maskrcnn_resnet50_fpn with random weights whose activations stay as small as trained ones."""
+  body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+  for name, buffer in body.named_buffers():
+    if name.endswith("bn3.weight"):
+      buffer.fill_(0.2)
+  backbone = _resnet_fpn_extractor(body, 5 if arguments.train_backbone else 0)
+  model = MaskRCNN(backbone, CLASSES, min_size=arguments.size, max_size=arguments.size)
+  return model.train()
+
+
+def draw_scene(arguments) -> list[dict[str, np.ndarray]]:
+  """Images [H, W, 3] in 0..1 with boxes, labels and elliptic masks [G, H, W]."""
+  rng = np.random.default_rng(0)
+  size, scene = arguments.size, []
+  rows, columns = np.mgrid[:size, :size] + 0.5
+  for _ in range(arguments.batch):
+    sides_G2 = rng.uniform(0.1, 0.5, (arguments.objects, 2)) * size
+    corners_G2 = rng.uniform(0, 1, (arguments.objects, 2)) * (size - sides_G2)
+    boxes_G4 = np.concatenate([corners_G2, corners_G2 + sides_G2], axis=1).astype(np.float32)
+    x0, y0, x1, y1 = (edge[:, None, None] for edge in boxes_G4.T)
+    across = (columns - (x0 + x1) / 2) / (x1 - x0)
+    down = (rows - (y0 + y1) / 2) / (y1 - y0)
+    scene.append(
+      {
+        "image_HWC": rng.random((size, size, 3), np.float32),
+        "boxes_G4": boxes_G4,
+        "labels_G": rng.integers(1, CLASSES, arguments.objects),
+        "masks_GHW": (across**2 + down**2 <= 0.25).astype(np.uint8),
+      }
+    )
+  return scene
+
+
+def our_step(theirs: MaskRCNN, scene, arguments) -> Step:
+  """Losses and gradients, compiled."""
+  config = coco_mask.get_config("torchvision")
+  config.model.backbone.frozen = not arguments.train_backbone
+  structure = models.structure_of(config)
+  state_dict = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+  arrays = {n: jnp.asarray(a) for n, a in from_torchvision(state_dict, structure.shapes).items()}
+  trained = {n: arrays[n] for n in optim.trainable(config, structure.parameters())}
+  batch = jax.device_put(our_batch(scene, config.data.max_instances))
+
+  def losses_and_gradients(trained, arrays, batch, key):
+    def total(trained):
+      losses = structure.fill(arrays | trained).losses(batch, key)
+      return sum(losses.values()), losses
+
+    return jax.grad(total, has_aux=True)(trained)
+
+  arguments = (trained, arrays, batch, jax.random.key(0))
+  compiled = jax.jit(losses_and_gradients).lower(*arguments).compile()
+  renamed = {
+    "loss_objectness": "loss_rpn_cls",
+    "loss_rpn_box_reg": "loss_rpn_loc",
+    "loss_classifier": "loss_cls",
+    "loss_box_reg": "loss_box_reg",
+    "loss_mask": "loss_mask",
+  }
+
+  def step():
+    _, losses = jax.block_until_ready(compiled(*arguments))
+    return {theirs: float(losses[ours]) for theirs, ours in renamed.items()}
+
+  return step
+
+
+def our_batch(scene, max_instances: int) -> dict[str, np.ndarray]:
+  """The scene as our data pipeline would give it, ground truth padded to `max_instances`."""
+  image_BHWC = np.stack([255 * image["image_HWC"] for image in scene])
+  size = image_BHWC.shape[1:3]
+  count = len(scene[0]["labels_G"])
+  pad = [(0, 0), (0, max_instances - count)]
+  # an ellipse that fills its box, as a bitmap of the box
+  axis_m = (np.arange(BITMAP) + 0.5) / BITMAP - 0.5
+  bitmap_mm = (axis_m[:, None] ** 2 + axis_m[None] ** 2 <= 0.25).astype(np.uint8)
+  masks_BGmm = np.broadcast_to(bitmap_mm, (len(scene), count, BITMAP, BITMAP))
+  return {
+    "image_BHWC": image_BHWC,
+    "size_B2": np.broadcast_to(np.array(size, np.int32), (len(scene), 2)),
+    "gt_boxes_BG4": np.pad(np.stack([image["boxes_G4"] for image in scene]), [*pad, (0, 0)]),
+    "gt_labels_BG": np.pad(np.stack([i["labels_G"] for i in scene]).astype(np.int32), pad),
+    "gt_masks_BGmm": np.pad(masks_BGmm, [*pad, (0, 0), (0, 0)]),
+    "gt_valid_BG": np.broadcast_to(np.arange(max_instances) < count, (len(scene), max_instances)),
+  }
+
+
+def their_step(model: MaskRCNN, scene) -> Step:
+  images = [torch.from_numpy(image["image_HWC"]).permute(2, 0, 1).contiguous() for image in scene]
+  targets = [
+    {
+      "boxes": torch.from_numpy(image["boxes_G4"]),
+      "labels": torch.from_numpy(image["labels_G"]),
+      "masks": torch.from_numpy(image["masks_GHW"]),
+    }
+    for image in scene
+  ]
+
+  def step():
+    model.zero_grad(set_to_none=True)
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+  return step
+
+
+def weigh(name: str) -> float:
+  """MB by which a process's peak grows in its first step."""
+  command = [sys.executable, __file__, *sys.argv[1:], "--weigh", name]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode:
+    sys.exit(f"error: {name} could not be weighed: {done.stderr.splitlines()[-1:]}")
+  return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+  main()

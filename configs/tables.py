@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 1 to 3, each as the argument of `configs/coco_mask.py`, with its figures.
+"""The rows of the paper's tables 1 to 3, each as the argument of a config file, with its figures.
 
 A row's `box` and `mask` are AP, AP50, AP75, APs, APm, APl in percent; None where the paper has none.
 """
@@ -12,10 +12,11 @@ class Row:
 
   Attributes:
     name: what the paper calls it.
-    arg: what stands behind the colon of `configs/coco_mask.py`.
+    arg: what stands behind the colon of the config's file.
     box, mask: the paper's six figures.
     parameters: in millions, as the paper counts them; None where it does not.
-    gflops: likewise.
+    gflops: likewise; multiply-adds in 1e9.
+    config: the file in `configs`, without its ending.
   """
 
   name: str
@@ -24,6 +25,7 @@ class Row:
   mask: tuple[float, ...] | None
   parameters: float | None = None
   gflops: float | None = None
+  config: str = "coco_mask"
 
 
 # Ablation of the transformers on val2017, ResNet-50.

@@ -12,17 +12,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import flags
 from ml_collections import config_flags
 
-from fpt_jax import checkpoints, command_line, data, sharding
+from fpt_jax import analyze, checkpoints, command_line, data, sharding
 from fpt_jax.errors import UserError
 from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
 from fpt_jax.restored import open_run
 from fpt_jax.tasks import task_of
 from fpt_jax.train import train
 
-MODES = ("prepare", "train", "eval", "predict")
+MODES = ("prepare", "train", "eval", "predict", "analyze")
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "File of the config; eval and predict take the run's own where it is not given."
+  "config",
+  None,
+  "File of the config; eval, predict and analyze take the run's own where it is not given.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Folder of the run: checkpoints, metrics and pictures. A disk or gs://bucket/run."
@@ -32,7 +34,7 @@ _MODE = flags.DEFINE_enum(
   "train",
   MODES,
   "prepare: write the records of the data. train: train, evaluating as it goes. eval: evaluate a "
-  "checkpoint. predict: detect and draw.",
+  "checkpoint. predict: detect and draw. analyze: count parameters, multiply-adds and memory.",
 )
 _STEP = flags.DEFINE_integer(
   "step", None, "Checkpoint to evaluate or predict with; newest if absent."
@@ -42,6 +44,10 @@ _IMAGES = flags.DEFINE_list(
   [],
   "Image files and folders for --mode=predict; the images of config.data.eval_split if absent.",
 )
+_TABLE = flags.DEFINE_integer(
+  "table", None, "For --mode=analyze: a table of the paper, instead of a config; all its rows."
+)
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a --table as the README has it.")
 _MIN_SCORE = flags.DEFINE_float("min_score", 0.5, "Least score of a detection that is drawn.")
 
 
@@ -56,6 +62,16 @@ def main() -> None:
     raise UserError(f"--mode={mode} needs --config=FILE, such as configs/coco_mask.py")
   if mode == "prepare":
     data.prepare(config.data)
+    return
+  if mode == "analyze":
+    if _TABLE.value is not None:
+      if config is not None:
+        raise UserError("--table counts the configs of its own rows: leave out --config or --table")
+      analyze.analyze_table(_TABLE.value, workdir, markdown=_MARKDOWN.value)
+      return
+    if config is None and not workdir:
+      raise UserError("--mode=analyze needs --config=FILE, --workdir or --table=1")
+    analyze.analyze_model(config or checkpoints.read_config(workdir), workdir)
     return
   checkpoints.folder(workdir)
   sharding.initialize()

@@ -21,6 +21,7 @@ DEMO = "--config=configs/coco_mask.py:demo"
     ((DEMO, "--config.batch_size=many"), ("config.batch_size=many",)),
     ((DEMO,), ("no --workdir",)),
     ((DEMO, "--mode=trian"), ("trian", "prepare|train|eval|predict")),
+    (("--mode=analyze", "--table=9"), ("--table=9", "choose one of 1, 2, 3")),
     (("--mode=train", "--workdir=WORK"), ("--mode=train needs --config",)),
     (("--mode=eval", "--workdir=WORK/none"), ("none/config.json does not exist",)),
     (

@@ -103,10 +103,14 @@ class RCNN(nnx.Module):
   def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None) -> Pyramid:
     """As `features`, from images that are normalised already."""
     train_backbone = key is not None and not self.config.backbone.frozen
-    levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
-    levels = self.pyramid(levels)
+    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` go by them.
+    with jax.named_scope("backbone"):
+      levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
+    with jax.named_scope("pyramid"):
+      levels = self.pyramid(levels)
     if self.fpt is not None:
-      levels = self.fpt(levels, key=key)
+      with jax.named_scope("fpt"):
+        levels = self.fpt(levels, key=key)
     return *levels, subsample(levels[-1])
 
   def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:

@@ -219,15 +219,18 @@ class ResNet(nnx.Module):
       channels.
     """
     valid = downsample_valid(valid_BHW, 2)
-    y = self.bn1(self.conv1(image_BHWC), valid_BHW=valid, train=train)
+    with jax.named_scope("conv1"):
+      y = self.bn1(self.conv1(image_BHWC), valid_BHW=valid, train=train)
     y = nnx.max_pool(nnx.relu(y), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     x = FeatureMap(y, downsample_valid(valid, 2), 4)
     levels = []
     for index, stage in enumerate(self.stages):
       for i, block in enumerate(stage):
         if self.context is not None and index == 2 and i == len(stage) - 1:
-          x = self.context(x, train=train)
-        x = block(x, train=train)
+          with jax.named_scope("context"):
+            x = self.context(x, train=train)
+        with jax.named_scope(f"stages.{index}"):
+          x = block(x, train=train)
       levels.append(x)
     return tuple(levels)
 

@@ -12,7 +12,10 @@ times, and so are `dO V^T` and `W^T dO` in the backward pass. And the backward p
 than two numbers a row, from which it computes W again.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -34,6 +37,24 @@ _MIN_BLOCK, _MAX_BLOCK = 64, 256
 _MAX_PIECE = 4096
 
 
+_written_out = contextvars.ContextVar("written_out", default=False)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+  """Inside, every attention is traced as "naive", the formula itself: to count it, not to run it."""
+  token = _written_out.set(True)
+  try:
+    yield
+  finally:
+    _written_out.reset(token)
+
+
+def is_written_out() -> bool:
+  return _written_out.get()
+
+
+@jax.named_scope("attention")
 def mos_attention(
   q_BQMD: jax.Array,
   k_BKMD: jax.Array,
@@ -66,6 +87,8 @@ def mos_attention(
     ValueError: for shapes, dtypes or names that do not fit.
   """
   _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation)
+  if is_written_out():
+    implementation = "naive"
   if implementation == "auto":
     implementation = _choose(q_BQMD.shape[1] * k_BKMD.shape[1])
   if key_valid_BK is not None:

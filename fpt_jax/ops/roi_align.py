@@ -29,6 +29,7 @@ _EINSUM_REGIONS = 64
 _GATHER_REGIONS = 8
 
 
+@jax.named_scope("roi_align")
 def roi_align(
   features_HWC: jax.Array,
   boxes_R4: jax.Array,
@@ -72,6 +73,7 @@ def roi_align(
   return _pool((features_HWC,), boxes_R4, level_R, spec)
 
 
+@jax.named_scope("roi_align")
 def multilevel_roi_align(
   pyramid: tuple[jax.Array, ...],
   strides: tuple[int, ...],

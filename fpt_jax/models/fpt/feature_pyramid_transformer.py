@@ -146,13 +146,17 @@ class FeaturePyramidTransformer(nnx.Module):
     for i, level in enumerate(levels):
       parts = [level.values_BHWC]
       if self.self_transformers[i] is not None:
-        parts.append(self.self_transformers[i](level))
-      for name, transformer in self.grounding_transformers[i].items():
-        parts.append(transformer(level, levels[source_level(name)]))
-      for name, transformer in self.rendering_transformers[i].items():
-        parts.append(transformer(level, levels[source_level(name)]))
+        with jax.named_scope(f"self_transformers.{i}"):
+          parts.append(self.self_transformers[i](level))
+      with jax.named_scope(f"grounding_transformers.{i}"):
+        for name, transformer in self.grounding_transformers[i].items():
+          parts.append(transformer(level, levels[source_level(name)]))
+      with jax.named_scope(f"rendering_transformers.{i}"):
+        for name, transformer in self.rendering_transformers[i].items():
+          parts.append(transformer(level, levels[source_level(name)]))
       level_key = None if key is None else jax.random.fold_in(key, i)
-      outputs.append(self.fused(i, level, parts, level_key))
+      with jax.named_scope(f"fuse.{i}"):
+        outputs.append(self.fused(i, level, parts, level_key))
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
 
   def fused(self, i: int, level: FeatureMap, parts: list[jax.Array], key) -> FeatureMap:

@@ -37,6 +37,7 @@ class BoxHead(nnx.Module):
     self.cls_score = linear(hidden, num_classes + 1, nnx.initializers.normal(0.01))
     self.bbox_pred = linear(hidden, 4 * (num_classes + 1), nnx.initializers.normal(0.001))
 
+  @jax.named_scope("box_head")
   def __call__(self, pooled_BRPPC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits [B, R, K] and deltas [B, R, K, 4] in float32."""
     batch, regions = pooled_BRPPC.shape[:2]

@@ -41,6 +41,7 @@ class MaskHead(nnx.Module):
     self.deconv_bias = nnx.Param(jnp.zeros(hidden))
     self.logits = conv(hidden, num_classes + 1, 1, **options)
 
+  @jax.named_scope("mask_head")
   def __call__(self, pooled_BRPPC: jax.Array, labels_BR: jax.Array) -> jax.Array:
     """Logits [B, R, 2P, 2P] in float32 of each region's own class; nobody looks at the others'."""
     batch, regions = pooled_BRPPC.shape[:2]

@@ -37,6 +37,7 @@ class RegionProposalNetwork(nnx.Module):
     self.deltas = conv(channels, 4 * ratios, 1, **options)
     self.config = config
 
+  @jax.named_scope("rpn")
   def __call__(self, pyramid: Pyramid) -> tuple[list[jax.Array], list[jax.Array]]:
     """Objectness logits [B, A] and box deltas [B, A, 4] of each level, A in the order of `anchors`."""
     logits, deltas = [], []

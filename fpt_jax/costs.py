@@ -1,0 +1,215 @@
+"""Parameters, multiply-adds and activation memory, module by module, without running the model.
+
+The model is traced on shapes alone; the equations of what it would compute are counted:
+
+- multiply-adds: those of convolutions and matrix products; interpolation (RoIAlign), suppression and
+  everything element by element are left out, as every count in papers does.
+- attention: the products inside `ops.mos_attention` and `ops.local_attention`, apart from the others
+  and whatever their implementation. Of Q queries, K keys (window^2 of them where the attention is
+  local), C channels and M parts the formula written out (eq. 2 to 5 of the FPT paper) has Q K C for the
+  scores of all parts, Q K M to mix them and Q K C for the values; distances K C more for the keys'
+  norms, where K is the whole map. Relative positions (attention-augmented convolutions) count as the
+  products they are computed by: a row's and a column's positions are channels of the keys.
+- parameters: what a gradient may change, frozen backbones included; running statistics and frozen
+  normalisations, which torch counts as buffers, are not.
+- activations: bytes of what the counted operations put out, in the dtype they compute in. Of an
+  attention and of RoIAlign it is the result: their scores and samples are never all in memory.
+
+Names are the beginnings of the parameters' names.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+
+from fpt_jax.errors import UserError
+from fpt_jax.models.state import Skeleton
+from fpt_jax.ops.mos_attention import written_out
+
+ATTENTION, ROI_ALIGN = "attention", "roi_align"  # scopes of which the result alone is remembered
+ELSEWHERE = "elsewhere"  # what no scope names
+
+
+@dataclasses.dataclass
+class Cost:
+  """What a module has and does for one image.
+
+  Attributes:
+    parameters: numbers that may be trained.
+    multiply_adds: of convolutions and matrix products, without attention's.
+    attention: multiply-adds of attention.
+    activation_bytes: of the outputs of all these.
+  """
+
+  parameters: int = 0
+  multiply_adds: int = 0
+  attention: int = 0
+  activation_bytes: int = 0
+
+  def __add__(self, other: "Cost") -> "Cost":
+    return Cost(
+      self.parameters + other.parameters,
+      self.multiply_adds + other.multiply_adds,
+      self.attention + other.attention,
+      self.activation_bytes + other.activation_bytes,
+    )
+
+  def as_dict(self) -> dict[str, int]:
+    return dataclasses.asdict(self)
+
+
+def within(name: str, beginning: str) -> bool:
+  """Whether a dotted name is `beginning` or begins with it."""
+  return name == beginning or name.startswith(f"{beginning}.")
+
+
+def count(run: Callable, structure: Skeleton, *inputs: jax.ShapeDtypeStruct) -> dict[str, Cost]:
+  """The cost of `run(arrays, *inputs)` by module.
+
+  Args:
+    run: computes with a model's numbers.
+    structure: the model.
+    inputs: shapes and dtypes of the rest.
+
+  Returns:
+    Cost by name of the module, in the order of the computation.
+
+  Raises:
+    UserError: a loop whose length only the data tells holds a product.
+  """
+  with written_out():
+    jaxpr = jax.make_jaxpr(run)(structure.shapes, *inputs).jaxpr
+  beginnings = {
+    ".".join(parts[:n])
+    for parts in (name.split(".") for name in structure.shapes)
+    for n in range(1, len(parts))
+  }
+  costs: dict[str, Cost] = {}
+  _count_equations(jaxpr, (), 1, functools.partial(_module_of, beginnings=beginnings), costs)
+  parameters = structure.parameters()
+  for name, shape in structure.shapes.items():
+    if name in parameters:
+      module = _owner(name, costs)
+      costs[module] = costs.get(module, Cost()) + Cost(parameters=math.prod(shape.shape))
+  return costs
+
+
+def _owner(parameter: str, modules: Mapping[str, Cost]) -> str:
+  """The longest of the modules' names that a parameter's begins with, or its first part."""
+  owners = [m for m in modules if within(parameter, m)]
+  return max(owners, key=len) if owners else parameter.split(".")[0]
+
+
+def _module_of(scopes: tuple[str, ...], beginnings: set[str]) -> str:
+  """The module an equation belongs to: as many of its scopes as are the beginning of a parameter's name."""
+  if ROI_ALIGN in scopes:
+    return ROI_ALIGN
+  name = ""
+  for scope in scopes:
+    longer = f"{name}.{scope}" if name else scope
+    if longer not in beginnings:
+      break
+    name = longer
+  return name or ELSEWHERE
+
+
+def _scopes(equation) -> tuple[str, ...]:
+  # vmap writes its name around the scopes inside it
+  text = re.sub(r"\w+\(|\)", "", str(equation.source_info.name_stack))
+  return tuple(filter(None, text.split("/")))
+
+
+def _count_equations(
+  jaxpr: Jaxpr, outside: tuple[str, ...], times: int, module_of: Callable, costs: dict[str, Cost]
+) -> None:
+  """Adds what a jaxpr counts to `costs`.
+
+  Args:
+    jaxpr: equations, with others inside.
+    outside: the scopes it is in.
+    times: it is run.
+    module_of: of scopes.
+    costs: by module.
+  """
+  kept = _left_behind(jaxpr, outside)
+  for equation in jaxpr.eqns:
+    scopes = outside + _scopes(equation)
+    made = Cost()
+    if ROI_ALIGN not in scopes:
+      if (products := _multiply_adds(equation)) and ATTENTION in scopes:
+        made.attention = times * products
+      elif products:
+        made.multiply_adds = times * products
+        made.activation_bytes = times * sum(_bytes(v) for v in equation.outvars)
+      _count_inside(equation, scopes, times, module_of, costs)
+    made.activation_bytes += times * sum(_bytes(v) for v in equation.outvars if v in kept)
+    if made != Cost():
+      module = module_of(scopes)
+      costs[module] = costs.get(module, Cost()) + made
+
+
+def _count_inside(equation, scopes, times, module_of, costs) -> None:
+  inner = list(_inner_jaxprs(equation))
+  match equation.primitive.name:
+    case "scan":
+      times *= equation.params["length"]
+    case "while" | "cond":
+      # NMS: nothing to count. A count that depends on the data would be a guess.
+      counted: dict[str, Cost] = {}
+      for jaxpr in inner:
+        _count_equations(jaxpr, scopes, times, module_of, counted)
+      if counted:
+        raise UserError(
+          f"{', '.join(counted)}: products inside a {equation.primitive.name} cannot be counted, "
+          "how often they run is known from the data only"
+        )
+      return
+  for jaxpr in inner:
+    _count_equations(jaxpr, scopes, times, module_of, costs)
+
+
+def _inner_jaxprs(equation) -> Iterable[Jaxpr]:
+  for value in equation.params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(item, ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, Jaxpr):
+        yield item
+
+
+def _left_behind(jaxpr: Jaxpr, outside: tuple[str, ...]) -> set[Var]:
+  """What leaves an attention or RoIAlign that begins in this jaxpr."""
+  if _hides(outside):
+    return set()
+  made = {v for e in jaxpr.eqns if _hides(_scopes(e)) for v in e.outvars}
+  used = {v for e in jaxpr.eqns if not _hides(_scopes(e)) for v in e.invars if isinstance(v, Var)}
+  return made & (used | {v for v in jaxpr.outvars if isinstance(v, Var)})
+
+
+def _hides(scopes: tuple[str, ...]) -> bool:
+  return ATTENTION in scopes or ROI_ALIGN in scopes
+
+
+def _multiply_adds(equation) -> int:
+  """Of a convolution or a matrix product; 0 of anything else."""
+  match equation.primitive.name:
+    case "conv_general_dilated":
+      kernel = equation.invars[1].aval.shape
+      outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+      # a transposed convolution multiplies one in prod(lhs_dilation): the rest are zeros in between
+      zeros = math.prod(equation.params["lhs_dilation"])
+      return equation.outvars[0].aval.size * math.prod(kernel) // outputs // zeros
+    case "dot_general":
+      left = equation.invars[0].aval.shape
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      return equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+  return 0
+
+
+def _bytes(variable) -> int:
+  return variable.aval.size * variable.aval.dtype.itemsize

@@ -1,0 +1,117 @@
+"""The costs of whole models and of the paper's tables."""
+
+import json
+
+import pytest
+
+from configs import coco_mask, tables
+from fpt_jax import analyze
+from fpt_jax.costs import Cost
+from fpt_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+  return analyze.analyze(coco_mask.get_config("torchvision"))
+
+
+def test_torchvision_detector_by_hand(torchvision):
+  """44.4 M parameters as torchvision documents; the rest from the layers' sizes."""
+  assert torchvision.total().parameters == 44_401_393
+  assert torchvision.canvas == (800, 1344)
+  positions = [200 * 336, 100 * 168, 50 * 84, 25 * 42]
+  laterals = sum(n * c * 256 for n, c in zip(positions, (256, 512, 1024, 2048), strict=True))
+  modules = torchvision.modules
+  assert modules["pyramid"].multiply_adds == laterals + sum(positions) * 9 * 256**2
+  with_p6 = sum(positions) + 13 * 21
+  assert modules["rpn"].multiply_adds == with_p6 * (9 * 256**2 + 256 * 15)
+  assert modules["box_head"].multiply_adds == 1000 * (12544 * 1024 + 1024**2 + 1024 * 5 * 91)
+  mask = 14**2 * 4 * 9 * 256**2 + 14**2 * 4 * 256**2 + 28**2 * 256
+  assert modules["mask_head"].multiply_adds == 100 * mask
+  assert modules["roi_align"] == Cost(activation_bytes=4 * 256 * (1000 * 7**2 + 100 * 14**2))
+  assert "elsewhere" not in modules
+  assert torchvision.total().attention == 0
+
+
+def test_parts_stand_below_their_module(torchvision):
+  lines = analyze.format_modules(torchvision).splitlines()
+  names = [line[:32].rstrip() for line in lines[5:]]
+  stages = ["  conv1", *(f"  stages.{i}" for i in range(4))]
+  heads = ["rpn", "roi_align", "box_head", "mask_head", "features", "total"]
+  assert names == ["backbone", *stages, "pyramid", *heads]
+  assert lines[-1].split() == ["total", "44.401", "267.39", "-", "1405.3"]
+  assert lines[-4].endswith("1000 regions")
+  assert all(len(line) >= 84 for line in lines[5:])
+
+
+def test_a_model_is_written_into_its_folder(tmp_path, capsys):
+  config = coco_mask.get_config("demo,fpt=gt")
+  analyze.analyze_model(config, str(tmp_path / "run"))
+  written = json.loads((tmp_path / "run" / "analysis.json").read_text())
+  assert written["canvas"] == [128, 128] and written["dtype"] == "float32"
+  modules = written["modules"]
+  for figure, total in written["total"].items():
+    assert sum(cost[figure] for cost in modules.values()) == total > 0
+  heads = ("rpn", "roi_align", "box_head", "mask_head")
+  for figure, features in written["features"].items():
+    assert features == written["total"][figure] - sum(modules[h][figure] for h in heads)
+  # P2 of 32 x 32 hears P3, P4 and P5, in 4 parts of 48 channels together
+  keys = 16**2 + 8**2 + 4**2
+  assert modules["fpt.grounding_transformers.0"]["attention"] == keys * (32**2 * (2 * 48 + 4) + 48)
+  assert "grounding_transformers.0" in capsys.readouterr().out
+
+
+def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
+  rows = [
+    tables.Row("BFP", "demo,fpt=none", (31.6,), (29.9,), 34.6, 172.3),
+    tables.Row("BFP+ST", "demo,fpt=st", (32.0,), None, 55.0, 248.2),
+    tables.Row("BFP+RT", "demo,fpt=rt", (34.7,), (33.1,), 39.8, 187.9),
+    tables.Row("BFP+ST+RT", "demo,fpt=st+rt", (35.9,), (34.4,), 61.2, 256.7),
+  ]
+  monkeypatch.setitem(tables.TABLES, 1, rows)
+  analyze.analyze_table(1, str(tmp_path), markdown=False)
+  written = json.loads((tmp_path / "analysis.json").read_text())["rows"]
+  printed = capsys.readouterr().out
+  totals = [row["total"]["parameters"] for row in written]
+  assert [row["paper"]["gflops"] for row in written] == [172.3, 248.2, 187.9, 256.7]
+  # what the level itself has in the convolution that fuses, and the normalisation, counted twice
+  own = 4 * (9 * 48 * 48 + 2 * 48)
+  assert totals[3] == totals[1] + totals[2] - totals[0] - own
+  (sums,) = [line for line in printed.splitlines() if line.count("+1.0")]
+  assert sums.split()[:4] == ["BFP+ST+RT", "61.2", "60.2", "+1.0"]
+  assert f"{-own / 1e6:+.1f}" in sums
+
+
+def test_markdown(torchvision):
+  rows = [
+    tables.Row("A", "fpt=st", (32.0, 54.9), None, 55.0, 248.2),
+    tables.Row("B", "", (31.6,), (29.9,)),
+  ]
+  lines = analyze.format_markdown(rows, [torchvision] * 2).splitlines()
+  assert len({line.count("|") for line in lines}) == 1
+  assert lines[2:] == [
+    "| A | `configs/coco_mask.py:fpt=st` | 32.0 / - | 44.4 (26.8) / 55.0 | 267.4 (148.5) / 248.2 | - |",
+    "| B | `configs/coco_mask.py` | 31.6 / 29.9 | 44.4 (26.8) / - | 267.4 (148.5) / - | - |",
+  ]
+
+
+def test_the_papers_rows_do_not_add_up():
+  """As the README says: ST and GT together are 1.8 M less than the sum of both, ST and RT 1.0 M more."""
+  paper = {row.name: (row.parameters, row.gflops) for row in tables.TABLE_1}
+
+  def surplus(name):
+    base, *parts = name.split("+")
+    return [
+      round(paper[name][i] - paper[base][i] - sum(paper[f"{base}+{p}"][i] - paper[base][i] for p in parts), 1)
+      for i in range(2)
+    ]  # fmt: skip
+
+  assert surplus("BFP+ST+GT") == [-1.8, -18.1]
+  assert surplus("BFP+ST+RT") == [1.0, -7.1]
+  assert surplus("BFP+GT+RT") == [0.5, 0.9]
+  assert surplus("BFP+ST+GT+RT") == [-1.3, -10.4]
+
+
+def test_tables_that_do_not_exist_are_told():
+  with pytest.raises(UserError, match="--table=9 does not exist; choose one of 1, 2, 3"):
+    analyze.rows_of_table(9)

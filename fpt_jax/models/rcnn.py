@@ -24,6 +24,7 @@ from fpt_jax.ops.roi_align import multilevel_roi_align
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_DETECTION_SIDE = 1e-2
+MASK_BLOCK = 16  # regions of an image that the mask loss looks at together
 
 
 class RCNN(nnx.Module):
@@ -181,19 +182,31 @@ class RCNN(nnx.Module):
     return jax.lax.stop_gradient(jax.vmap(one_image)(proposals_BN4, valid_BN, *gt, keys_B))
 
   def mask_loss(self, pyramid, batch, rois) -> jax.Array:
-    """Over the positives, which are the first of the sampled regions of each image."""
+    """Over the positives, which are the first of the sampled regions of each image.
+
+    Most images fill a part of the places for positives: blocks of regions that hold none are skipped.
+    """
     config = self.config.box_head
     positives = min(int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1])
     rois = {name: value[:, :positives] for name, value in rois.items()}
-    positive_BR = rois["valid_BR"] & (rois["labels_BR"] > 0)
-    pooled_BRPPC = self.pool(pyramid, rois["boxes_BR4"], positive_BR, self.config.mask_head)
-    logits_BRmm = self.mask_head(pooled_BRPPC, rois["labels_BR"])
+    rois["positive_BR"] = rois["valid_BR"] & (rois["labels_BR"] > 0)
     mask_boxes_BG4 = batch.get("gt_mask_boxes_BG4", batch["gt_boxes_BG4"])
-    cut = functools.partial(mask_targets, size=logits_BRmm.shape[2], aligned=self.config.aligned)
-    targets_BRmm = jax.vmap(cut)(
-      batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
-    )
-    return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), positive_BR)
+
+    def total(rois):
+      pooled = self.pool(pyramid, rois["boxes_BR4"], rois["positive_BR"], self.config.mask_head)
+      logits_BRmm = self.mask_head(pooled, rois["labels_BR"])
+      cut = functools.partial(mask_targets, size=logits_BRmm.shape[2], aligned=self.config.aligned)
+      targets_BRmm = jax.vmap(cut)(
+        batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
+      )
+      return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["positive_BR"])
+
+    def add(so_far, rois):
+      some = jnp.any(rois["positive_BR"])
+      return so_far + jax.lax.cond(some, total, lambda _: jnp.float32(0), rois), None
+
+    summed, _ = jax.lax.scan(add, jnp.float32(0), in_blocks(rois, MASK_BLOCK))
+    return summed / jnp.maximum(jnp.sum(rois["positive_BR"]), 1)
 
   def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config) -> jax.Array:
     """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part."""
@@ -279,6 +292,19 @@ class RCNN(nnx.Module):
       pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
     )
     return jax.nn.sigmoid(self.mask_head(pooled_BDPPC, detections["labels_BD"]))
+
+
+def in_blocks(rois: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
+  """[B, R, ...] to [blocks, B, size, ...], zeros after the last region."""
+
+  def split(x_BR):
+    batch, regions = x_BR.shape[:2]
+    blocks = -(-regions // size)
+    rest = [(0, 0)] * (x_BR.ndim - 2)
+    padded = jnp.pad(x_BR, [(0, 0), (0, blocks * size - regions), *rest])
+    return jnp.moveaxis(padded.reshape(batch, blocks, size, *x_BR.shape[2:]), 1, 0)
+
+  return jax.tree.map(split, rois)
 
 
 def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:

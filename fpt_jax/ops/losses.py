@@ -134,7 +134,9 @@ def box_losses(
 
 
 def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.Array) -> jax.Array:
-  """Loss of the mask head: the mean over the pixels of all foreground regions of the batch.
+  """Loss of the mask head: the mean over the pixels of each foreground region, summed over regions.
+
+  Divided by the number of foreground regions of the batch, it is the loss of the source.
 
   Args:
     logits_BRPP: [B, R, P, P] mask logits of each region's own class.
@@ -152,7 +154,7 @@ def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.
   _agree(logits_BRPP, targets_BRPP)
   _agree(logits_BRPP[..., 0, 0], positive_BR)
   pixels_BR = jnp.mean(sigmoid_cross_entropy(logits_BRPP, targets_BRPP), axis=(-2, -1))
-  return _sum_over(pixels_BR, positive_BR, jnp.sum(positive_BR))
+  return jnp.sum(jnp.where(positive_BR, pixels_BR, 0))
 
 
 def _sum_over(loss, chosen, count):

@@ -76,7 +76,9 @@ def test_rpn_and_box_and_mask_reductions(rng):
 
   logits, targets = rng.normal(size=(2, 5, 3, 3)), rng.random((2, 5, 3, 3))
   np.testing.assert_allclose(
-    losses.mask_loss(logits, targets, chosen), _bce(logits, targets)[chosen].mean(), 1e-5
+    losses.mask_loss(logits, targets, chosen) / chosen.sum(),
+    _bce(logits, targets)[chosen].mean(),
+    1e-5,
   )
 
 

@@ -263,19 +263,27 @@ def format_sums(rows: Sequence, analyses: Sequence[Analysis]) -> str:
 
 def format_markdown(rows: Sequence, analyses: Sequence[Analysis]) -> str:
   """The table as the README has it."""
-  lines = [
-    "| row | `--config=` | paper, box / mask AP | parameters, M: ours (features) / paper "
-    "| multiply-adds, G: ours (features) / paper | attention, G |",
-    "|---|---|---|---|---|---|",
-  ]
+  known = any(row.parameters or row.gflops for row in rows)  # to the paper
+  beside = " / paper" if known else ""
+  heads = (
+    "row",
+    "`--config=`",
+    "paper, box / mask AP",
+    f"parameters, M: ours (features){beside}",
+    f"multiply-adds, G: ours (features){beside}",
+    "attention, G",
+  )
+  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   for row, analysis in zip(rows, analyses, strict=True):
     whole, features = analysis.total(), analysis.total(*FEATURES)
     cells = (
       row.name,
       f"`configs/{row.config}.py{':' * bool(row.arg)}{row.arg}`",
       " / ".join(_number(figures[0] if figures else None, 1) for figures in (row.box, row.mask)),
-      f"{whole.parameters / 1e6:.1f} ({features.parameters / 1e6:.1f}) / {_number(row.parameters, 1)}",
-      f"{whole.multiply_adds / 1e9:.1f} ({features.multiply_adds / 1e9:.1f}) / {_number(row.gflops, 1)}",
+      f"{whole.parameters / 1e6:.1f} ({features.parameters / 1e6:.1f})"
+      + f" / {_number(row.parameters, 1)}" * known,
+      f"{whole.multiply_adds / 1e9:.1f} ({features.multiply_adds / 1e9:.1f})"
+      + f" / {_number(row.gflops, 1)}" * known,
       _number(whole.attention / 1e9, 1),
     )
     lines.append(f"| {' | '.join(cells)} |")

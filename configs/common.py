@@ -3,6 +3,44 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs.language import apply, choice, set_backbone, set_dropblock, set_fpt, set_pyramid
+
+
+def backbone() -> ConfigDict:
+  """A frozen ResNet-50."""
+  return ConfigDict(
+    dict(
+      name="resnet50",
+      width=64,  # of a ResNet's stem
+      stride_in="3x3",  # or "1x1": the convolution of a bottleneck that has the stride
+      context="none",  # or "non_local", "global_context", "attention_augmented": blocks in a ResNet
+      norm="frozen_bn",
+      frozen=True,
+    )
+  )
+
+
+def feature_pyramid_transformer() -> ConfigDict:
+  """All three transformers, as for instances: the paper's section 3.5."""
+  return ConfigDict(
+    dict(
+      enabled=True,
+      self_transformer=True,
+      grounding_transformer=True,
+      rendering_transformer=True,
+      self_parts=2,
+      grounding_parts=4,
+      scope="all",  # or "adjacent": the levels that a level hears
+      gate="identity",  # or "sigmoid": of the Rendering Transformer's channel weights
+      window=placeholder(int),  # odd side of a locality-constrained Grounding Transformer
+      scale=placeholder(float),  # of the similarities; 1 / sqrt(channels of a part) where not set
+      norm="sync_bn",  # or "bn": statistics of each device's images alone
+      drop_block_size=5,
+      keep_probability=0.9,
+      implementation="auto",
+    )
+  )
+
 
 def detection() -> ConfigDict:
   """Mask R-CNN with FPT on a bottom-up pyramid of a frozen ResNet-50: the paper's section 4.1."""
@@ -44,35 +82,9 @@ def detection() -> ConfigDict:
       aligned=True,  # regions are cut out to the half pixel; False: as torchvision's Mask R-CNN
     )
   )
-  config.model.backbone = ConfigDict(
-    dict(
-      name="resnet50",
-      width=64,  # of a ResNet's stem
-      stride_in="3x3",  # or "1x1": the convolution of a bottleneck that has the stride
-      context="none",  # or "non_local", "global_context", "attention_augmented": blocks in a ResNet
-      norm="frozen_bn",
-      frozen=True,
-    )
-  )
+  config.model.backbone = backbone()
   config.model.pyramid = ConfigDict(dict(name="bfp", channels=256))  # or "fpn", "bpa", "bfi"
-  config.model.fpt = ConfigDict(
-    dict(
-      enabled=True,
-      self_transformer=True,
-      grounding_transformer=True,
-      rendering_transformer=True,
-      self_parts=2,
-      grounding_parts=4,
-      scope="all",  # or "adjacent": the levels that a level hears
-      gate="identity",  # or "sigmoid": of the Rendering Transformer's channel weights
-      window=placeholder(int),  # odd side of a locality-constrained Grounding Transformer
-      scale=placeholder(float),  # of the similarities; 1 / sqrt(channels of a part) where not set
-      norm="sync_bn",  # or "bn": statistics of each device's images alone
-      drop_block_size=5,
-      keep_probability=0.9,
-      implementation="auto",
-    )
-  )
+  config.model.fpt = feature_pyramid_transformer()
   config.model.rpn = ConfigDict(
     dict(
       anchor_sizes=((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)),  # pixels, a level each
@@ -137,43 +149,7 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
   Raises:
     ValueError: a word, a setting or its value does not exist.
   """
-  for part in filter(None, arg.split(",")):
-    name, is_setting, value = part.partition("=")
-    known = SETTINGS if is_setting else WORDS
-    if name not in known:
-      kind = "setting" if is_setting else "variant"
-      raise ValueError(f"{kind} {name!r} does not exist; choose one of {', '.join(known)}")
-    config = known[name](config, value) if is_setting else known[name](config)
-  return config
-
-
-def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
-  """A name of `models.backbones`, for a ResNet perhaps with `_nl`, `_gc` or `_aa` behind it."""
-  name, _, context = value.partition("_") if value.startswith("resnet") else (value, "", "")
-  config.model.backbone.name = name
-  config.model.backbone.context = choice("backbone", value, context, CONTEXTS)
-  if name == "efficientnet_lite0":  # small, and there for its weights
-    config.model.pixel_mean, config.model.pixel_std = (127 / 255,) * 3, (128 / 255,) * 3
-    config.model.backbone.update(dict(norm="frozen_bn", frozen=True))
-  return config
-
-
-def set_pyramid(config: ConfigDict, value: str) -> ConfigDict:
-  config.model.pyramid.name = value
-  return config
-
-
-def set_fpt(config: ConfigDict, value: str) -> ConfigDict:
-  """The transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or `none`."""
-  names = [] if value == "none" else value.split("+")
-  for name in names:
-    choice("fpt", value, name, dict.fromkeys(("st", "gt", "lgt", "rt")))
-  config.model.fpt.enabled = bool(names)
-  config.model.fpt.self_transformer = "st" in names
-  config.model.fpt.grounding_transformer = "gt" in names or "lgt" in names
-  config.model.fpt.rendering_transformer = "rt" in names
-  config.model.fpt.window = 5 if "lgt" in names else None
-  return config
+  return apply(config, arg, WORDS, SETTINGS)
 
 
 def set_head(config: ConfigDict, value: str) -> ConfigDict:
@@ -186,20 +162,6 @@ def set_head(config: ConfigDict, value: str) -> ConfigDict:
 def set_sbn(config: ConfigDict, value: str) -> ConfigDict:
   config.model.fpt.norm = choice("sbn", value, value, {"on": "sync_bn", "off": "bn"})
   return config
-
-
-def set_dropblock(config: ConfigDict, value: str) -> ConfigDict:
-  config.model.fpt.keep_probability = choice("dropblock", value, value, {"on": 0.9, "off": 1.0})
-  return config
-
-
-def choice(setting: str, value: str, key: str, choices: dict):
-  """`choices[key]`, or a ValueError that tells what there is."""
-  if key not in choices:
-    raise ValueError(
-      f"{setting}={value} does not exist: {key!r} is none of {', '.join(k or 'nothing' for k in choices)}"
-    )
-  return choices[key]
 
 
 def multiscale(config: ConfigDict) -> ConfigDict:
@@ -263,12 +225,6 @@ def demo(config: ConfigDict) -> ConfigDict:
   return config
 
 
-CONTEXTS = {
-  "": "none",
-  "nl": "non_local",
-  "gc": "global_context",
-  "aa": "attention_augmented",
-}
 WORDS = {"small": small, "demo": demo, "torchvision": torchvision, "multiscale": multiscale}
 SETTINGS = {
   "backbone": set_backbone,

@@ -12,7 +12,8 @@ def total_steps(config) -> int:
 
 
 def schedule(config) -> optax.Schedule:
-  """The learning rate by step: linear warm-up, then steps (paper, 4.1) or half a cosine.
+  """The learning rate by step: linear warm-up, then steps (paper, 4.1), half a cosine, or a
+  power of the share that is left (paper, 4.2).
 
   Raises:
     UserError: the schedule does not exist.
@@ -26,9 +27,11 @@ def schedule(config) -> optax.Schedule:
     )
   elif optim.schedule == "cosine":
     decay = optax.cosine_decay_schedule(peak, total)
+  elif optim.schedule == "poly":
+    decay = optax.polynomial_schedule(peak, 0.0, optim.power, total)
   else:
     raise UserError(
-      f"config.optim.schedule={optim.schedule!r} does not exist; choose step or cosine"
+      f"config.optim.schedule={optim.schedule!r} does not exist; choose step, cosine or poly"
     )
 
   if not optim.warmup_steps:

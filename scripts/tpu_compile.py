@@ -34,7 +34,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from fpt_jax import command_line
 from fpt_jax.errors import UserError
 from fpt_jax.models.feature_map import FeatureMap
-from fpt_jax.models.rcnn import build_fpt
+from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import skeleton
 
 STRIDES = (4, 8, 16, 32)

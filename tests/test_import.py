@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +13,8 @@ import fpt_jax
 from configs import coco_mask
 from fpt_jax import models
 from fpt_jax.errors import UserError
+from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pretrained import FAMILIES, check_family, family_of, preprocessing
-from fpt_jax.models.rcnn import RCNN
 from fpt_jax.train import check_preprocessing
 from tests.golden.fill import fill
 from tests.runs import ROOT
@@ -153,7 +152,7 @@ def test_normalize(rng):
   model = coco_mask.get_config().model
   for order, channels in (("rgb", [0, 1, 2]), ("bgr", [2, 1, 0])):
     model.channel_order = order
-    y = np.asarray(RCNN.normalize(SimpleNamespace(config=model), image, valid))
+    y = np.asarray(normalize(model, image, valid))
     red = (image[0, 0, 0, 0] / 255 - 0.485) / 0.229
     np.testing.assert_allclose(y[0, 0, 0, channels[0]], red, rtol=1e-5)
     blue = (image[0, 0, 0, 2] / 255 - 0.406) / 0.225
@@ -161,4 +160,4 @@ def test_normalize(rng):
     assert (y[0, 1, 2] == 0).all()
   model.channel_order = "gbr"
   with pytest.raises(ValueError, match="channel_order='gbr' does not exist; choose rgb or bgr"):
-    RCNN.normalize(SimpleNamespace(config=model), image, valid)
+    normalize(model, image, valid)

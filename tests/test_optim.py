@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import coco_box, coco_mask
+from configs import cityscapes, coco_box, coco_mask
 from fpt_jax import optim
 from fpt_jax.errors import UserError
 
@@ -37,7 +37,7 @@ def test_other_batch_sizes_follow_linearly():
 def test_unknown_schedule_is_told():
   config = coco_mask.get_config()
   config.optim.schedule = "linear"
-  with pytest.raises(UserError, match="'linear' does not exist; choose step or cosine"):
+  with pytest.raises(UserError, match="'linear' does not exist; choose step, cosine or poly"):
     optim.schedule(config)
 
 
@@ -66,3 +66,13 @@ def test_a_frozen_backbone_is_not_trained():
   assert optim.trainable(config, names) == names - {"backbone.conv1.kernel"}
   config.model.backbone.frozen = False
   assert optim.trainable(config, names) == names
+
+
+def test_poly_schedule():
+  """Paper, 4.2: the rate falls with the 0.9th power of the share of steps that is left."""
+  config = cityscapes.get_config()
+  total = optim.total_steps(config)
+  assert total == 44_625  # 120 epochs of 2975 images, 8 a step
+  rate = optim.schedule(config)
+  for step in (0, 1, 1000, 44_000, total):
+    assert rate(step) == pytest.approx(0.01 * (1 - step / total) ** 0.9, rel=1e-4, abs=1e-9)

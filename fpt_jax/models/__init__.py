@@ -6,9 +6,10 @@ from ml_collections import FrozenConfigDict
 from fpt_jax.errors import UserError
 from fpt_jax.models.fpt import FeaturePyramidTransformer
 from fpt_jax.models.rcnn import RCNN
+from fpt_jax.models.segmenter import Segmenter
 from fpt_jax.models.state import Skeleton, skeleton
 
-MODELS = {"rcnn": RCNN}
+MODELS = {"rcnn": RCNN, "segmenter": Segmenter}
 
 __all__ = ["FeaturePyramidTransformer", "build", "structure_of"]
 

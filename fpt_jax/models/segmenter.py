@@ -1,0 +1,111 @@
+"""Semantic segmentation from its parts: dilated backbone, pyramid, FPT, head.
+
+Shapes: B batch, H W rows and columns of the canvas, K classes.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.backbones import build_backbone
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, valid_positions
+from fpt_jax.models.fpt import build_fpt
+from fpt_jax.models.heads.semantic import SemanticHead
+from fpt_jax.models.preprocess import normalize
+from fpt_jax.models.pyramids import build_pixel_pyramid
+from fpt_jax.ops.losses import segmentation_loss
+from fpt_jax.ops.resize import upsample_bilinear
+
+
+class Segmenter(nnx.Module):
+  """A network that gives every pixel a class.
+
+  Args:
+    config: the `model` part of a config, see `configs/segmentation_common.py`.
+    rngs: for the initial weights.
+
+  Raises:
+    ValueError: a part the config names does not exist, or does not fit another.
+  """
+
+  def __init__(self, config, *, rngs: nnx.Rngs):
+    self.config = config
+    options = dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
+    output_stride = config.backbone.output_stride
+    self.backbone = build_backbone(config.backbone, output_stride=output_stride, **options)
+    *_, c4, c5 = self.backbone.channels
+    self.pyramid = build_pixel_pyramid(config, self.backbone.channels, rngs=rngs)
+    if self.pyramid is None and config.fpt.enabled:
+      raise ValueError("pyramid='none' has one level, and fpt needs several; choose a pyramid")
+    self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
+    head = dict(num_classes=config.num_classes, norm=config.norm, **options)
+    levels = (c5,) if self.pyramid is None else (config.pyramid.channels,) * 4
+    self.head = SemanticHead(levels, hidden=config.head.hidden, dropout=config.head.dropout, **head)
+    auxiliary = config.auxiliary
+    self.auxiliary = (
+      SemanticHead((c4,), hidden=auxiliary.hidden, dropout=config.head.dropout, **head)
+      if auxiliary.weight
+      else None
+    )
+
+  def backbone_levels(
+    self, image_BHWC: jax.Array, size_B2: jax.Array, *, train: bool = False
+  ) -> Pyramid:
+    """C2 to C5 of a batch, none coarser than the backbone's output stride.
+
+    Args:
+      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas.
+      train: use and update batch statistics, unless the backbone is frozen.
+    """
+    valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
+    normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
+    train = train and not self.config.backbone.frozen
+    return self.backbone(normalized_BHWC, valid_BHW, train=train)
+
+  def logits_of_levels(self, levels: Pyramid, *, key: jax.Array | None = None) -> FeatureMap:
+    """The logits of C2 to C5 at the backbone's output stride; a PRNG key trains, None infers."""
+    fpt_key, head_key = (None, None) if key is None else jax.random.split(key)
+    levels = levels[-1:] if self.pyramid is None else self.pyramid(levels, train=key is not None)
+    if self.fpt is not None:
+      levels = self.fpt(levels, key=fpt_key)
+    return self.head(levels, key=head_key)
+
+  def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """The training losses of a batch; their sum is what is minimised.
+
+    Args:
+      batch: see `fpt_jax.data.segmentation`: image_BHWC, size_B2, and label_BHW, int32 with `VOID`
+        where there is no class.
+      key: a PRNG key.
+
+    Returns:
+      loss_seg and, where its weight is not 0, loss_aux of the auxiliary head on C4, weighted.
+    """
+    main_key, auxiliary_key = jax.random.split(key)
+    levels = self.backbone_levels(batch["image_BHWC"], batch["size_B2"], train=True)
+    labels_BHW = batch["label_BHW"]
+
+    def loss(logits: FeatureMap) -> jax.Array:
+      return segmentation_loss(enlarged(logits, labels_BHW.shape[1:]), labels_BHW)
+
+    result = {"loss_seg": loss(self.logits_of_levels(levels, key=main_key))}
+    if self.auxiliary is not None:
+      weight = self.config.auxiliary.weight
+      result["loss_aux"] = weight * loss(self.auxiliary(levels[-2:-1], key=auxiliary_key))
+    return result
+
+  def logits(self, image_BHWC: jax.Array, size_B2: jax.Array) -> jax.Array:
+    """[B, H, W, K] float32 at the canvas's resolution; 0 where nothing of an image is near.
+
+    Args:
+      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas.
+    """
+    levels = self.backbone_levels(image_BHWC, size_B2)
+    return enlarged(self.logits_of_levels(levels), image_BHWC.shape[1:3])
+
+
+def enlarged(logits: FeatureMap, size: tuple[int, int]) -> jax.Array:
+  """[B, H, W, K] float32: one vector of logits a pixel."""
+  return upsample_bilinear(logits.values_BHWC, logits.valid_BHW, logits.stride, *size)

@@ -24,9 +24,12 @@ NOT_OF_THE_WEIGHTS = (
   "rpn.test.",
   "rpn.train.",
   "category_names",
+  "palette",
   "dtype",
   "fpt.implementation",
 )
+# and those that a config which names no classes has from its data set
+FROM_DATA = ("num_classes", "category_ids", "category_names", "class_names", "palette", "swaps")
 
 
 def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
@@ -183,10 +186,9 @@ def config_of_run(workdir: str, config: ConfigDict | None) -> ConfigDict:
   saved = read_config(workdir)
   if config is None:
     return saved
-  if not config.model.category_ids:
-    config.model.update(
-      {k: saved.model[k] for k in ("num_classes", "category_ids", "category_names")}
-    )
+  model = config.model
+  if not (model.get("category_ids") or model.get("class_names")):
+    model.update({k: saved.model[k] for k in FROM_DATA if k in model and k in saved.model})
   check_same_model(saved, config, workdir)
   return config
 

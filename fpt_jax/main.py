@@ -13,18 +13,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from fpt_jax import analyze, checkpoints, command_line, data, sharding
+from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
 from fpt_jax.restored import open_run
 from fpt_jax.tasks import task_of
 from fpt_jax.train import train
 
-MODES = ("prepare", "train", "eval", "predict", "analyze")
+MODES = ("prepare", "browse", "train", "eval", "predict", "analyze")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "File of the config; eval, predict and analyze take the run's own where it is not given.",
+  "File of the config; browse, eval, predict and analyze take the run's own where it is not given.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Folder of the run: checkpoints, metrics and pictures. A disk or gs://bucket/run."
@@ -33,8 +34,9 @@ _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   MODES,
-  "prepare: write the records of the data. train: train, evaluating as it goes. eval: evaluate a "
-  "checkpoint. predict: detect and draw. analyze: count parameters, multiply-adds and memory.",
+  "prepare: write the records of the data. browse: draw what a model is fed. train: train, evaluating "
+  "as it goes. eval: evaluate a checkpoint. predict: look at images and draw. analyze: count "
+  "parameters, multiply-adds and memory.",
 )
 _STEP = flags.DEFINE_integer(
   "step", None, "Checkpoint to evaluate or predict with; newest if absent."
@@ -48,6 +50,9 @@ _TABLE = flags.DEFINE_integer(
   "table", None, "For --mode=analyze: a table of the paper, instead of a config; all its rows."
 )
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a --table as the README has it.")
+_NUM_IMAGES = flags.DEFINE_integer(
+  "num_images", 12, "Training images to draw in --mode=browse.", lower_bound=1
+)
 _MIN_SCORE = flags.DEFINE_float("min_score", 0.5, "Least score of a detection that is drawn.")
 
 
@@ -77,6 +82,9 @@ def main() -> None:
   sharding.initialize()
   if mode == "train":
     train(config, workdir)
+    return
+  if mode == "browse":
+    browse(config or checkpoints.read_config(workdir), workdir, _NUM_IMAGES.value)
     return
   config = checkpoints.config_of_run(workdir, config)
   restored = open_run(workdir, config, _STEP.value)

@@ -40,7 +40,8 @@ def predict(
   """Looks at images and draws what was found, beside the ground truth where there is one.
 
   Writes `predictions/<name>.png` for every image, the first of them together as
-  `predictions/contact_sheet.png`, and `predictions/predictions.json`: the task's `entries` of all.
+  `predictions/contact_sheet.png`, `predictions/predictions.json`: the task's `entries` of all, and
+  what the task saves beside them, such as `predictions/<name>_labels.png`.
 
   Args:
     restored: the model.
@@ -53,7 +54,7 @@ def predict(
   out.mkdir(parents=True, exist_ok=True)
   config = restored.config
   task = task_of(config)
-  results, taken, sheet = [], set(), []
+  results, taken, sheet, done = [], set(), [], 0
   countdown = Countdown("predict", total, every_seconds=10)
   for done, subject in enumerate(subjects, 1):
     found = restored.infer(subject.image_HWC)
@@ -61,13 +62,14 @@ def predict(
     picture = task.draw(config, subject.image_HWC, found, subject.truth, min_score)
     path = unused_path(out, pathlib.Path(subject.name).stem, taken)
     Image.fromarray(picture).save(path)
+    task.save(config, workdir, path.stem, subject.name, found)
     if len(sheet) < SHEET_PICTURES:
       sheet.append(picture)
     countdown.tell(done)
   (out / "predictions.json").write_text(json.dumps(results))
   if sheet:
     Image.fromarray(visualize.contact_sheet(sheet, columns=3)).save(out / "contact_sheet.png")
-  logging.info("%d pictures, contact_sheet.png and predictions.json in %s", len(taken), out)
+  logging.info("%d pictures, contact_sheet.png and predictions.json in %s", done, out)
 
 
 def subjects_of_files(files: list[pathlib.Path], *, skip_bad: bool) -> Iterator[Subject]:
@@ -129,10 +131,13 @@ def read_image(file: pathlib.Path) -> np.ndarray:
 
 
 def unused_path(folder: pathlib.Path, stem: str, taken: set[str]) -> pathlib.Path:
-  """folder/stem.png, or stem_2, stem_3, ... where images of several folders share a name."""
+  """folder/stem.png, or stem_2, stem_3, ... where images of several folders share a name.
+
+  A name is taken together with that of its label map, and `contact_sheet` is from the start.
+  """
   candidate, number = stem, 1
-  while candidate in taken:
+  while not taken.isdisjoint((candidate, f"{candidate}_labels")) or candidate == "contact_sheet":
     number += 1
     candidate = f"{stem}_{number}"
-  taken.add(candidate)
+  taken.update((candidate, f"{candidate}_labels"))
   return folder / f"{candidate}.png"

@@ -61,6 +61,12 @@ def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
   }
 
 
+def local_part(array: jax.Array) -> np.ndarray:
+  """This host's part of an array that is shared out along its first axis."""
+  shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def from_all_hosts(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The hosts' parts of a global batch, put together in order along the first axis."""
   if jax.process_count() == 1:

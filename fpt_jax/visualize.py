@@ -116,6 +116,43 @@ def draw_detections(
   return np.asarray(picture)
 
 
+def draw_anchors(
+  image_HWC: np.ndarray,
+  boxes_G4: np.ndarray,
+  names: Sequence[str],
+  positive_P4: np.ndarray,
+  matched_P: np.ndarray,
+  negative_N4: np.ndarray,
+) -> np.ndarray:
+  """Draws anchors over an image, those of an object in the colour that `draw_detections` gives it.
+
+  Args:
+    image_HWC: [H, W, 3] uint8; enlarged as by `draw_detections`.
+    boxes_G4: ground truths, x0 y0 x1 y1 in pixels; their places are drawn as dots.
+    names: [G] of their categories.
+    positive_P4: anchors that belong to a ground truth.
+    matched_P: [P] int, which.
+    negative_N4: anchors that belong to none, drawn in grey.
+
+  Returns:
+    [k H, k W, 3] uint8, k = 1 unless the image is small.
+  """
+  image_HWC = _rgb(image_HWC)
+  zoom = max(1, -(-MIN_EDGE // max(image_HWC.shape[:2])))
+  picture = Image.fromarray(_enlarge(image_HWC, zoom))
+  draw = ImageDraw.Draw(picture, "RGBA")
+  line = max(1, round(0.002 * max(picture.size)))
+  for box in negative_N4 * zoom:
+    draw.rectangle(tuple(box), outline=(200, 200, 200, 160), width=line)
+  colors = [category_color(name, names[:g].count(name)) for g, name in enumerate(names)]
+  for box, g in zip(positive_P4 * zoom, matched_P, strict=True):
+    draw.rectangle(tuple(box), outline=(*colors[g], 230), width=line)
+  for box, color in zip(boxes_G4 * zoom, colors, strict=True):
+    (x, y), radius = (box[:2] + box[2:]) / 2, 3 * line
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline="black")
+  return np.asarray(picture)
+
+
 def contact_sheet(
   images: Sequence[np.ndarray],
   columns: int,

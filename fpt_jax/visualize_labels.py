@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
@@ -93,6 +95,33 @@ def draw_legend(
       anchor="lm",
     )
   return np.asarray(legend)
+
+
+def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+  """Draws a matrix of counts: a row a true class, the darker the larger its share of the row.
+
+  Args:
+    counts_TP: int [T, P], pixels of true class T predicted as P.
+    class_names: of class 0, 1, ...
+
+  Returns:
+    uint8 RGB.
+  """
+  truth_T1 = counts_TP.sum(axis=1, keepdims=True)
+  share_TP = 100 * counts_TP / np.maximum(truth_T1, 1)
+  edge = 2.5 + 0.34 * len(class_names)  # inches
+  figure = Figure(figsize=(edge, edge), dpi=100, layout="constrained")
+  canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+  axes.imshow(share_TP, cmap="Blues", vmin=0, vmax=100)
+  axes.set_xticks(range(len(class_names)), class_names, rotation=90)
+  axes.set_yticks(range(len(class_names)), class_names)
+  axes.set_xlabel("predicted")
+  axes.set_ylabel("true, % of its pixels")
+  for t, p in zip(*np.nonzero(share_TP >= 0.5), strict=True):
+    color = "white" if share_TP[t, p] > 50 else "black"
+    axes.text(p, t, f"{share_TP[t, p]:.0f}", ha="center", va="center", color=color, size=8)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _borders(label_HW: np.ndarray) -> np.ndarray:

@@ -20,8 +20,7 @@ DEMO = "--config=configs/coco_mask.py:demo"
     (("--config=configs/none.py",), ("configs/none.py does not exist",)),
     ((DEMO, "--config.batch_size=many"), ("config.batch_size=many",)),
     ((DEMO,), ("no --workdir",)),
-    ((DEMO, "--mode=trian"), ("trian", "prepare|train|eval|predict")),
-    (("--mode=analyze", "--table=9"), ("--table=9", "choose one of 1, 2, 3")),
+    ((DEMO, "--mode=trian"), ("trian", "prepare|browse|train|eval|predict|analyze")),
     (("--mode=train", "--workdir=WORK"), ("--mode=train needs --config",)),
     (("--mode=eval", "--workdir=WORK/none"), ("none/config.json does not exist",)),
     (

@@ -3,15 +3,15 @@
 import pathlib
 
 import numpy as np
-import PIL.Image
 
-from fpt_jax.data import ade20k, cityscapes
+from fpt_jax.data import ade20k, cityscapes, label_records
 
 # what the files hold for class 0, 1, ...
 _IDS = {
   "cityscapes": cityscapes.IDS,
   "ade20k": tuple(range(1, 1 + len(ade20k.LAYOUT.class_names))),
 }
+NUM_CLASSES = {name: len(ids) for name, ids in _IDS.items()}
 
 
 def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray) -> pathlib.Path:
@@ -45,5 +45,5 @@ def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray)
     stem = stem.removesuffix("_leftImg8bit") + "_pred_labelIds"
   folder.mkdir(parents=True, exist_ok=True)
   file = folder / f"{stem}.png"
-  PIL.Image.fromarray(ids[label_HW]).save(file)
+  file.write_bytes(label_records.encode_label(ids[label_HW]))
   return file

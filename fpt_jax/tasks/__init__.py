@@ -10,7 +10,9 @@ A task is a module with
   result(found, image): that, as `Restored.predict` gives it.
   images(config): the images of `config.data.eval_split` with their ground truth.
   entries(config, name, found): that, as `predictions.json` holds it.
+  save(config, workdir, stem, name, found): what else of it belongs on the disk.
   draw(config, image, found, truth, min_score): that, as a picture.
+  draw_example(config, batch, step, i): image i of a training batch, as a picture.
 """
 
 from types import ModuleType
@@ -18,9 +20,9 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from fpt_jax.errors import UserError
-from fpt_jax.tasks import detection
+from fpt_jax.tasks import detection, segmentation
 
-TASKS = {"rcnn": detection}
+TASKS = {"rcnn": detection, "segmenter": segmentation}
 
 
 def task_of(config: ConfigDict) -> ModuleType:

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from pycocotools import mask as coco_mask
 
 from fpt_jax import checkpoints, data, sharding, visualize
 from fpt_jax.categories import label_table, take_categories
 from fpt_jax.data import DatasetInfo, transforms
 from fpt_jax.metrics import coco
+from fpt_jax.models.heads.rpn import anchors_of_canvas, sampled_anchors
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.ops.masks import paste_rle, rasterize
+from fpt_jax.ops.masks import paste, paste_rle, rasterize
+from fpt_jax.ops.sampling import BACKGROUND, FOREGROUND
 from fpt_jax.reporting import Countdown
 
 BATCH_KEYS = (
@@ -26,6 +28,8 @@ BATCH_KEYS = (
 )  # fmt: skip
 MAIN_METRIC = "bbox/AP"
 RESULTS_FILE = "eval/coco_instances_results.json"
+NEGATIVES_DRAWN = 12  # of the anchors that an example is drawn with
+_sampled_anchors = jax.jit(sampled_anchors, static_argnums=0)
 
 
 def settle(config: ConfigDict, dataset: DatasetInfo) -> None:
@@ -213,6 +217,11 @@ def entries(config: ConfigDict, name: str, found: dict) -> list[dict]:
   ]
 
 
+def save(config: ConfigDict, workdir: str, stem: str, name: str, found: dict) -> None:
+  """Does nothing: `entries` and the picture are all there is of detections."""
+  del config, workdir, stem, name, found
+
+
 def draw(
   config: ConfigDict,
   image_HWC: np.ndarray,
@@ -241,3 +250,47 @@ def draw(
     masks=[rasterize(a["segmentation"], *image_HWC.shape[:2]) for a in truth],
   )
   return visualize.contact_sheet([true, detected], columns=2, titles=["ground truth", "detected"])
+
+
+def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i: int) -> np.ndarray:
+  """A training image as it is fed: its objects, and a sample of anchors as the RPN trains on them.
+
+  Anchors in an object's colour are trained to be its box, grey ones, of which a few are drawn, to be
+  background.
+
+  Args:
+    config: of the run.
+    batch: see `train_batches`.
+    step: whose batch it is; seeds the sample.
+    i: which image.
+  """
+  image_HWC = np.clip(np.round(batch["image_BHWC"][i]), 0, 255).astype(np.uint8)
+  canvas = image_HWC.shape[:2]
+  boxes_G4, valid_G = batch["gt_boxes_BG4"][i], batch["gt_valid_BG"][i]
+  true_G4 = boxes_G4[valid_G]
+  bitmaps_Gmm = batch["gt_masks_BGmm"][i][valid_G].astype(np.float32)
+  names = [config.model.category_names[k - 1] for k in batch["gt_labels_BG"][i][valid_G]]
+  objects = visualize.draw_detections(
+    image_HWC, true_G4, names, masks=list(paste(bitmaps_Gmm, true_G4, *canvas, aligned=True) >= 0.5)
+  )
+  rpn = config.model.rpn
+  anchors_A4 = anchors_of_canvas(rpn, canvas)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i)
+  sample = _sampled_anchors(FrozenConfigDict(rpn), anchors_A4, boxes_G4, valid_G, key)
+  matched_A, labels_A, selected_A = map(np.asarray, sample)
+  positive_A = selected_A & (labels_A == FOREGROUND)
+  # of the padded ground truths, positions among the valid ones
+  place_G = np.cumsum(valid_G) - 1
+  sampled = visualize.draw_anchors(
+    image_HWC,
+    true_G4,
+    names,
+    anchors_A4[positive_A],
+    place_G[matched_A[positive_A]],
+    anchors_A4[selected_A & (labels_A == BACKGROUND)][:NEGATIVES_DRAWN],
+  )
+  titles = [
+    "objects",
+    f"anchors: {positive_A.sum()} of objects, {(selected_A & ~positive_A).sum()} not",
+  ]
+  return visualize.contact_sheet([objects, sampled], columns=2, titles=titles)

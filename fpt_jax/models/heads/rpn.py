@@ -85,17 +85,11 @@ class RegionProposalNetwork(nnx.Module):
   ) -> dict[str, jax.Array]:
     """`loss_rpn_cls` and `loss_rpn_loc` over a random sample of the anchors of each image."""
     anchors_A4 = jnp.concatenate([jnp.asarray(a) for a in anchors_LA4])
-    config = self.config
 
     def targets(gt_boxes_G4, gt_valid_G, key):
-      matched_A, labels_A = sampling.match(
-        boxes.iou(gt_boxes_G4, anchors_A4),
-        gt_valid_G,
-        config.fg_threshold,
-        config.bg_threshold,
-        allow_low_quality=True,
+      matched_A, labels_A, selected_A = sampled_anchors(
+        self.config, anchors_A4, gt_boxes_G4, gt_valid_G, key
       )
-      selected_A = sampling.sample(labels_A, key, config.samples, config.positive_fraction)
       deltas_A4 = boxes.encode(gt_boxes_G4[matched_A], anchors_A4, (1.0, 1.0, 1.0, 1.0))
       return labels_A, deltas_A4, selected_A
 
@@ -109,6 +103,33 @@ class RegionProposalNetwork(nnx.Module):
       selected_BA,
     )
     return {"loss_rpn_cls": classification, "loss_rpn_loc": localisation}
+
+
+def sampled_anchors(config, anchors_A4, gt_boxes_G4, gt_valid_G, key: jax.Array):
+  """What an image's anchors are trained on: matched_A, labels_A (see `sampling.match`), selected_A."""
+  matched_A, labels_A = sampling.match(
+    boxes.iou(gt_boxes_G4, anchors_A4),
+    gt_valid_G,
+    config.fg_threshold,
+    config.bg_threshold,
+    allow_low_quality=True,
+  )
+  selected_A = sampling.sample(labels_A, key, config.samples, config.positive_fraction)
+  return matched_A, labels_A, selected_A
+
+
+def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:
+  """[A, 4] the anchors of all levels, without a pyramid: its strides are 4, 8, ... pixels.
+
+  Args:
+    config: as of `RegionProposalNetwork`.
+    canvas: (height, width) of the padded images, pixels.
+  """
+  strides = [4 * 2**level for level in range(len(config.anchor_sizes))]
+  sizes = [tuple(-(-edge // stride) for edge in canvas) for stride in strides]
+  spacings = [tuple(e // n for e, n in zip(canvas, size, strict=True)) for size in sizes]
+  levels = anchors(sizes, spacings, config.anchor_sizes, config.aspect_ratios)
+  return np.concatenate(levels)
 
 
 def propose_on_level(logits_A, deltas_A4, anchors_A4, size_2, pre_nms, post_nms, threshold):

@@ -1,0 +1,66 @@
+"""Pictures of what a detector is fed: the objects of the batch, and anchors as the RPN samples them."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from fpt_jax import models, visualize
+from fpt_jax.browse import browse
+from fpt_jax.models.heads.rpn import anchors_of_canvas
+from fpt_jax.tasks import detection
+from tests.runs import tiny_config
+
+
+def test_browsing_leaves_pictures_in_the_order_of_training(tmp_path):
+  config = tiny_config(data__flip=False)
+  browse(config, str(tmp_path), num_images=5)
+  with detection.train_batches(config, 0) as batches:
+    ids = [int(i) for _ in range(2) for i in next(batches)["image_id_B"]][:5]
+  names = sorted(p.name for p in (tmp_path / "browse").iterdir())
+  assert names == [f"{i + 1:03d}_{image_id}.png" for i, image_id in enumerate(ids)] + [
+    "contact_sheet.png"
+  ]
+  with PIL.Image.open(tmp_path / "browse" / names[0]) as picture:
+    assert picture.width > 2 * 448  # objects and anchors, side by side
+  with PIL.Image.open(tmp_path / "browse" / "contact_sheet.png") as sheet:
+    assert sheet.mode == "RGB" and sheet.width > 2 * 900
+  assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("canvas", [(64, 64), (96, 160), (100, 75)])
+def test_anchors_are_those_of_the_model(canvas):
+  config = tiny_config()
+  structure = models.structure_of(config)
+  levels = []
+
+  def sizes(arrays, image, size):
+    pyramid = structure.fill(arrays).features(image, size)
+    levels.extend(structure.fill(arrays).rpn.anchors(pyramid, canvas))
+    return pyramid[0].values_BHWC
+
+  jax.eval_shape(
+    sizes,
+    structure.shapes,
+    jax.ShapeDtypeStruct((1, *canvas, 3), np.float32),
+    jax.ShapeDtypeStruct((1, 2), np.int32),
+  )
+  np.testing.assert_array_equal(anchors_of_canvas(config.model.rpn, canvas), np.concatenate(levels))
+
+
+def test_anchors_have_their_objects_colors():
+  image_HWC = np.zeros((400, 500, 3), np.uint8)
+  boxes_G4 = np.array([[10.0, 10, 60, 60], [300, 200, 400, 300]])
+  drawn = visualize.draw_anchors(
+    image_HWC,
+    boxes_G4,
+    ["ant", "bee"],
+    np.array([[290.0, 210, 410, 310]]),
+    np.array([1]),
+    np.array([[100.0, 100, 150, 180]]),
+  )
+  color = np.array(visualize.category_color("bee"), float)
+  np.testing.assert_allclose(drawn[250, 290], color * 230 / 255, atol=2)
+  np.testing.assert_allclose(drawn[250, 350], color)  # the dot in the middle of the object
+  assert drawn[130, 100].tolist() == [round(200 * 160 / 255)] * 3
+  assert drawn[130, 60].tolist() == [0, 0, 0]

@@ -11,8 +11,10 @@ Behind the file's colon stand words and settings, separated by commas:
     cityscapes.py:demo                 generated shapes, a narrow ResNet-18, minutes on two CPU cores
     cityscapes.py:small                a frozen EfficientNet-Lite0 at low resolution
     cityscapes.py:backbone=resnet50    or resnet18, resnet34, efficientnet_lite0
-    cityscapes.py:pyramid=ufp          or none
+    cityscapes.py:pyramid=ufp          or ppm, aspp, none
     cityscapes.py:fpt=lgt+st+rt        any of st, lgt or gt, rt; or none
+    cityscapes.py:fpt=none,context=oc_base   or oc_pyramid, oc_asp: OCNet's object context on the pyramid
+    cityscapes.py:head=fcn             or ocnet, cfnet, afnb: whole networks of others, without FPT
     cityscapes.py:sbn=off              statistics of each device's images alone
     cityscapes.py:dropblock=off
 """

@@ -67,7 +67,7 @@ def segmentation() -> ConfigDict:
   config.model.backbone.output_stride = 8  # pixels; or 16, 32
   config.model.pyramid = ConfigDict(
     dict(
-      name="ufp",  # or "ppm", "aspp", "none"
+      name="ufp",  # or "ppm", "aspp"; "afnb" and "none" have one level
       channels=256,  # of each of the four levels
       kernels=(1, 7, 15, 31),  # of ufp, in positions of the backbone's last map
     )
@@ -78,6 +78,7 @@ def segmentation() -> ConfigDict:
   config.model.head = ConfigDict(
     dict(
       hidden=512,  # channels of the 3x3 convolution
+      context="none",  # or in its place "oc_base", "oc_pyramid", "oc_asp", "acf", "apnb"
       dropout=0.1,  # share of its channels
     )
   )
@@ -165,11 +166,43 @@ def set_sbn(config: ConfigDict, value: str) -> ConfigDict:
   return config
 
 
+def set_context(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.head.context = value
+  return config
+
+
+def set_head(config: ConfigDict, value: str) -> ConfigDict:
+  """Whole networks of others behind the backbone: `fcn`, `ocnet`, `cfnet`, `afnb`.
+
+  Raises:
+    ValueError: the network is not built here.
+  """
+  if value in NOT_BUILT:
+    raise ValueError(f"head={value}: {NOT_BUILT[value]}")
+  config.model.pyramid.name, config.model.head.context = language.choice(
+    "head", value, value, HEADS
+  )
+  config.model.fpt.enabled = False
+  return config
+
+
+HEADS = {  # pyramid and context
+  "fcn": ("none", "none"),
+  "ocnet": ("none", "oc_asp"),
+  "cfnet": ("none", "acf"),
+  "afnb": ("afnb", "apnb"),
+}
+NOT_BUILT = {
+  "hrnet": "HRNetV2 is a backbone of its own and is not built here",
+  "gscnn": "GSCNN with its Wide-ResNet-101 is not built here",
+}
 WORDS = {"small": small, "demo": demo}
 SETTINGS = {
   "backbone": language.set_backbone,
   "pyramid": language.set_pyramid,
   "fpt": language.set_fpt,
+  "context": set_context,
+  "head": set_head,
   "sbn": set_sbn,
   "dropblock": language.set_dropblock,
 }

@@ -73,6 +73,12 @@ def subsample(level: FeatureMap, factor: int = 2) -> FeatureMap:
   )
 
 
+def mean_over_valid(level: FeatureMap) -> jax.Array:
+  """[B, C] global average pooling over the positions on the image, in float32."""
+  count_B1 = jnp.maximum(jnp.sum(level.valid_BHW, axis=(1, 2), dtype=jnp.float32), 1)[:, None]
+  return jnp.sum(level.masked().astype(jnp.float32), axis=(1, 2)) / count_B1
+
+
 def as_pyramid(maps) -> Pyramid:
   """A Pyramid from plain [B, H, W, C] arrays, all positions valid, or from a Pyramid itself.
 

@@ -186,6 +186,7 @@ class ConvNorm(nnx.Module):
 
   Args:
     in_channels, out_channels, kernel, dilation: of the convolution, see `conv`.
+    relu: False leaves the ReLU away.
     norm: see `Norm`; without one the convolution has a bias.
   """
 
@@ -196,6 +197,7 @@ class ConvNorm(nnx.Module):
     kernel: int,
     *,
     dilation: int = 1,
+    relu: bool = True,
     norm: str,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -205,10 +207,11 @@ class ConvNorm(nnx.Module):
       in_channels, out_channels, kernel, dilation=dilation, bias=norm == "none", **options
     )
     self.norm = Norm(norm, out_channels, **options)
+    self.relu = relu
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=x.valid_BHW, train=train)
-    return x.with_values(nnx.relu(y_BHWC))
+    return x.with_values(nnx.relu(y_BHWC) if self.relu else y_BHWC)
 
 
 def drop_channels(x_BHWC: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:

@@ -35,16 +35,23 @@ class Segmenter(nnx.Module):
     self.backbone = build_backbone(config.backbone, output_stride=output_stride, **options)
     *_, c4, c5 = self.backbone.channels
     self.pyramid = build_pixel_pyramid(config, self.backbone.channels, rngs=rngs)
-    if self.pyramid is None and config.fpt.enabled:
-      raise ValueError("pyramid='none' has one level, and fpt needs several; choose a pyramid")
+    levels = (c5,) if self.pyramid is None else self.pyramid.channels
+    if config.fpt.enabled and len(levels) == 1:
+      raise ValueError(
+        f"pyramid={config.pyramid.name!r} has one level, and fpt needs several; choose another pyramid"
+      )
     self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
-    head = dict(num_classes=config.num_classes, norm=config.norm, **options)
-    levels = (c5,) if self.pyramid is None else (config.pyramid.channels,) * 4
-    self.head = SemanticHead(levels, hidden=config.head.hidden, dropout=config.head.dropout, **head)
-    auxiliary = config.auxiliary
+    head = dict(
+      output_stride=output_stride,
+      num_classes=config.num_classes,
+      dropout=config.head.dropout,
+      norm=config.norm,
+      **options,
+    )
+    self.head = SemanticHead(levels, hidden=config.head.hidden, context=config.head.context, **head)
     self.auxiliary = (
-      SemanticHead((c4,), hidden=auxiliary.hidden, dropout=config.head.dropout, **head)
-      if auxiliary.weight
+      SemanticHead((c4,), hidden=config.auxiliary.hidden, **head)
+      if config.auxiliary.weight
       else None
     )
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.models.feature_map import FeatureMap, mean_over_valid
 from fpt_jax.models.layers import conv
 
 GATES = {"identity": lambda w: w, "sigmoid": jax.nn.sigmoid}
@@ -82,9 +82,3 @@ class RenderingTransformer(nnx.Module):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return value_BHWC + self.downsample.bias[...].astype(kernel.dtype)[None, None, None]
-
-
-def mean_over_valid(level: FeatureMap) -> jax.Array:
-  """[B, C] global average pooling over the positions on the image, in float32."""
-  count_B1 = jnp.maximum(jnp.sum(level.valid_BHW, axis=(1, 2), dtype=jnp.float32), 1)[:, None]
-  return jnp.sum(level.masked().astype(jnp.float32), axis=(1, 2)) / count_B1

@@ -8,7 +8,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap, Pyramid
+from fpt_jax.models.heads.afnb import AsymmetricPyramid
+from fpt_jax.models.heads.cfnet import AggregatedCoOccurrentFeature
+from fpt_jax.models.heads.object_context import (
+  AtrousObjectContext,
+  BaseObjectContext,
+  PyramidObjectContext,
+  beside,
+)
 from fpt_jax.models.layers import ConvNorm, conv, drop_channels
+from fpt_jax.models.resnet import check_choice
+
+CONTEXTS = {
+  "oc_base": BaseObjectContext,
+  "oc_pyramid": PyramidObjectContext,
+  "oc_asp": AtrousObjectContext,
+  "acf": AggregatedCoOccurrentFeature,
+  "apnb": AsymmetricPyramid,
+}
 
 
 class SemanticHead(nnx.Module):
@@ -17,9 +34,14 @@ class SemanticHead(nnx.Module):
   It is the head of the fully convolutional networks of Zhang et al. 2018 and 2019 (the paper's [40]
   and [41]); on C5 alone it makes the dilated baseline, on C4 the auxiliary loss.
 
+  A network with more context has a module of `CONTEXTS` where the 3x3 convolution is: OCNet's object
+  context, CFNet's co-occurrent features, the asymmetric pyramid non-local block.
+
   Args:
     in_channels: of each level.
     hidden: channels of the convolution, 512 on C5 in those papers.
+    context: "none" or one of `CONTEXTS`.
+    output_stride: of the levels.
     num_classes: K.
     dropout: rate of the dropped channels, 0.1 in those papers.
     norm: see `layers.Norm`.
@@ -30,6 +52,8 @@ class SemanticHead(nnx.Module):
     in_channels: tuple[int, ...],
     *,
     hidden: int,
+    context: str = "none",
+    output_stride: int,
     num_classes: int,
     dropout: float,
     norm: str,
@@ -37,7 +61,13 @@ class SemanticHead(nnx.Module):
     rngs: nnx.Rngs,
   ):
     options = dict(dtype=dtype, rngs=rngs)
-    self.mix = ConvNorm(sum(in_channels), hidden, 3, norm=norm, **options)
+    check_choice("context", context, ("none", *CONTEXTS))
+    if context == "none":
+      self.mix = ConvNorm(sum(in_channels), hidden, 3, norm=norm, **options)
+    else:
+      self.mix = CONTEXTS[context](
+        sum(in_channels), hidden, output_stride=output_stride, norm=norm, **options
+      )
     self.classify = conv(
       hidden, num_classes, 1, kernel_init=nnx.initializers.normal(0.01), **options
     )
@@ -53,11 +83,6 @@ class SemanticHead(nnx.Module):
     Returns:
       [B, H, W, K] in the computation's dtype.
     """
-    x = self.mix(concatenated(levels), train=key is not None)
+    x = self.mix(beside(*levels), train=key is not None)
     x_BHWC = drop_channels(x.values_BHWC, key, self.dropout)
     return x.with_values(self.classify(x_BHWC))
-
-
-def concatenated(levels: Pyramid) -> FeatureMap:
-  """Levels of one size as one, channels behind each other."""
-  return levels[0].with_values(jnp.concatenate([level.values_BHWC for level in levels], axis=-1))

@@ -48,7 +48,7 @@ class UnscathedFeaturePyramid(nnx.Module):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.reduce = ConvNorm(in_channels[-1], channels, 1, **options)
     self.branches = nnx.List([GlobalConvolution(channels, kernel, **options) for kernel in kernels])
-    self.channels = channels
+    self.channels = (channels,) * len(kernels)
 
   def __call__(self, pyramid: Pyramid, *, train: bool = False) -> Pyramid:
     x = self.reduce(pyramid[-1], train=train)

@@ -2,8 +2,8 @@
 
 The model is traced on shapes alone; the equations of what it would compute are counted:
 
-- multiply-adds: those of convolutions and matrix products; interpolation (RoIAlign), suppression and
-  everything element by element are left out, as every count in papers does.
+- multiply-adds: those of convolutions and matrix products; interpolation (RoIAlign, enlargement),
+  suppression and everything element by element are left out, as in the counts of papers.
 - attention: the products inside `ops.mos_attention` and `ops.local_attention`, apart from the others
   and whatever their implementation. Of Q queries, K keys (window^2 of them where the attention is
   local), C channels and M parts the formula written out (eq. 2 to 5 of the FPT paper) has Q K C for the
@@ -13,7 +13,7 @@ The model is traced on shapes alone; the equations of what it would compute are 
 - parameters: what a gradient may change, frozen backbones included; running statistics and frozen
   normalisations, which torch counts as buffers, are not.
 - activations: bytes of what the counted operations put out, in the dtype they compute in. Of an
-  attention and of RoIAlign it is the result: their scores and samples are never all in memory.
+  attention and of an interpolation it is the result: scores and samples are never all in memory.
 
 Names are the beginnings of the parameters' names.
 """
@@ -31,7 +31,8 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.state import Skeleton
 from fpt_jax.ops.mos_attention import written_out
 
-ATTENTION, ROI_ALIGN = "attention", "roi_align"  # scopes of which the result alone is remembered
+ATTENTION = "attention"  # the scope of what is counted apart
+INTERPOLATIONS = ("roi_align", "upsample")  # scopes of what is not counted
 ELSEWHERE = "elsewhere"  # what no scope names
 
 
@@ -107,8 +108,9 @@ def _owner(parameter: str, modules: Mapping[str, Cost]) -> str:
 
 def _module_of(scopes: tuple[str, ...], beginnings: set[str]) -> str:
   """The module an equation belongs to: as many of its scopes as are the beginning of a parameter's name."""
-  if ROI_ALIGN in scopes:
-    return ROI_ALIGN
+  for interpolation in INTERPOLATIONS:
+    if interpolation in scopes:
+      return interpolation
   name = ""
   for scope in scopes:
     longer = f"{name}.{scope}" if name else scope
@@ -140,7 +142,7 @@ def _count_equations(
   for equation in jaxpr.eqns:
     scopes = outside + _scopes(equation)
     made = Cost()
-    if ROI_ALIGN not in scopes:
+    if not any(name in scopes for name in INTERPOLATIONS):
       if (products := _multiply_adds(equation)) and ATTENTION in scopes:
         made.attention = times * products
       elif products:
@@ -183,7 +185,7 @@ def _inner_jaxprs(equation) -> Iterable[Jaxpr]:
 
 
 def _left_behind(jaxpr: Jaxpr, outside: tuple[str, ...]) -> set[Var]:
-  """What leaves an attention or RoIAlign that begins in this jaxpr."""
+  """What leaves an attention or an interpolation that begins in this jaxpr."""
   if _hides(outside):
     return set()
   made = {v for e in jaxpr.eqns if _hides(_scopes(e)) for v in e.outvars}
@@ -192,7 +194,7 @@ def _left_behind(jaxpr: Jaxpr, outside: tuple[str, ...]) -> set[Var]:
 
 
 def _hides(scopes: tuple[str, ...]) -> bool:
-  return ATTENTION in scopes or ROI_ALIGN in scopes
+  return any(name in scopes for name in (ATTENTION, *INTERPOLATIONS))
 
 
 def _multiply_adds(equation) -> int:

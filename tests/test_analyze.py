@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from configs import coco_mask, tables
+from configs import cityscapes, coco_mask, tables
 from fpt_jax import analyze
 from fpt_jax.costs import Cost
 from fpt_jax.errors import UserError
@@ -63,10 +63,10 @@ def test_a_model_is_written_into_its_folder(tmp_path, capsys):
 
 def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
   rows = [
-    tables.Row("BFP", "demo,fpt=none", (31.6,), (29.9,), 34.6, 172.3),
-    tables.Row("BFP+ST", "demo,fpt=st", (32.0,), None, 55.0, 248.2),
-    tables.Row("BFP+RT", "demo,fpt=rt", (34.7,), (33.1,), 39.8, 187.9),
-    tables.Row("BFP+ST+RT", "demo,fpt=st+rt", (35.9,), (34.4,), 61.2, 256.7),
+    tables.Row("BFP", "demo,fpt=none", (31.6,), (29.9,), 34.6, 172.3, "cityscapes"),
+    tables.Row("BFP+ST", "demo,fpt=st", (32.0,), None, 55.0, 248.2, "cityscapes"),
+    tables.Row("BFP+RT", "demo,fpt=rt", (34.7,), (33.1,), 39.8, 187.9, "cityscapes"),
+    tables.Row("BFP+ST+RT", "demo,fpt=st+rt", (35.9,), (34.4,), 61.2, 256.7, "cityscapes"),
   ]
   monkeypatch.setitem(tables.TABLES, 1, rows)
   analyze.analyze_table(1, str(tmp_path), markdown=False)
@@ -75,7 +75,8 @@ def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
   totals = [row["total"]["parameters"] for row in written]
   assert [row["paper"]["gflops"] for row in written] == [172.3, 248.2, 187.9, 256.7]
   # what the level itself has in the convolution that fuses, and the normalisation, counted twice
-  own = 4 * (9 * 48 * 48 + 2 * 48)
+  channels = cityscapes.get_config("demo").model.pyramid.channels
+  own = 4 * (9 * channels**2 + 2 * channels)
   assert totals[3] == totals[1] + totals[2] - totals[0] - own
   (sums,) = [line for line in printed.splitlines() if line.count("+1.0")]
   assert sums.split()[:4] == ["BFP+ST+RT", "61.2", "60.2", "+1.0"]
@@ -93,6 +94,22 @@ def test_markdown(torchvision):
     "| A | `configs/coco_mask.py:fpt=st` | 32.0 / - | 44.4 (26.8) / 55.0 | 267.4 (148.5) / 248.2 | - |",
     "| B | `configs/coco_mask.py` | 31.6 / 29.9 | 44.4 (26.8) / - | 267.4 (148.5) / - | - |",
   ]
+
+
+def test_segmenter():
+  """A crop of the config's size; the auxiliary head, which only trains, has parameters alone."""
+  config = cityscapes.get_config("demo,fpt=lgt")
+  counted = analyze.analyze(config)
+  assert counted.canvas == tuple(config.data.crop)
+  assert "elsewhere" not in counted.modules
+  assert counted.total("auxiliary").multiply_adds == 0 < counted.total("auxiliary").parameters
+  height, width = config.data.crop
+  stride, classes = config.model.backbone.output_stride, config.model.num_classes
+  positions = (height // stride) * (width // stride)
+  hidden, channels = config.model.head.hidden, config.model.pyramid.channels
+  assert counted.modules["head"].multiply_adds == positions * hidden * (9 * 4 * channels + classes)
+  assert counted.modules["upsample"].activation_bytes == 4 * height * width * classes
+  assert not any(name.startswith("fpt.self") for name in counted.modules)
 
 
 def test_the_papers_rows_do_not_add_up():

@@ -68,15 +68,20 @@ class Segmenter(nnx.Module):
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
     train = train and not self.config.backbone.frozen
-    return self.backbone(normalized_BHWC, valid_BHW, train=train)
+    with jax.named_scope("backbone"):
+      return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
   def logits_of_levels(self, levels: Pyramid, *, key: jax.Array | None = None) -> FeatureMap:
     """The logits of C2 to C5 at the backbone's output stride; a PRNG key trains, None infers."""
     fpt_key, head_key = (None, None) if key is None else jax.random.split(key)
-    levels = levels[-1:] if self.pyramid is None else self.pyramid(levels, train=key is not None)
+    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` go by them.
+    with jax.named_scope("pyramid"):
+      levels = levels[-1:] if self.pyramid is None else self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
-      levels = self.fpt(levels, key=fpt_key)
-    return self.head(levels, key=head_key)
+      with jax.named_scope("fpt"):
+        levels = self.fpt(levels, key=fpt_key)
+    with jax.named_scope("head"):
+      return self.head(levels, key=head_key)
 
   def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
     """The training losses of a batch; their sum is what is minimised.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("upsample")
 def upsample_bilinear(
   x_BhwC: jax.Array, valid_Bhw: jax.Array, factor: int, height: int, width: int
 ) -> jax.Array:

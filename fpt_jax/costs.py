@@ -2,8 +2,8 @@
 
 The model is traced on shapes alone; the equations of what it would compute are counted:
 
-- multiply-adds: those of convolutions and matrix products; interpolation (RoIAlign, enlargement),
-  suppression and everything element by element are left out, as in the counts of papers.
+- multiply-adds: those of convolutions and matrix products; interpolation (RoIAlign, means over bins,
+  enlargement), suppression and everything element by element are left out, as in the counts of papers.
 - attention: the products inside `ops.mos_attention` and `ops.local_attention`, apart from the others
   and whatever their implementation. Of Q queries, K keys (window^2 of them where the attention is
   local), C channels and M parts the formula written out (eq. 2 to 5 of the FPT paper) has Q K C for the
@@ -32,7 +32,7 @@ from fpt_jax.models.state import Skeleton
 from fpt_jax.ops.mos_attention import written_out
 
 ATTENTION = "attention"  # the scope of what is counted apart
-INTERPOLATIONS = ("roi_align", "upsample")  # scopes of what is not counted
+INTERPOLATIONS = ("roi_align", "bins", "upsample")  # scopes of what is not counted
 ELSEWHERE = "elsewhere"  # what no scope names
 
 

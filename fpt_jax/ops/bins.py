@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("bins")
 def bin_means(x_BHWC: jax.Array, valid_BHW: jax.Array, bins: int) -> jax.Array:
   """Means over n x n bins, adaptive average pooling.
 
@@ -39,6 +40,7 @@ def bin_means(x_BHWC: jax.Array, valid_BHW: jax.Array, bins: int) -> jax.Array:
   return jnp.einsum("BnH,BHWC,BmW->BnmC", rows_BnH, seen_BHWC, columns_BmW)
 
 
+@jax.named_scope("bins")
 def spread_bins(x_BnnC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
   """Interpolates n x n bins over each image's extent: bilinear, with half-pixel centres.
 

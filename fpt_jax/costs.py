@@ -160,7 +160,17 @@ def _count_inside(equation, scopes, times, module_of, costs) -> None:
   match equation.primitive.name:
     case "scan":
       times *= equation.params["length"]
-    case "while" | "cond":
+    case "cond":
+      # Places for regions that stay empty are passed over: what is told is the most there can be.
+      branches = []
+      for jaxpr in inner:
+        _count_equations(jaxpr, scopes, times, module_of, branch := {})
+        branches.append(branch)
+      dearest = max(branches, key=lambda branch: sum(c.multiply_adds for c in branch.values()))
+      for module, cost in dearest.items():
+        costs[module] = costs.get(module, Cost()) + cost
+      return
+    case "while":
       # NMS: nothing to count. A count that depends on the data would be a guess.
       counted: dict[str, Cost] = {}
       for jaxpr in inner:

@@ -21,16 +21,24 @@ def conv(
   dilation: int = 1,
   bias: bool = True,
   kernel_init=None,
+  in_control_flow: bool = False,
   dtype=jnp.float32,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
   """A convolution padded by k // 2 times the dilation on every side, so stride s gives ceil(H / s).
 
   `kernel` is the side of a square, or (rows, columns). Weights start from He's normal distribution
-  over the fan-out unless `kernel_init` says otherwise.
+  over the fan-out unless `kernel_init` says otherwise. `in_control_flow` is for one that runs inside
+  `lax.scan` or `lax.cond`: there XLA on CPUs takes sixty times as long for a convolution as outside, and
+  for a matrix product it does not.
   """
   sides = (kernel, kernel) if isinstance(kernel, int) else kernel
   pads = [dilation * (side // 2) for side in sides]
+  convolution = jax.lax.conv_general_dilated
+  if sides == (1, 1):
+    convolution = pointwise
+  elif in_control_flow and stride == dilation == 1 and jax.default_backend() == "cpu":
+    convolution = unfolded
   return nnx.Conv(
     in_channels,
     out_channels,
@@ -40,7 +48,7 @@ def conv(
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=kernel_init or nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    conv_general_dilated=pointwise if sides == (1, 1) else jax.lax.conv_general_dilated,
+    conv_general_dilated=convolution,
     dtype=dtype,
     rngs=rngs,
   )
@@ -53,6 +61,19 @@ def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.A
   return jax.lax.dot_general(
     x_BHWC, kernel_11CD[0, 0], (((3,), (0,)), ((), ())), precision=precision
   )
+
+
+def unfolded(x_BHWC, kernel_hwCD, strides, padding, *, precision, **_) -> jax.Array:
+  """A convolution of stride 1 as one matrix product of all windows, nine times the input for a 3x3."""
+  del strides
+  height, width = x_BHWC.shape[1:3]
+  rows, columns, channels, out_channels = kernel_hwCD.shape
+  padded = jnp.pad(x_BHWC, [(0, 0), *padding, (0, 0)])
+  windows_BHWE = jnp.concatenate(
+    [padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)], axis=-1
+  )
+  kernel_ED = kernel_hwCD.reshape(rows * columns * channels, out_channels)
+  return jax.lax.dot_general(windows_BHWE, kernel_ED, (((3,), (0,)), ((), ())), precision=precision)
 
 
 class FrozenVariable(nnx.Variable):

@@ -5,6 +5,7 @@ D detections, K classes with background as 0, C channels, m side of an instance'
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from fpt_jax.ops.roi_align import multilevel_roi_align
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_DETECTION_SIDE = 1e-2
-MASK_BLOCK = 16  # regions of an image that the mask loss looks at together
+MASK_BLOCK = 16  # regions of an image whose masks are looked at together
 
 
 class RCNN(nnx.Module):
@@ -168,31 +169,29 @@ class RCNN(nnx.Module):
     return jax.lax.stop_gradient(jax.vmap(one_image)(proposals_BN4, valid_BN, *gt, keys_B))
 
   def mask_loss(self, pyramid, batch, rois) -> jax.Array:
-    """Over the positives, which are the first of the sampled regions of each image.
-
-    Most images fill a part of the places for positives: blocks of regions that hold none are skipped.
-    """
+    """Over the positives, which are the first of the sampled regions of each image."""
     config = self.config.box_head
     positives = min(int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1])
     rois = {name: value[:, :positives] for name, value in rois.items()}
-    rois["positive_BR"] = rois["valid_BR"] & (rois["labels_BR"] > 0)
+    rois["valid_BR"] &= rois["labels_BR"] > 0
     mask_boxes_BG4 = batch.get("gt_mask_boxes_BG4", batch["gt_boxes_BG4"])
 
     def total(rois):
-      pooled = self.pool(pyramid, rois["boxes_BR4"], rois["positive_BR"], self.config.mask_head)
-      logits_BRmm = self.mask_head(pooled, rois["labels_BR"])
+      logits_BRmm = self.mask_logits(
+        pyramid, rois["boxes_BR4"], rois["valid_BR"], rois["labels_BR"]
+      )
       cut = functools.partial(mask_targets, size=logits_BRmm.shape[2], aligned=self.config.aligned)
       targets_BRmm = jax.vmap(cut)(
         batch["gt_masks_BGmm"], mask_boxes_BG4, rois["boxes_BR4"], rois["matched_BR"]
       )
-      return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["positive_BR"])
+      return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["valid_BR"])
 
-    def add(so_far, rois):
-      some = jnp.any(rois["positive_BR"])
-      return so_far + jax.lax.cond(some, total, lambda _: jnp.float32(0), rois), None
+    totals = in_blocks(total, rois, rois["valid_BR"])
+    return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 
-    summed, _ = jax.lax.scan(add, jnp.float32(0), in_blocks(rois, MASK_BLOCK))
-    return summed / jnp.maximum(jnp.sum(rois["positive_BR"]), 1)
+  def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:
+    """[B, R, m, m]: of each region's own class."""
+    return self.mask_head(self.pool(pyramid, boxes_BR4, valid_BR, self.config.mask_head), labels_BR)
 
   def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config) -> jax.Array:
     """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part."""
@@ -274,23 +273,53 @@ class RCNN(nnx.Module):
 
   def masks(self, pyramid, detections: dict[str, jax.Array]) -> jax.Array:
     """[B, D, m, m]: probabilities of the masks of detections, relative to their boxes."""
-    pooled_BDPPC = self.pool(
-      pyramid, detections["boxes_BD4"], detections["valid_BD"], self.config.mask_head
-    )
-    return jax.nn.sigmoid(self.mask_head(pooled_BDPPC, detections["labels_BD"]))
+    found = {k: detections[k] for k in ("boxes_BD4", "valid_BD", "labels_BD")}
+
+    def probabilities(found):
+      return jax.nn.sigmoid(
+        self.mask_logits(pyramid, found["boxes_BD4"], found["valid_BD"], found["labels_BD"])
+      )
+
+    masks_NBdmm = in_blocks(probabilities, found, found["valid_BD"])
+    batch, count = found["valid_BD"].shape
+    masks_BDmm = jnp.moveaxis(masks_NBdmm, 0, 1).reshape(batch, -1, *masks_NBdmm.shape[3:])
+    return masks_BDmm[:, :count]
 
 
-def in_blocks(rois: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
-  """[B, R, ...] to [blocks, B, size, ...], zeros after the last region."""
+def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.Array) -> jax.Array:
+  """`function` of a few regions of each image at a time; blocks without a valid one give zeros, at once.
+
+  Few images fill the places there are for positives and for detections, and masks are the dearest part
+  of a region. Valid regions had better come first.
+
+  Args:
+    function: of arrays such as `regions`, with R = `MASK_BLOCK`, to one array.
+    regions: arrays [B, R, ...].
+    valid_BR: bool.
+
+  Returns:
+    [blocks, ...]: the results.
+  """
+  blocks = -(-valid_BR.shape[1] // MASK_BLOCK)
 
   def split(x_BR):
-    batch, regions = x_BR.shape[:2]
-    blocks = -(-regions // size)
+    batch, count = x_BR.shape[:2]
     rest = [(0, 0)] * (x_BR.ndim - 2)
-    padded = jnp.pad(x_BR, [(0, 0), (0, blocks * size - regions), *rest])
-    return jnp.moveaxis(padded.reshape(batch, blocks, size, *x_BR.shape[2:]), 1, 0)
+    padded = jnp.pad(x_BR, [(0, 0), (0, blocks * MASK_BLOCK - count), *rest])
+    return jnp.moveaxis(padded.reshape(batch, blocks, MASK_BLOCK, *x_BR.shape[2:]), 1, 0)
 
-  return jax.tree.map(split, rois)
+  blocks_of = jax.tree.map(split, regions)
+  result = jax.eval_shape(function, jax.tree.map(lambda x: x[0], blocks_of))
+
+  def nothing(_):
+    return jnp.zeros(result.shape, result.dtype)
+
+  @jax.checkpoint  # or every block would keep its copy of the features and weights for its gradient
+  def one_block(block):
+    valid, block = block
+    return jax.lax.cond(jnp.any(valid), function, nothing, block)
+
+  return jax.lax.map(one_block, (split(valid_BR), blocks_of))
 
 
 def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:

@@ -32,7 +32,10 @@ class MaskHead(nnx.Module):
   ):
     options = dict(dtype=dtype, rngs=rngs)
     self.convs = nnx.List(
-      [conv(channels if i == 0 else hidden, hidden, 3, **options) for i in range(layers)]
+      [
+        conv(channels if i == 0 else hidden, hidden, 3, in_control_flow=True, **options)
+        for i in range(layers)
+      ]
     )
     # With stride and kernel both 2 no outputs overlap: a transposed convolution is a matrix product.
     self.deconv = nnx.Linear(

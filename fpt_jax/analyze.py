@@ -199,15 +199,16 @@ def _number(value: float | None, digits: int) -> str:
 
 def format_rows(rows: Sequence, analyses: Sequence[Analysis]) -> str:
   """A table's parameters and multiply-adds beside the paper's, and how both add up."""
-  canvas = " x ".join(map(str, analyses[0].canvas))
+  canvases = [" x ".join(map(str, analysis.canvas)) for analysis in analyses]
+  one_size = len(set(canvases)) == 1
   lines = [
-    f"One image of {canvas}. {CONVENTIONS}",
+    f"One image of {canvases[0] if one_size else 'the size on the right'}. {CONVENTIONS}",
     "features: without the heads.",
     "",
     f"{'':<24}{'parameters, M':^27}{'multiply-adds, G':^27}{'attention, G':>14}",
     f"{'':<24}" + f"{'ours':>9}{'features':>9}{'paper':>9}" * 2 + f"{'ours':>14}",
   ]
-  for row, analysis in zip(rows, analyses, strict=True):
+  for row, analysis, canvas in zip(rows, analyses, canvases, strict=True):
     whole, features = analysis.total(), analysis.total(*FEATURES)
     cells = [
       *(_number(n / 1e6, 1) for n in (whole.parameters, features.parameters)),
@@ -219,6 +220,7 @@ def format_rows(rows: Sequence, analyses: Sequence[Analysis]) -> str:
       f"{row.name:<24}"
       + "".join(f"{cell:>9}" for cell in cells)
       + f"{_number(whole.attention / 1e9, 1):>14}"
+      + ("" if one_size else f"  {canvas}")
     )
   sums = format_sums(rows, analyses)
   return "\n".join(lines + (["", sums] if sums else []))

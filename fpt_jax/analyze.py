@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from fpt_jax import checkpoints, models
 from fpt_jax.costs import Cost, count, within
 from fpt_jax.errors import UserError
+from fpt_jax.models.rcnn import MASK_BLOCK
 
 FORWARD = {"rcnn": "detect", "segmenter": "logits"}  # method of (image_BHWC, size_B2)
 FEATURES = ("backbone", "pyramid", "fpt")
@@ -89,7 +90,9 @@ def _notes(model: ConfigDict) -> dict[str, str]:
     return {}
   notes = {"box_head": f"{model.rpn.test.post_nms} regions"}
   if model.mask_head.enabled:
-    notes["mask_head"] = f"{model.test.detections_per_image} masks, each of its own class"
+    masks = model.test.detections_per_image
+    places = -(-masks // MASK_BLOCK) * MASK_BLOCK  # the last block is computed whole
+    notes["mask_head"] = f"{places} places for {masks} masks, each of its own class"
   return notes
 
 

@@ -166,7 +166,9 @@ def _count_inside(equation, scopes, times, module_of, costs) -> None:
       for jaxpr in inner:
         _count_equations(jaxpr, scopes, times, module_of, branch := {})
         branches.append(branch)
-      dearest = max(branches, key=lambda branch: sum(c.multiply_adds for c in branch.values()))
+      dearest = max(
+        branches, key=lambda branch: sum(c.multiply_adds + c.attention for c in branch.values())
+      )
       for module, cost in dearest.items():
         costs[module] = costs.get(module, Cost()) + cost
       return

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.language import apply, choice, set_backbone, set_dropblock, set_fpt, set_pyramid
+from configs.language import apply, choice, set_backbone, set_dropblock, set_fpt, set_scope
 
 
 def backbone() -> ConfigDict:
@@ -152,6 +152,11 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
   return apply(config, arg, WORDS, SETTINGS)
 
 
+def set_pyramid(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.pyramid.name = choice("pyramid", value, value, {name: name for name in PYRAMIDS})
+  return config
+
+
 def set_head(config: ConfigDict, value: str) -> ConfigDict:
   config.model.head = choice(
     "head", value, value, {"standard": "standard", "augmented": "augmented"}
@@ -225,11 +230,13 @@ def demo(config: ConfigDict) -> ConfigDict:
   return config
 
 
+PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
 WORDS = {"small": small, "demo": demo, "torchvision": torchvision, "multiscale": multiscale}
 SETTINGS = {
   "backbone": set_backbone,
   "pyramid": set_pyramid,
   "fpt": set_fpt,
+  "scope": set_scope,
   "head": set_head,
   "sbn": set_sbn,
   "dropblock": set_dropblock,

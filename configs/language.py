@@ -75,6 +75,11 @@ def set_fpt(config: ConfigDict, value: str) -> ConfigDict:
   return config
 
 
+def set_scope(config: ConfigDict, value: str) -> ConfigDict:
+  config.model.fpt.scope = choice("scope", value, value, {"all": "all", "adjacent": "adjacent"})
+  return config
+
+
 def set_dropblock(config: ConfigDict, value: str) -> ConfigDict:
   config.model.fpt.keep_probability = choice("dropblock", value, value, {"on": 0.9, "off": 1.0})
   return config

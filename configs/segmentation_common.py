@@ -201,6 +201,7 @@ SETTINGS = {
   "backbone": language.set_backbone,
   "pyramid": language.set_pyramid,
   "fpt": language.set_fpt,
+  "scope": language.set_scope,
   "context": set_context,
   "head": set_head,
   "sbn": set_sbn,

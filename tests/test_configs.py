@@ -6,12 +6,13 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import coco_box, coco_mask
+from configs import coco_box, coco_mask, common
 from fpt_jax import models
 from fpt_jax.categories import label_table, take_categories
 from fpt_jax.data import DatasetInfo
 from fpt_jax.data.transforms import smallest_canvas
 from fpt_jax.errors import UserError
+from fpt_jax.models.pyramids import PYRAMIDS
 
 
 def parameters(shapes, prefix):
@@ -50,6 +51,7 @@ def test_parameters_of_the_papers_model():
     ("backbone.name", "vgg16", "backbone 'vgg16' does not exist"),
     ("backbone.norm", "layer", "norm='layer' does not exist"),
     ("pyramid.name", "nas", "pyramid 'nas' does not exist"),
+    ("head", "panet", "head 'panet' does not exist"),
     ("fpt.gate", "relu", "gate='relu' does not exist"),
     ("fpt.scope", "near", "scope='near' does not exist"),
     ("fpt.grounding_parts", 5, "parts=5"),
@@ -62,6 +64,16 @@ def test_parts_that_do_not_exist_are_told(field, value, told):
     config.update_from_flattened_dict({f"model.{field}": value})
   with pytest.raises(UserError, match=told):
     models.structure_of(config)
+
+
+def test_settings_name_the_pyramids_there_are():
+  assert tuple(PYRAMIDS) == common.PYRAMIDS
+  for name in PYRAMIDS:
+    config = coco_mask.get_config(f"pyramid={name},scope=adjacent,head=augmented").model
+    assert (config.pyramid.name, config.fpt.scope, config.head) == (name, "adjacent", "augmented")
+  for arg in ("pyramid=nas", "scope=near", "head=panet"):
+    with pytest.raises(ValueError, match=f"{arg} does not exist: .* is none of"):
+      coco_mask.get_config(arg)
 
 
 def test_categories_with_gaps():

@@ -14,8 +14,7 @@ from flax import nnx
 from fpt_jax.models.backbones import build_backbone
 from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
 from fpt_jax.models.fpt import build_fpt
-from fpt_jax.models.heads.box import BoxHead
-from fpt_jax.models.heads.mask import MaskHead
+from fpt_jax.models.heads import build_heads
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import PYRAMIDS
@@ -52,23 +51,8 @@ class RCNN(nnx.Module):
     )
     self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
     self.rpn = RegionProposalNetwork(channels, config.rpn, **options)
-    self.box_head = BoxHead(
-      channels,
-      pool_size=config.box_head.pool_size,
-      hidden=config.box_head.hidden,
-      num_classes=config.num_classes,
-      **options,
-    )
-    self.mask_head = (
-      MaskHead(
-        channels,
-        hidden=config.mask_head.hidden,
-        layers=config.mask_head.layers,
-        num_classes=config.num_classes,
-        **options,
-      )
-      if config.mask_head.enabled
-      else None
+    self.box_head, self.mask_head = build_heads(
+      config, levels=len(self.backbone.channels), **options
     )
 
   def features(
@@ -193,23 +177,31 @@ class RCNN(nnx.Module):
     """[B, R, m, m]: of each region's own class."""
     return self.mask_head(self.pool(pyramid, boxes_BR4, valid_BR, self.config.mask_head), labels_BR)
 
-  def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config) -> jax.Array:
-    """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part."""
+  def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config):
+    """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part.
+
+    For augmented heads a tuple of such, one for each level, of every region.
+    """
+
+    def from_levels(levels):
+      def one_image(features, boxes_R4, valid_R):
+        return multilevel_roi_align(
+          features,
+          tuple(level.stride for level in levels),
+          boxes_R4,
+          valid_R,
+          config.pool_size,
+          sampling_ratio=config.sampling_ratio,
+          aligned=self.config.aligned,
+        )
+
+      features = tuple(level.values_BHWC for level in levels)
+      return jax.vmap(one_image)(features, boxes_BR4, valid_BR)
+
     levels = pyramid[:-1]
-
-    def one_image(features, boxes_R4, valid_R):
-      return multilevel_roi_align(
-        features,
-        tuple(level.stride for level in levels),
-        boxes_R4,
-        valid_R,
-        config.pool_size,
-        sampling_ratio=config.sampling_ratio,
-        aligned=self.config.aligned,
-      )
-
-    features = tuple(level.values_BHWC for level in levels)
-    return jax.vmap(one_image)(features, boxes_BR4, valid_BR)
+    if self.config.head == "augmented":
+      return tuple(from_levels((level,)) for level in levels)
+    return from_levels(levels)
 
   def detect(self, image_BHWC: jax.Array, size_B2: jax.Array) -> dict[str, jax.Array]:
     """The `detections_per_image` best detections of each image.

@@ -39,7 +39,7 @@ def randomised(module, rng) -> dict[str, jax.Array]:
   return arrays
 
 
-def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-5):
+def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-5, step=1e-5):
   """Values, and the slope along a random direction of every array and of x, equal the reference's.
 
   Args:
@@ -49,6 +49,7 @@ def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-
     seen: where the output counts, broadcast with it.
     rng: of the directions.
     tolerance: of the largest value.
+    step: to either side of every number; the smaller, the fewer kinks of a ReLU or a maximum lie in it.
   """
   arrays64 = {n: np.asarray(a, np.float64) for n, a in arrays.items()}
   x64 = x.astype(np.float64)
@@ -65,11 +66,11 @@ def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-
     value = x64 if name == "x" else arrays64[name]
     direction = np.sign(np.asarray(gradient)) + 0.1 * rng.standard_normal(value.shape)
     sides = []
-    for step in (1e-5, -1e-5):
-      moved = value + step * direction
+    for side in (step, -step):
+      moved = value + side * direction
       changed = (arrays64, moved) if name == "x" else (arrays64 | {name: moved}, x64)
       sides.append(np.sum(reference(*changed) * weight))
-    slope = (sides[0] - sides[1]) / 2e-5
+    slope = (sides[0] - sides[1]) / (2 * step)
     np.testing.assert_allclose(
       np.sum(np.asarray(gradient, np.float64) * direction),
       slope,

@@ -28,20 +28,39 @@ class BoxHead(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    def linear(inputs, outputs, init):
-      return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
-
+    options = dict(dtype=dtype, rngs=rngs)
     he = nnx.initializers.he_normal()
-    self.fc6 = linear(channels * pool_size**2, hidden, he)
-    self.fc7 = linear(hidden, hidden, he)
-    self.cls_score = linear(hidden, num_classes + 1, nnx.initializers.normal(0.01))
-    self.bbox_pred = linear(hidden, 4 * (num_classes + 1), nnx.initializers.normal(0.001))
+    self.fc6 = nnx.Linear(channels * pool_size**2, hidden, kernel_init=he, **options)
+    self.fc7 = nnx.Linear(hidden, hidden, kernel_init=he, **options)
+    self.cls_score, self.bbox_pred = box_outputs(hidden, num_classes, **options)
 
   @jax.named_scope("box_head")
   def __call__(self, pooled_BRPPC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits [B, R, K] and deltas [B, R, K, 4] in float32."""
     batch, regions = pooled_BRPPC.shape[:2]
     x = nnx.relu(self.fc6(pooled_BRPPC.reshape(batch, regions, -1)))
-    x = nnx.relu(self.fc7(x))
-    deltas = self.bbox_pred(x).reshape(batch, regions, -1, 4)
-    return self.cls_score(x).astype(jnp.float32), deltas.astype(jnp.float32)
+    return read_out(nnx.relu(self.fc7(x)), self.cls_score, self.bbox_pred)
+
+
+def box_outputs(
+  hidden: int, num_classes: int, *, dtype, rngs: nnx.Rngs
+) -> tuple[nnx.Linear, nnx.Linear]:
+  """The last layers of a box head: a logit and a box refinement for every class, background included."""
+  return tuple(
+    nnx.Linear(
+      hidden,
+      outputs * (num_classes + 1),
+      kernel_init=nnx.initializers.normal(spread),
+      dtype=dtype,
+      rngs=rngs,
+    )
+    for outputs, spread in ((1, 0.01), (4, 0.001))
+  )
+
+
+def read_out(
+  x_BRC: jax.Array, cls_score: nnx.Linear, bbox_pred: nnx.Linear
+) -> tuple[jax.Array, jax.Array]:
+  """Logits [B, R, K] and deltas [B, R, K, 4] in float32."""
+  deltas = bbox_pred(x_BRC).reshape(*x_BRC.shape[:2], -1, 4)
+  return cls_score(x_BRC).astype(jnp.float32), deltas.astype(jnp.float32)

@@ -9,12 +9,19 @@ from flax import nnx
 
 from fpt_jax.models.heads.afnb import AsymmetricFusion
 from fpt_jax.models.pyramids.aspp import AtrousSpatialPyramid
+from fpt_jax.models.pyramids.bfi import BidirectionalFeatureInteraction
 from fpt_jax.models.pyramids.bfp import BottomUpFeaturePyramid
+from fpt_jax.models.pyramids.bpa import BottomUpPathAugmentation
 from fpt_jax.models.pyramids.fpn import FeaturePyramidNetwork
 from fpt_jax.models.pyramids.ppm import PyramidPooling
 from fpt_jax.models.pyramids.ufp import UnscathedFeaturePyramid
 
-PYRAMIDS = {"bfp": BottomUpFeaturePyramid, "fpn": FeaturePyramidNetwork}
+PYRAMIDS = {
+  "bfp": BottomUpFeaturePyramid,
+  "fpn": FeaturePyramidNetwork,
+  "bpa": BottomUpPathAugmentation,
+  "bfi": BidirectionalFeatureInteraction,
+}
 PIXEL_PYRAMIDS = {
   "ufp": UnscathedFeaturePyramid,
   "ppm": PyramidPooling,

@@ -1,0 +1,150 @@
+"""The box and mask heads of PANet (Liu et al., Path Aggregation Network, CVPR 2018), "AH" in table 3.
+
+Adaptive feature pooling (3.2): a region is cut out of every level, each goes through a first layer of its
+own, and the largest value of all levels goes on. Fully-connected fusion (3.3): the mask head has a second
+branch that sees the whole region at once. Heavier head (4.2): four convolutions in front of the box head's
+fully connected layer. All convolutions are 3x3 with GroupNorm and ReLU, as in the authors' code
+(github.com/ShuLiu1993/PANet).
+
+Shapes: B batch, R regions, N all regions of a batch, P side of the pooled square, C channels, K classes
+with background as 0.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.heads.box import box_outputs, read_out
+from fpt_jax.models.heads.mask import MaskHead
+from fpt_jax.models.layers import Norm, conv
+
+
+class RegionConv(nnx.Module):
+  """A 3x3 convolution without a bias, GroupNorm and ReLU on [N, P, P, C], all of which is region."""
+
+  def __init__(self, in_channels: int, channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    self.conv = conv(in_channels, channels, 3, bias=False, dtype=dtype, rngs=rngs)
+    self.norm = Norm("group_norm", channels, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x_NPPC: jax.Array) -> jax.Array:
+    return nnx.relu(self.norm(self.conv(x_NPPC)))
+
+
+class FusedLevels(nnx.Module):
+  """A first convolution for each level, and the element-wise maximum over the levels (3.2)."""
+
+  def __init__(self, levels: int, in_channels: int, channels: int, **options):
+    self.convs = nnx.List([RegionConv(in_channels, channels, **options) for _ in range(levels)])
+
+  def __call__(self, pooled: tuple[jax.Array, ...]) -> jax.Array:
+    """[N, P, P, C] from [B, R, P, P, C] of every level, in order."""
+    return functools.reduce(
+      jnp.maximum,
+      [layer(x.reshape(-1, *x.shape[2:])) for layer, x in zip(self.convs, pooled, strict=True)],
+    )
+
+
+class AugmentedBoxHead(nnx.Module):
+  """Adaptive feature pooling, three more convolutions, one fully connected layer, and what it tells.
+
+  Args:
+    channels: of the pooled features and of the convolutions.
+    levels: how many levels a region is pooled from.
+    pool_size: side P of the pooled square.
+    hidden: width of the fully connected layer (1024 in PANet).
+    num_classes: foreground classes; background is added as class 0.
+    layers: number of 3x3 convolutions, the levels' own included (4 in PANet).
+  """
+
+  def __init__(
+    self,
+    channels: int,
+    *,
+    levels: int,
+    pool_size: int,
+    hidden: int,
+    num_classes: int,
+    layers: int = 4,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    options = dict(dtype=dtype, rngs=rngs)
+    self.fused = FusedLevels(levels, channels, channels, **options)
+    self.convs = nnx.List([RegionConv(channels, channels, **options) for _ in range(layers - 1)])
+    self.fc6 = nnx.Linear(
+      channels * pool_size**2, hidden, kernel_init=nnx.initializers.he_normal(), **options
+    )
+    self.cls_score, self.bbox_pred = box_outputs(hidden, num_classes, **options)
+
+  def __call__(self, pooled: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Logits [B, R, K] and deltas [B, R, K, 4] in float32, from [B, R, P, P, C] of every level."""
+    x_NPPC = self.fused(pooled)
+    for layer in self.convs:
+      x_NPPC = layer(x_NPPC)
+    x_BRC = nnx.relu(self.fc6(x_NPPC.reshape(*pooled[0].shape[:2], -1)))
+    return read_out(x_BRC, self.cls_score, self.bbox_pred)
+
+
+class AugmentedMaskHead(nnx.Module):
+  """Adaptive feature pooling, two more convolutions, and two branches whose logits are added.
+
+  One branch is the end of a usual mask head: a convolution, a transposed one, a logit a class. The other
+  tells foreground from background whatever the class: two convolutions, of which the second halves the
+  channels, and a fully connected layer with an output for every pixel (3.3). Its outputs are logits of
+  either sign; the authors' code cuts the negative ones off, which the paper does not say.
+
+  Args:
+    channels: of the pooled features.
+    levels: how many levels a region is pooled from.
+    pool_size: side P of the pooled square.
+    hidden: channels of the convolutions (256 in PANet).
+    layers: number of 3x3 convolutions in front of the transposed one, the levels' own first one and the
+      branch's own last one included (4 in PANet); at least 2.
+    num_classes: foreground classes; class 0, background, has a map too.
+
+  Raises:
+    ValueError: fewer than 2 layers.
+  """
+
+  def __init__(
+    self,
+    channels: int,
+    *,
+    levels: int,
+    pool_size: int,
+    hidden: int = 256,
+    layers: int = 4,
+    num_classes: int,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    if layers < 2:
+      raise ValueError(f"an augmented mask head has at least 2 layers, got {layers}")
+    options = dict(dtype=dtype, rngs=rngs)
+    half = max(1, hidden // 2)
+    self.fused = FusedLevels(levels, channels, hidden, **options)
+    self.convs = nnx.List([RegionConv(hidden, hidden, **options) for _ in range(layers - 2)])
+    self.last = RegionConv(hidden, hidden, **options)
+    self.of_class = MaskHead(hidden, hidden=hidden, layers=0, num_classes=num_classes, **options)
+    self.fc_convs = nnx.List([RegionConv(hidden, c, **options) for c in (hidden, half)])
+    self.foreground = nnx.Linear(
+      half * pool_size**2,
+      (2 * pool_size) ** 2,
+      kernel_init=nnx.initializers.normal(0.01),
+      **options,
+    )
+
+  def __call__(self, pooled: tuple[jax.Array, ...], labels_BR: jax.Array) -> jax.Array:
+    """Logits [B, R, 2P, 2P] in float32 of each region's own class, from [B, R, P, P, C] of every level."""
+    batch, regions, side = pooled[0].shape[:3]
+    x_NPPC = self.fused(pooled)
+    for layer in self.convs:
+      x_NPPC = layer(x_NPPC)
+    last_NPPC = self.last(x_NPPC)
+    logits_BRPP = self.of_class(last_NPPC.reshape(batch, regions, *last_NPPC.shape[1:]), labels_BR)
+    for layer in self.fc_convs:
+      x_NPPC = layer(x_NPPC)
+    foreground_NQ = self.foreground(x_NPPC.reshape(batch * regions, -1)).astype(jnp.float32)
+    return logits_BRPP + foreground_NQ.reshape(batch, regions, 2 * side, 2 * side)

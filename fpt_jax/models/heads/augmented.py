@@ -24,9 +24,20 @@ from fpt_jax.models.layers import Norm, conv
 class RegionConv(nnx.Module):
   """A 3x3 convolution without a bias, GroupNorm and ReLU on [N, P, P, C], all of which is region."""
 
-  def __init__(self, in_channels: int, channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-    self.conv = conv(in_channels, channels, 3, bias=False, dtype=dtype, rngs=rngs)
-    self.norm = Norm("group_norm", channels, dtype=dtype, rngs=rngs)
+  def __init__(
+    self,
+    in_channels: int,
+    channels: int,
+    *,
+    in_control_flow: bool = False,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    options = dict(dtype=dtype, rngs=rngs)
+    self.conv = conv(
+      in_channels, channels, 3, bias=False, in_control_flow=in_control_flow, **options
+    )
+    self.norm = Norm("group_norm", channels, **options)
 
   def __call__(self, x_NPPC: jax.Array) -> jax.Array:
     return nnx.relu(self.norm(self.conv(x_NPPC)))
@@ -123,12 +134,13 @@ class AugmentedMaskHead(nnx.Module):
     if layers < 2:
       raise ValueError(f"an augmented mask head has at least 2 layers, got {layers}")
     options = dict(dtype=dtype, rngs=rngs)
+    region_conv = functools.partial(RegionConv, hidden, in_control_flow=True, **options)
     half = max(1, hidden // 2)
-    self.fused = FusedLevels(levels, channels, hidden, **options)
-    self.convs = nnx.List([RegionConv(hidden, hidden, **options) for _ in range(layers - 2)])
-    self.last = RegionConv(hidden, hidden, **options)
+    self.fused = FusedLevels(levels, channels, hidden, in_control_flow=True, **options)
+    self.convs = nnx.List([region_conv(hidden) for _ in range(layers - 2)])
+    self.last = region_conv(hidden)
     self.of_class = MaskHead(hidden, hidden=hidden, layers=0, num_classes=num_classes, **options)
-    self.fc_convs = nnx.List([RegionConv(hidden, c, **options) for c in (hidden, half)])
+    self.fc_convs = nnx.List([region_conv(hidden), region_conv(half)])
     self.foreground = nnx.Linear(
       half * pool_size**2,
       (2 * pool_size) ** 2,

@@ -43,6 +43,6 @@ def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
       titles.append(f"step {step + 1}, image {image_id}, of {height} x {width}")
       path = out / f"{image + 1:03d}_{image_id}.png"
       path.write_bytes(label_records.encode_label(pictures[-1]))
-  sheet = visualize.contact_sheet(pictures, columns=SHEET_COLUMNS, titles=titles, cell_width=960)
+  sheet = visualize.contact_sheet(pictures, columns=SHEET_COLUMNS, titles=titles, cell_width=800)
   (out / "contact_sheet.png").write_bytes(label_records.encode_label(np.ascontiguousarray(sheet)))
   logging.info("%d pictures and contact_sheet.png in %s", len(pictures), out)

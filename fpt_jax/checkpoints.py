@@ -25,6 +25,7 @@ NOT_OF_THE_WEIGHTS = (
   "rpn.train.",
   "category_names",
   "palette",
+  "swaps",
   "dtype",
   "fpt.implementation",
 )

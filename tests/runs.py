@@ -9,7 +9,7 @@ import tempfile
 
 from ml_collections import ConfigDict
 
-from configs import coco_mask
+from configs import cityscapes, coco_mask
 from fpt_jax import data
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,12 +45,40 @@ FIELDS = {
 }
 
 
+SEGMENTATION_FIELDS = {
+  "data.crop": (64, 64),
+  "data.builder": {"train_size": 24, "val_size": 4, "image_size": 64},
+  "model.backbone.width": 4,
+  "model.pyramid.channels": 8,
+  "model.pyramid.kernels": (1, 3, 5, 7),
+  "model.fpt.scope": "adjacent",
+  "model.head.hidden": 8,
+  "model.auxiliary.hidden": 8,
+  "batch_size": 4,
+  "optim.base_batch_size": 4,
+  "optim.warmup_steps": 0,
+  "steps": 8,
+  "log_every": 1,
+  "checkpoint.every_steps": 2,
+  "eval.every_steps": 100,
+  "eval.batch_size": 4,
+}
+
+
 def tiny_config(arg: str = "", **fields) -> ConfigDict:
   """The config of `coco_mask.py:demo,{arg}`; `fields` are set on top, with "__" for the dots."""
-  config = coco_mask.get_config(f"demo,{arg}")
+  return _tiny(coco_mask.get_config(f"demo,{arg}"), FIELDS, fields)
+
+
+def tiny_segmentation_config(arg: str = "", **fields) -> ConfigDict:
+  """As `tiny_config`, of `cityscapes.py:demo,{arg}`."""
+  return _tiny(cityscapes.get_config(f"demo,{arg}"), SEGMENTATION_FIELDS, fields)
+
+
+def _tiny(config: ConfigDict, tiny: dict, fields: dict) -> ConfigDict:
   config.data.builder = ConfigDict()
   config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
-  for name, value in (FIELDS | {k.replace("__", "."): v for k, v in fields.items()}).items():
+  for name, value in (tiny | {k.replace("__", "."): v for k, v in fields.items()}).items():
     *path, last = name.split(".")
     part = config
     for key in path:

@@ -279,6 +279,7 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
   sample = _sampled_anchors(FrozenConfigDict(rpn), anchors_A4, boxes_G4, valid_G, key)
   matched_A, labels_A, selected_A = map(np.asarray, sample)
   positive_A = selected_A & (labels_A == FOREGROUND)
+  negatives = np.flatnonzero(selected_A & (labels_A == BACKGROUND))
   # of the padded ground truths, positions among the valid ones
   place_G = np.cumsum(valid_G) - 1
   sampled = visualize.draw_anchors(
@@ -287,7 +288,7 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
     names,
     anchors_A4[positive_A],
     place_G[matched_A[positive_A]],
-    anchors_A4[selected_A & (labels_A == BACKGROUND)][:NEGATIVES_DRAWN],
+    anchors_A4[negatives[:: max(1, len(negatives) // NEGATIVES_DRAWN)]],
   )
   titles = [
     "objects",

@@ -198,8 +198,8 @@ def labeller(
     UserError: a field of `config.eval` is out of its range.
   """
   window, overlap, scales, flip = _eval_settings(config)
-  multiple = config.data.get("canvas_multiple", 32)
-  swapped_K = crops.mirror_table(config.model.get("swaps", ()))[: config.model.num_classes]
+  multiple = config.data.canvas_multiple
+  swapped_K = crops.mirror_table(config.model.swaps)[: config.model.num_classes]
 
   @functools.partial(jax.jit, static_argnames="canvas", out_shardings=out_shardings)
   def scores_at_one_scale(arrays, image_BHWC, size_B2, original_size_B2, canvas):
@@ -292,12 +292,12 @@ def predictor(
   Images are seen as in evaluation.
   """
   label = labeller(config, structure)
-  multiple, short_edge = config.data.get("canvas_multiple", 32), config.data.short_edge
+  multiple, short_edge = config.data.canvas_multiple, config.data.short_edge
 
   def find(image_HWC: np.ndarray) -> dict:
     original = image_HWC.shape[:2]
     size = crops.short_edge_size(original, short_edge) if short_edge else original
-    canvas = transforms.smallest_canvas(size, config.data.get("buckets", ()), multiple)
+    canvas = transforms.smallest_canvas(size, config.data.buckets, multiple)
     image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
     # rounded up, so that images of nearly the same size share a program
     original_canvas = transforms.smallest_canvas(original, (), multiple)

@@ -24,7 +24,7 @@ def test_browsing_leaves_pictures_in_the_order_of_training(tmp_path):
   with PIL.Image.open(tmp_path / "browse" / names[0]) as picture:
     assert picture.width > 2 * 448  # objects and anchors, side by side
   with PIL.Image.open(tmp_path / "browse" / "contact_sheet.png") as sheet:
-    assert sheet.mode == "RGB" and sheet.width > 2 * 900
+    assert sheet.mode == "RGB" and sheet.width > 2 * 800
   assert not (tmp_path / "checkpoints").exists()
 
 

@@ -56,6 +56,8 @@ def detection() -> ConfigDict:
     dict(
       name="coco",
       source="",  # folder of the data set's official layout, read by --mode=prepare
+      annotations="",  # instead: a single file of one's own in COCO's format,
+      images="",  # and the folder of its images; every tenth image is the split "val"
       data_dir="~/fpt_jax_data",  # where records are written and read
       train_split="train",
       eval_split="val",

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -24,6 +25,7 @@ OFFICIAL_SPLITS = {
 }
 _TOLERANCE = 1.0  # pixels a box may stick out of its image; it is clipped
 _NAMED = 10  # skipped records of a kind that the log names
+_EVERY = 10  # of a single annotation file, one image in so many is for evaluation
 
 
 class CocoInstances(tfds.core.GeneratorBasedBuilder):
@@ -37,17 +39,31 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     data_dir: str,
     source: str = "",
     splits: Mapping[str, tuple[str, str]] | None = None,
+    annotations: str = "",
+    images: str = "",
     skip_bad: bool = False,
   ):
     """Args:
     data_dir: folder of prepared data.
     source: folder of the official layout; needed to prepare only.
     splits: (annotation file, image folder) of each split, inside `source` unless absolute.
+    annotations, images: in place of `source`, one annotation file and its image folder. Every tenth
+      image, in the order of ids, is of the split "val", the others of "train". The records lie in a
+      folder of their own inside `data_dir`.
     skip_bad: leave bad images and annotations out, naming them in the log.
+
+    Raises:
+      UserError: the paths do not go together.
     """
     self._source = os.path.abspath(os.path.expanduser(source)) if source else ""
     self._files = dict(splits or OFFICIAL_SPLITS)
+    self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
+    if self._is_single:
+      self._source, pair = _single_source(self._source, splits, annotations, images)
+      self._files = {"train": pair, "val": pair}
+      name = pathlib.Path(annotations).stem
+      data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self._source.encode()):08x}")
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -63,16 +79,19 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
     if not self._source:
       raise UserError("data.source is empty; set it to the folder that holds the data set")
-    root = pathlib.Path(self._source)
+    root = pathlib.Path() if self._is_single else pathlib.Path(self._source)
+    hint = (
+      "data.annotations, data.images" if self._is_single else "data.source, data.builder.splits"
+    )
     if not root.is_dir():
       raise UserError(f"data.source={root}: no such folder; download the data set there")
     for split, (annotations, images) in self._files.items():
       if not split.isidentifier() or split == "all":
         raise UserError(f"data.builder.splits: {split!r} cannot name a split; use letters, not all")
       if not (root / annotations).is_file():
-        raise UserError(f"{root / annotations}: no such file; see data.source, data.builder.splits")
+        raise UserError(f"{root / annotations}: no such file; see {hint}")
       if not (root / images).is_dir():
-        raise UserError(f"{root / images}: no such folder; see data.source, data.builder.splits")
+        raise UserError(f"{root / images}: no such folder; see {hint}")
     return {
       split: self._generate_examples(split, root / annotations, root / images)
       for split, (annotations, images) in self._files.items()
@@ -82,6 +101,8 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     self, split: str, annotation_file: pathlib.Path, image_folder: pathlib.Path
   ) -> Iterator[tuple[int, dict]]:
     content = _read_json(annotation_file)
+    if self._is_single:
+      content = _share(content, annotation_file, split)
     label_of = self._take_categories(annotation_file, content["categories"])
     judge = _Judge(annotation_file, skip=self._skip_bad)
     images = _index_images(content["images"], judge)
@@ -125,6 +146,46 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       )
     metadata.update(found)
     return {category_id: label for label, category_id in enumerate(ids, 1)}
+
+
+def _single_source(
+  source: str, splits: object, annotations: str, images: str
+) -> tuple[str, tuple[str, str]]:
+  """What a single annotation file is known by, and its own and its image folder's absolute paths."""
+  for field, value in (("source", source), ("builder.splits", splits)):
+    if value:
+      raise UserError(f"data.{field} and data.annotations exclude each other; leave one empty")
+  for field, value in (("annotations", annotations), ("images", images)):
+    if not value:
+      raise UserError(
+        f"data.{field} is empty; data.annotations (a file) and data.images (its image folder) are "
+        "needed together"
+      )
+  pair = tuple(os.path.abspath(os.path.expanduser(path)) for path in (annotations, images))
+  return f"{pair[0]} and {pair[1]}", pair
+
+
+def _share(content: dict, annotation_file: pathlib.Path, split: str) -> dict:
+  """The images of a split in a file that is of all, and their annotations; what is bad is in "train"."""
+
+  def id_of(entry: object, field: str) -> int | None:
+    return entry[field] if isinstance(entry, dict) and _is_int(entry.get(field)) else None
+
+  ids = {id_of(image, "id") for image in content["images"]} - {None}
+  if len(ids) < 2:
+    raise UserError(
+      f"{annotation_file}: {len(ids)} images cannot be divided into those to train on and those to "
+      "evaluate; add some, or name two files in data.builder.splits"
+    )
+  of_val = set(sorted(ids)[::_EVERY])
+  logging.info(
+    "%s: %d of its %d images are for %s",
+    *(annotation_file, len(of_val) if split == "val" else len(ids) - len(of_val), len(ids), split),
+  )
+  return content | {
+    name: [e for e in content[name] if (id_of(e, field) in of_val) == (split == "val")]
+    for name, field in (("images", "id"), ("annotations", "image_id"))
+  }
 
 
 class _BadError(Exception):

@@ -188,6 +188,10 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
   arguments = {name: v for name, v in data.get("builder", {}).items() if v is not None}
   if data.name != "context_shapes":  # it is drawn, not read
     arguments |= {"source": data.source, "skip_bad": data.get("skip_bad", False)}
+  own = {field: data[field] for field in ("annotations", "images") if data.get(field, "")}
+  if own and data.name != "coco":
+    raise UserError(f"data.{next(iter(own))} is of data.name='coco', not of {data.name!r}")
+  arguments |= own
   try:
     return builders[data.name](data_dir=directory, **arguments)
   except TypeError as error:

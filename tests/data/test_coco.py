@@ -408,3 +408,70 @@ def test_real_bitmaps_agree_with_the_masks(real_coco):
       overlaps.append((seen & (mask_HW > 0)).sum() / (seen | (mask_HW > 0)).sum())
   assert len(overlaps) > 30
   assert min(overlaps) > 0.85 and np.mean(overlaps) > 0.95
+
+
+def _one_file(root, count=23, **fields):
+  """A single annotation file of `count` images with ids 100, 99, ..., and its config."""
+  content = write_coco(root)
+  first, note = content["images"][0], content["annotations"][0]
+  content["images"] = [first | {"id": 100 - i} for i in range(count)]
+  content["annotations"] = [note | {"id": 7 + i, "image_id": 100 - i} for i in range(count)]
+  file = root / "mine.json"
+  file.write_text(json.dumps(content))
+  paths = {"annotations": str(file), "images": str(root / "train2017")} | fields
+  return content, config("coco", root / "data", **paths)
+
+
+def test_one_file_is_divided_by_image_ids(tmp_path):
+  content, coco = _one_file(tmp_path)
+  data.prepare(coco)
+  assert data.info(coco).num_images == {"train": 20, "val": 3}
+  truth = {split: data.coco_ground_truth(coco, split) for split in ("train", "val")}
+  assert [image["id"] for image in truth["val"]["images"]] == [98, 88, 78]
+  assert [a["image_id"] for a in truth["val"]["annotations"]] == [98, 88, 78]
+  for kind in ("images", "annotations"):
+    together = truth["train"][kind] + truth["val"][kind]
+    assert sorted(together, key=lambda e: -e["id"]) == sorted(content[kind], key=lambda e: -e["id"])
+  # another file beside it has records of its own
+  other = tmp_path / "other.json"
+  other.write_text((tmp_path / "mine.json").read_text())
+  coco.annotations = str(other)
+  assert not data.is_prepared(coco)
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"images": ""}, ("data.images is empty",)),
+    ({"annotations": ""}, ("data.annotations is empty",)),
+    ({"annotations": "none.json"}, ("none.json: no such file; see data.annotations",)),
+    ({"images": "nowhere"}, ("nowhere: no such folder; see data.annotations, data.images",)),
+    ({"source": "coco"}, ("data.source and data.annotations exclude each other",)),
+    ({"builder": {"splits": {"a": ("b", "c")}}}, ("data.builder.splits and",)),
+    ({"name": "camvid"}, ("data.annotations is of data.name='coco', not of 'camvid'",)),
+  ],
+)
+def test_paths_that_do_not_go_together(fields, words, tmp_path):
+  _, coco = _one_file(tmp_path)
+  coco.update(fields)
+  with pytest.raises(UserError) as raised:
+    data.prepare(coco)
+  assert all(word in str(raised.value) for word in words)
+
+
+def test_one_image_cannot_be_divided(tmp_path):
+  _, coco = _one_file(tmp_path, count=1)
+  with pytest.raises(UserError, match="1 images cannot be divided"):
+    data.prepare(coco)
+
+
+def test_what_is_bad_in_one_file_is_named_once(tmp_path, caplog):
+  content, coco = _one_file(tmp_path, skip_bad=True)
+  content["annotations"][1]["image_id"] = [3]
+  content["annotations"][2]["bbox"] = [1, 2]  # on the first image of "val"
+  (tmp_path / "mine.json").write_text(json.dumps(content))
+  with caplog.at_level("WARNING"):
+    data.prepare(coco)
+  assert len(re.findall("skipped: .*annotation id", caplog.text)) == 2
+  assert "prepare train: 1 skipped: annotation: field image_id" in caplog.text
+  assert "prepare val: 1 skipped: annotation: field bbox" in caplog.text

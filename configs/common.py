@@ -64,7 +64,11 @@ def detection() -> ConfigDict:
       short_edge=800,  # pixels
       short_edge_min=0,  # pixels; training draws each image's shorter edge from here on; 0: one scale
       long_edge=1000,  # pixels, at most
-      buckets=((800, 1024), (1024, 800)),  # (height, width) of the canvases
+      buckets=(
+        (800, 1024),
+        (1024, 800),
+      ),  # (height, width) of the canvases; (): each image's own size
+      canvas_multiple=32,  # pixels; what that size is rounded up to
       max_instances=100,  # ground truths an image; the largest are kept
       flip=True,
       skip_bad=False,  # count and name bad records instead of stopping
@@ -120,6 +124,8 @@ def detection() -> ConfigDict:
       nms_threshold=0.5,
       detections_per_image=100,
       max_candidates=2000,  # boxes of all classes that suppression looks at
+      short_edges=(),  # pixels; detections at these sizes are put together; (): data.short_edge alone
+      flip=False,  # detections in the mirrored image too
     )
   )
 
@@ -180,7 +186,7 @@ def multiscale(config: ConfigDict) -> ConfigDict:
 def torchvision(config: ConfigDict) -> ConfigDict:
   """The detector that equals torchvision's fasterrcnn/maskrcnn_resnet50_fpn, for its weights."""
   config.data.long_edge = 1333
-  config.data.buckets = ((800, 1344), (1344, 800))
+  config.data.buckets = ()  # what lies beyond an image matters, so its canvas must be torchvision's
   config.model.num_classes = 90
   config.model.category_ids = tuple(range(1, 91))  # COCO's own ids, gaps and all
   config.model.aligned = False

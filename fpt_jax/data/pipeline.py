@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from fpt_jax.data import order, records, transforms
+from fpt_jax.data import canvases, order, records, transforms
 from fpt_jax.data.batches import Batches, assemble
 from fpt_jax.data.prepared import Reader, info
 from fpt_jax.errors import UserError
@@ -52,7 +52,7 @@ def train_batches(
   """
   reader = Reader(data, data.train_split)
   low, high = _short_edges(data)
-  bucket_N = _buckets(data, reader, high)
+  bucket_N, canvases_K2 = _assign(data, reader)
   stream = order.TrainOrder(bucket_N, seed=seed, batch_size=batch_size)
   share = order.host_share(batch_size, process_index, process_count)
 
@@ -67,7 +67,8 @@ def train_batches(
     return short, mirrored and data.flip
 
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  return _batches(data, reader, steps, plan, augment, share.stop - share.start, bitmaps=True)
+  parts = (canvases_K2[:, None], share.stop - share.start)
+  return _batches((data,), reader, steps, plan, augment, *parts, bitmaps=True)
 
 
 def eval_batches(
@@ -77,6 +78,7 @@ def eval_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  short_edges: tuple[int, ...] = (),
 ) -> Batches:
   """Reads this host's share of one pass over a split, every image once.
 
@@ -86,17 +88,30 @@ def eval_batches(
     batch_size: images of a global batch.
     process_index: which host this is.
     process_count: of how many; all get the same number of batches.
+    short_edges: pixels; the shorter edges of the images, in place of `data.short_edge`; longest edge
+      and buckets grow in proportion.
 
   Returns:
     batches as of `train_batches`, neither flipped nor with gt_masks_BGmm; valid_B is False, and
-    image_id_B -1, where an image only fills up a bucket's last batch.
+    image_id_B -1, where an image only fills up a canvas's last batch. image_BHWC, size_B2 and
+    gt_boxes_BG4 are at the first of the shorter edges; `other_views` is a tuple with a dict of
+    image_BHWC and size_B2 for each of the rest.
 
   Raises:
     UserError: as `train_batches`.
   """
   reader = Reader(data, split)
-  _, short = _short_edges(data)  # evaluation has one scale
-  schedule = order.eval_order(_buckets(data, reader, short), batch_size=batch_size)
+  _short_edges(data)
+  views = tuple(canvases.at_short_edge(data, short) for short in short_edges or (data.short_edge,))
+  # images of a batch share a canvas in every view
+  assigned = [_assign(view, reader) for view in views]
+  combined_KV, bucket_N = np.unique(
+    np.stack([bucket_N for bucket_N, _ in assigned], axis=1), axis=0, return_inverse=True
+  )
+  canvases_KV2 = np.stack(
+    [canvases_K2[combined_KV[:, v]] for v, (_, canvases_K2) in enumerate(assigned)], axis=1
+  )
+  schedule = order.eval_order(bucket_N.reshape(-1), batch_size=batch_size)
   share = order.host_share(batch_size, process_index, process_count)
 
   def plan(step: np.int64) -> tuple[np.ndarray, ...]:
@@ -105,10 +120,11 @@ def eval_batches(
     return tuple(column[share] for column in columns)
 
   def augment(_: int) -> tuple[int, bool]:
-    return short, False
+    return views[0].short_edge, False
 
   steps = tf.data.Dataset.range(len(schedule))
-  return _batches(data, reader, steps, plan, augment, share.stop - share.start, bitmaps=False)
+  parts = (canvases_KV2, share.stop - share.start)
+  return _batches(views, reader, steps, plan, augment, *parts, bitmaps=False)
 
 
 def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
@@ -192,23 +208,34 @@ def _short_edges(data: ml_collections.ConfigDict) -> tuple[int, int]:
   return low, high
 
 
-def _buckets(data: ml_collections.ConfigDict, reader: Reader, short: int) -> np.ndarray:
-  """Returns each image's bucket at its largest; a smaller one of multi-scale training fits too."""
-  sizes_N2 = [transforms.resized_size(h, w, short, data.long_edge) for h, w in reader.sizes_N2]
-  return order.assign_buckets(np.array(sizes_N2), data.buckets)
+def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+  """Returns each image's canvas at its largest, int [N], and the canvases, int [K, 2].
+
+  A smaller image of multi-scale training fits its canvas too.
+  """
+  sizes_N2 = np.array(
+    [transforms.resized_size(h, w, data.short_edge, data.long_edge) for h, w in reader.sizes_N2]
+  )
+  canvases_K2 = canvases.canvases(data, sizes_N2)
+  return order.assign_buckets(sizes_N2, canvases_K2), canvases_K2
 
 
 def _batches(
-  data: ml_collections.ConfigDict,
+  views: tuple[ml_collections.ConfigDict, ...],
   reader: Reader,
   steps: tf.data.Dataset,
   plan: Callable[[np.int64], tuple[np.ndarray, ...]],
   augment: Callable[[int], tuple[int, bool]],
+  canvases_KV2: np.ndarray,
   share: int,
   *,
   bitmaps: bool,
 ) -> Batches:
-  """Turns steps into this host's batches: plan, then read, decode and resize image by image."""
+  """Turns steps into this host's batches: plan, then read, decode and resize image by image.
+
+  The views are the config's `data` at each shorter edge; the first is what batches are about.
+  """
+  data, others = views[0], views[1:]
   overfull = set()
   fields = {
     "image_BHWC": (tf.uint8, (None, None, 3)),
@@ -222,6 +249,8 @@ def _batches(
   }
   if bitmaps:
     fields["gt_masks_BGmm"] = (tf.uint8, (data.max_instances, records.BITMAP, records.BITMAP))
+  if others:
+    fields["other_sizes_V2"] = (tf.int32, (len(others), 2))
 
   def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
     short, mirrored = augment(position)
@@ -229,12 +258,27 @@ def _batches(
     example["valid_B"] = np.bool_(valid)
     if not valid:
       example["image_id_B"] = np.int64(-1)
+    if others:
+      size = example["original_size_B2"]
+      sizes_V2 = [transforms.resized_size(*size, v.short_edge, v.long_edge) for v in others]
+      example["other_sizes_V2"] = np.array(sizes_V2, np.int32)
     return example
 
   def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
-    canvas = tf.gather(tf.constant(data.buckets, tf.int32), bucket)
-    image_HWC = transforms.resize_and_pad(example["image_BHWC"], example["size_B2"], canvas)
-    return example | {"image_BHWC": image_HWC}
+    canvases_V2 = tf.gather(tf.constant(canvases_KV2, tf.int32), bucket)
+    image_HWC = example["image_BHWC"]
+
+    def view(size: tf.Tensor, v: int) -> dict[str, tf.Tensor]:
+      return {
+        "image_BHWC": transforms.resize_and_pad(image_HWC, size, canvases_V2[v]),
+        "size_B2": size,
+      }
+
+    example |= view(example["size_B2"], 0)
+    if others:
+      sizes_V2 = example.pop("other_sizes_V2")
+      example["other_views"] = tuple(view(sizes_V2[v], v + 1) for v in range(len(others)))
+    return example
 
   return assemble(data, reader, steps, plan, fields, load, finish, share)
 

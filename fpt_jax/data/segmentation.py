@@ -8,16 +8,13 @@ from collections.abc import Iterator
 import ml_collections
 import numpy as np
 import tensorflow as tf
-from absl import logging
 from pycocotools import mask as coco_mask
 
-from fpt_jax.data import crops, label_records, order, records, transforms
+from fpt_jax.data import canvases, crops, label_records, order, records, transforms
 from fpt_jax.data.batches import Batches, assemble
 from fpt_jax.data.label_records import LabelRecord
 from fpt_jax.data.prepared import DatasetInfo, Reader, info
 from fpt_jax.errors import UserError
-
-_MANY_CANVASES = 8
 
 
 def train_batches(
@@ -129,7 +126,7 @@ def eval_batches(
   sizes_N2 = reader.sizes_N2
   if data.short_edge:
     sizes_N2 = np.array([crops.short_edge_size(size, data.short_edge) for size in sizes_N2])
-  canvases_K2 = _canvases(data, sizes_N2)
+  canvases_K2 = canvases.canvases(data, sizes_N2)
   bucket_N = order.assign_buckets(sizes_N2, canvases_K2)
   originals_K2 = np.zeros_like(canvases_K2)
   np.maximum.at(originals_K2, bucket_N, reader.sizes_N2)
@@ -270,21 +267,3 @@ def _augmentation(
   if short_edges and min(short_edges) < 1:
     raise UserError(f"data.short_edges={short_edges} must be positive numbers of pixels")
   return crop, scales, short_edges
-
-
-def _canvases(data: ml_collections.ConfigDict, sizes_N2: np.ndarray) -> np.ndarray:
-  """The sizes of the canvases that evaluation uses, int [K, 2]."""
-  if data.get("buckets", ()):
-    return np.array(data.buckets).reshape(-1, 2)
-  multiple = data.get("canvas_multiple", 32)
-  if multiple < 1:
-    raise UserError(f"data.canvas_multiple={multiple} must be a positive number of pixels")
-  canvases_K2 = np.unique(-(-sizes_N2 // multiple) * multiple, axis=0)
-  if len(canvases_K2) > _MANY_CANVASES:
-    logging.warning(
-      "evaluation has canvases of %d sizes, and the model is compiled for each; name a few in "
-      "data.buckets, or raise data.canvas_multiple=%d",
-      len(canvases_K2),
-      multiple,
-    )
-  return canvases_K2

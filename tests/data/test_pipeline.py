@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -147,6 +148,34 @@ def test_too_many_instances_keep_the_largest(shapes, caplog):
       cut += 1
       assert f"image id {one['image_id_B'][0]} " in caplog.text
   assert cut > 3 and f"{cut} such images so far" in caplog.text
+
+
+def test_other_views_are_the_same_images_at_other_sizes(coco):
+  coco = ml_collections.ConfigDict(json.loads(coco.to_json()))  # as of a run's config.json
+  (large,) = _take(data.eval_batches(coco, "val", batch_size=3, short_edges=(30, 20)), 1)
+  (small,) = _take(data.eval_batches(coco, "val", batch_size=3), 1)
+  (view,) = large["other_views"]
+  for name, values in view.items():
+    np.testing.assert_array_equal(values, small[name])
+  assert large["image_BHWC"].shape == (3, 32, 64, 3) and large["size_B2"].tolist() == [[30, 60]] * 3
+  np.testing.assert_allclose(large["gt_boxes_BG4"], 1.5 * small["gt_boxes_BG4"], rtol=1e-6)
+  np.testing.assert_array_equal(large["image_id_B"], small["image_id_B"])
+  with pytest.raises(UserError, match=r"model\.test\.short_edges: 0 must be"):
+    data.eval_batches(coco, "val", batch_size=3, short_edges=(0,))
+
+
+def test_canvases_of_the_images_own_sizes(coco):
+  coco = coco.copy_and_resolve_references()
+  coco.update({"buckets": (), "canvas_multiple": 24, "short_edge": 18})
+  for batches, count in (
+    (data.eval_batches(coco, "val", batch_size=3), 2),
+    (data.train_batches(coco, batch_size=3, seed=0), 8),
+  ):
+    shapes = {b["image_BHWC"].shape[1:3] for b in _take(batches, count)}
+    assert shapes == {(24, 48), (48, 24)}
+  coco.canvas_multiple = 0
+  with pytest.raises(UserError, match="canvas_multiple=0 must be"):
+    data.eval_batches(coco, "val", batch_size=3)
 
 
 def test_part_of_a_split(shapes):

@@ -8,7 +8,7 @@ import pytest
 
 from configs import segmentation_common
 from fpt_jax import data
-from fpt_jax.data import crops, label_records, order, segmentation, transforms
+from fpt_jax.data import canvases, crops, label_records, order, segmentation, transforms
 from fpt_jax.data.prepared import Reader
 from fpt_jax.errors import UserError
 from tests.data.conftest import label_config
@@ -231,7 +231,7 @@ def test_hosts_share_an_evaluation(folder):
 
 
 def test_many_canvases_are_told(folder, caplog, monkeypatch):
-  monkeypatch.setattr(segmentation, "_MANY_CANVASES", 6)
+  monkeypatch.setattr(canvases, "_MANY", 6)
   with caplog.at_level("WARNING"):
     segmentation.eval_batches(folder, "val", batch_size=1).close()
     assert "canvases" not in caplog.text

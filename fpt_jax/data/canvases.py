@@ -42,14 +42,6 @@ def canvases(data: ml_collections.ConfigDict, sizes_N2: np.ndarray) -> np.ndarra
   return canvases_K2
 
 
-def canvas_of(data: ml_collections.ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
-  """The smallest of `data.buckets` that holds an image, or its size rounded up if none does."""
-  fitting = [b for b in data.get("buckets", ()) if b[0] >= size[0] and b[1] >= size[1]]
-  if fitting:
-    return tuple(min(fitting, key=lambda b: b[0] * b[1]))
-  return tuple(map(int, round_up(np.array(size), multiple_of(data))))
-
-
 def at_short_edge(data: ml_collections.ConfigDict, short: int) -> ml_collections.ConfigDict:
   """The config's `data` for images with their shorter edge at `short` pixels.
 

@@ -13,9 +13,9 @@ from absl import logging
 from ml_collections import ConfigDict, FrozenConfigDict
 from pycocotools import mask as coco_mask
 
-from fpt_jax import checkpoints, data, sharding, visualize
+from fpt_jax import checkpoints, data, sharding, test_time, visualize
 from fpt_jax.categories import label_table, take_categories
-from fpt_jax.data import DatasetInfo, transforms
+from fpt_jax.data import DatasetInfo, canvases, transforms
 from fpt_jax.metrics import coco
 from fpt_jax.models.heads.rpn import anchors_of_canvas, sampled_anchors
 from fpt_jax.models.state import Arrays, Skeleton
@@ -82,10 +82,7 @@ def evaluate(
   Returns:
     "bbox/AP", "segm/AP50", ..., x100; the same on every host.
   """
-  detect = jax.jit(
-    lambda arrays, image, size: structure.fill(arrays).detect(image, size),
-    out_shardings=sharding.replicated(mesh),
-  )
+  detect = test_time.detector(config, structure, sharding.replicated(mesh))
   split = config.data.eval_split
   ground_truth = data.coco_ground_truth(config.data, split)
   results, done = [], 0
@@ -96,11 +93,13 @@ def evaluate(
     batch_size=config.eval.batch_size,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    short_edges=test_time.short_edges(config),
   )
   with batches:
     for batch in batches:
-      images = sharding.to_devices({k: batch[k] for k in ("image_BHWC", "size_B2")}, mesh)
-      detections = jax.device_get(detect(arrays, images["image_BHWC"], images["size_B2"]))
+      first = {k: batch[k] for k in ("image_BHWC", "size_B2")}
+      views = [sharding.to_devices(v, mesh) for v in (first, *batch.get("other_views", ()))]
+      detections = jax.device_get(detect(arrays, views))
       described = sharding.from_all_hosts(
         {k: batch[k] for k in ("size_B2", "original_size_B2", "image_id_B", "valid_B")}
       )
@@ -174,20 +173,22 @@ def predictor(
   config: ConfigDict, structure: Skeleton, arrays: Arrays
 ) -> Callable[[np.ndarray], dict]:
   """A function from an image, uint8 RGB [H, W, 3], to its detections as `to_original_image` has them."""
-  detect = jax.jit(lambda arrays, *inputs: structure.fill(arrays).detect(*inputs))
-  edges = config.data.short_edge
-  short = edges if isinstance(edges, int) else max(edges)
+  detect = test_time.detector(config, structure)
+  sizes = [canvases.at_short_edge(config.data, s) for s in test_time.short_edges(config)]
+
+  def view(image_HWC: np.ndarray, data: ConfigDict) -> test_time.View:
+    size = transforms.resized_size(*image_HWC.shape[:2], data.short_edge, data.long_edge)
+    canvas = transforms.smallest_canvas(size, data.buckets, canvases.multiple_of(data))
+    image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
+    return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}
 
   def find(image_HWC: np.ndarray) -> dict:
-    original = image_HWC.shape[:2]
-    size = transforms.resized_size(*original, short, config.data.long_edge)
-    canvas = transforms.smallest_canvas(size, config.data.buckets)
-    image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
-    detections = detect(arrays, image[None], np.array([size], np.int32))
+    views = [view(image_HWC, data) for data in sizes]
+    detections = jax.device_get(detect(arrays, views))
     return to_original_image(
-      {name: values[0] for name, values in jax.device_get(detections).items()},
-      np.array(size),
-      np.array(original),
+      {name: values[0] for name, values in detections.items()},
+      views[0]["size_B2"][0],
+      np.array(image_HWC.shape[:2]),
       config.model,
     )
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax import checkpoints, models
 from fpt_jax.costs import Cost, count, within
+from fpt_jax.data import canvases, transforms
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
 
@@ -62,7 +63,8 @@ class Analysis(NamedTuple):
 def analyze(config: ConfigDict) -> Analysis:
   """Counts what the model of a config does for one image of the paper's size.
 
-  That size is the first of `data.buckets` for detectors, `data.crop` for segmentation.
+  That size is the first of `data.buckets` for detectors, or the widest canvas where there are none,
+  and `data.crop` for segmentation.
 
   Raises:
     UserError: a part the config names does not exist.
@@ -82,7 +84,13 @@ def analyze(config: ConfigDict) -> Analysis:
 
 def canvas_of(config: ConfigDict) -> tuple[int, int]:
   """(height, width) of the image that is counted for, pixels."""
-  return tuple(config.data.crop if "crop" in config.data else config.data.buckets[0])
+  data = config.data
+  if "crop" in data:
+    return tuple(data.crop)
+  if data.buckets:
+    return tuple(data.buckets[0])
+  widest = (data.short_edge, data.long_edge)
+  return transforms.smallest_canvas(widest, (), canvases.multiple_of(data))
 
 
 def _notes(model: ConfigDict) -> dict[str, str]:

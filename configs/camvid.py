@@ -17,6 +17,8 @@ from configs import segmentation_common
 def get_config(arg: str = ""):
   """`arg`: see `segmentation_common.variant`."""
   config = segmentation_common.small(segmentation_common.segmentation())
+  config.images = 30 * 367
   config.data.update(dict(name="camvid", eval_split="test"))
+  config.eval.every_steps = 500
   config.model.num_classes = 11
   return segmentation_common.variant(config, arg)

@@ -144,18 +144,20 @@ def small(config: ConfigDict) -> ConfigDict:
 
 def demo(config: ConfigDict) -> ConfigDict:
   """Generated 128 x 128 images, a narrow ResNet-18 from scratch: minutes on two CPU cores."""
-  config.data.update(dict(name="context_shapes", crop=(128, 128), short_edges=(), scale_min=1.0))
-  config.data.scale_max = 1.0
+  config.data.update(dict(name="context_shapes", train_split="train", eval_split="val"))
+  config.data.update(dict(crop=(128, 128), short_edges=(), scale_min=1.0, scale_max=1.0))
+  config.data.buckets = ((128, 128),)
   config.batch_size = 8
   config.steps = 300
   config.model.num_classes = 6
+  config.model.auxiliary.weight = 0.4
   config.model.backbone.update(
     dict(name="resnet18", width=16, norm="sync_bn", frozen=False, output_stride=8)
   )
   config.model.pyramid.update(dict(channels=48, kernels=(1, 3, 7, 15)))
   config.model.head.hidden = 64
   config.model.auxiliary.hidden = 32
-  config.optim.update(dict(learning_rate=0.05, warmup_steps=20, clip_norm=10.0))
+  config.optim.update(dict(learning_rate=0.05, base_batch_size=8, warmup_steps=20, clip_norm=10.0))
   config.eval.update(dict(every_steps=config.steps, batch_size=20))
   config.checkpoint.every_steps = 150
   return config

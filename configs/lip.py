@@ -1,0 +1,26 @@
+"""Human parsing of Look Into Person with UFP and FPT: the paper's section 4.2, last row of table 5.
+
+    python -m fpt_jax.main --config=configs/lip.py --workdir=... --config.data.source=/data/lip
+
+The paper reports 56.2 mIoU on val for a frozen dilated ResNet-101, after 50 epochs of crops of
+573 x 573. Left and right parts of the body change places on a mirrored image.
+
+Variants are those of `configs/cityscapes.py`.
+"""
+
+from configs import segmentation_common
+
+
+def get_config(arg: str = ""):
+  """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
+  config = segmentation_common.segmentation()
+  config.images = 50 * 30_462
+  config.data.update(
+    dict(
+      name="lip",
+      crop=(573, 573),
+      canvas_multiple=128,  # images are of hundreds of sizes
+    )
+  )
+  config.model.num_classes = 20
+  return segmentation_common.variant(config, arg)

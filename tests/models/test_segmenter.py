@@ -18,9 +18,9 @@ from tests.models.test_pixel_pyramids import on_canvas, whole
 SIZE, CANVAS = (43, 34), (64, 64)
 
 
-def tiny(arg: str = "", **fields):
+def tiny(arg: str = "", module=cityscapes, **fields):
   """`cityscapes.py:demo,{arg}` with 8 channels; `fields` are set on top, with "__" for the dots."""
-  config = cityscapes.get_config(f"demo,{arg}")
+  config = module.get_config(f"demo,{arg}")
   config.model.backbone.width = 4
   config.model.pyramid.update(dict(channels=8, kernels=(1, 3, 5, 7)))
   config.model.head.hidden = config.model.auxiliary.hidden = 8

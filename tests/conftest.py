@@ -22,6 +22,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 REAL_DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For tests of whole runs: programs compiled in half the time, and slower to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
   return np.random.default_rng(0)

@@ -109,6 +109,7 @@ def command(*flags: str, **environment: str) -> subprocess.Popen:
     | {
       "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "fpt_jax_test_cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `quick_compilation` of the tests
     }
     | environment,
   )

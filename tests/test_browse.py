@@ -11,6 +11,8 @@ from fpt_jax.models.heads.rpn import anchors_of_canvas
 from fpt_jax.tasks import detection
 from tests.runs import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_browsing_leaves_pictures_in_the_order_of_training(tmp_path):
   config = tiny_config(data__flip=False)

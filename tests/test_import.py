@@ -19,6 +19,8 @@ from fpt_jax.train import check_preprocessing
 from tests.golden.fill import fill
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def resnet18(width: int) -> dict[str, np.ndarray]:
   """A state dict with the names of torchvision's and timm's resnet18."""

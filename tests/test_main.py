@@ -8,6 +8,8 @@ from PIL import Image
 
 from tests.runs import command, config_file, error_lines
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEMO = "--config=configs/coco_mask.py:demo"
 
 

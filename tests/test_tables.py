@@ -11,6 +11,8 @@ from fpt_jax import models
 from fpt_jax.train import train
 from tests.runs import losses_by_step, tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 INSTANCES = (tables.TABLE_1, tables.TABLE_2, tables.TABLE_3)
 ROWS = {row.arg: row for table in INSTANCES for row in table}
 

@@ -15,6 +15,8 @@ from fpt_jax.train import train
 from tests.models.test_segmenter import tiny
 from tests.runs import losses_by_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def config_of(row):
   return importlib.import_module(f"configs.{row.config}").get_config(row.arg)

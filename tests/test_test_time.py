@@ -11,6 +11,8 @@ from fpt_jax import models, test_time
 from fpt_jax.models.rcnn import RCNN
 from tests.runs import tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE_B2 = np.array([[45, 61], [64, 50]], np.int32)
 LARGER_B2 = np.array([[67, 92], [95, 75]], np.int32)
 

@@ -17,6 +17,8 @@ from fpt_jax.errors import UserError
 from fpt_jax.train import train
 from tests.runs import command, config_file, error_lines, losses_by_step, tiny_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask", "total_loss"}
 
 

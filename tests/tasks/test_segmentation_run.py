@@ -15,6 +15,8 @@ from fpt_jax.tasks import segmentation
 from fpt_jax.train import train
 from tests.runs import losses_by_step, tiny_segmentation_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

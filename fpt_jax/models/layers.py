@@ -68,12 +68,20 @@ def unfolded(x_BHWC, kernel_hwCD, strides, padding, *, precision, **_) -> jax.Ar
   del strides
   height, width = x_BHWC.shape[1:3]
   rows, columns, channels, out_channels = kernel_hwCD.shape
-  padded = jnp.pad(x_BHWC, [(0, 0), *padding, (0, 0)])
-  windows_BHWE = jnp.concatenate(
-    [padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)], axis=-1
-  )
-  kernel_ED = kernel_hwCD.reshape(rows * columns * channels, out_channels)
-  return jax.lax.dot_general(windows_BHWE, kernel_ED, (((3,), (0,)), ((), ())), precision=precision)
+
+  @jax.checkpoint  # its gradient unfolds again: windows kept for it would be nine times the input
+  def product(x_BHWC, kernel_hwCD):
+    padded = jnp.pad(x_BHWC, [(0, 0), *padding, (0, 0)])
+    windows_BHWE = jnp.concatenate(
+      [padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)],
+      axis=-1,
+    )
+    kernel_ED = kernel_hwCD.reshape(rows * columns * channels, out_channels)
+    return jax.lax.dot_general(
+      windows_BHWE, kernel_ED, (((3,), (0,)), ((), ())), precision=precision
+    )
+
+  return product(x_BHWC, kernel_hwCD)
 
 
 class FrozenVariable(nnx.Variable):

@@ -25,7 +25,7 @@ from fpt_jax.ops.roi_align import multilevel_roi_align
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_DETECTION_SIDE = 1e-2
-MASK_BLOCK = 16  # regions of an image whose masks are looked at together
+MASK_BLOCK = 8  # regions of an image whose masks are looked at together
 
 
 class RCNN(nnx.Module):
@@ -306,7 +306,6 @@ def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.A
   def nothing(_):
     return jnp.zeros(result.shape, result.dtype)
 
-  @jax.checkpoint  # or every block would keep its copy of the features and weights for its gradient
   def one_block(block):
     valid, block = block
     return jax.lax.cond(jnp.any(valid), function, nothing, block)

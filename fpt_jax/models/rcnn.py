@@ -25,7 +25,7 @@ from fpt_jax.ops.roi_align import multilevel_roi_align
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_DETECTION_SIDE = 1e-2
-MASK_BLOCK = 8  # regions of an image whose masks are looked at together
+MASK_BLOCK = 10  # regions of an image whose masks are looked at together
 
 
 class RCNN(nnx.Module):

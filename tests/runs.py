@@ -115,6 +115,31 @@ def command(*flags: str, **environment: str) -> subprocess.Popen:
   )
 
 
+def host_devices(count: int) -> dict[str, str]:
+  """The environment of a process that sees the CPU as `count` devices.
+
+  XLA kills a process whose devices wait for each other for 40 seconds, which on a busy machine are soon
+  over: here they wait as long as the test does.
+  """
+  flags = {
+    "xla_force_host_platform_device_count": count,
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 900,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 900,
+    "xla_cpu_collective_timeout_seconds": 900,
+  }
+  return {
+    "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items()),
+    "JAX_PLATFORMS": "cpu",
+  }
+
+
+def succeed(process: subprocess.Popen, timeout: float = 900) -> None:
+  """Waits for the end, which must be a good one: no error told, no signal, exit code 0."""
+  _, text = process.communicate(timeout=timeout)
+  assert process.returncode == 0, f"exit code {process.returncode}: {text[-3000:]}"
+  assert "Traceback" not in text, text[-3000:]
+
+
 def error_lines(process: subprocess.Popen, timeout: float = 900) -> list[str]:
   """Waits for the end; the lines of standard error that tell of an error or show a stack trace."""
   _, text = process.communicate(timeout=timeout)

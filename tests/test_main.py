@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import command, config_file, error_lines
+from tests.runs import command, config_file, error_lines, succeed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -49,7 +49,7 @@ def test_mistakes_are_told_in_one_line(flags, told, tmp_path):
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   file = config_file(folder, steps=2)
-  assert error_lines(command(f"--config={file}", f"--workdir={folder / 'work'}")) == []
+  succeed(command(f"--config={file}", f"--workdir={folder / 'work'}"))
   return folder / "work", file
 
 
@@ -59,7 +59,7 @@ def test_eval_gives_the_figures_of_training(run):
   results = workdir / "eval" / "coco_instances_results.json"
   before = json.loads(results.read_text())
   results.unlink()
-  assert error_lines(command("--mode=eval", f"--workdir={workdir}")) == []
+  succeed(command("--mode=eval", f"--workdir={workdir}"))
   assert json.loads(results.read_text()) == before
 
 
@@ -72,7 +72,7 @@ def test_predict_draws_files_folders_and_splits(run, tmp_path, rng):
   Image.fromarray(rng.integers(0, 255, (30, 20), np.uint8)).save(tmp_path / "folder" / "grey.png")
   images = f"--images={tmp_path / 'a.png'},{tmp_path / 'folder'}"
   flags = ("--mode=predict", f"--workdir={workdir}", "--min_score=0")
-  assert error_lines(command(*flags, images)) == []
+  succeed(command(*flags, images))
   predictions = workdir / "predictions"
   names = {p.name for p in predictions.iterdir()}
   assert names == {
@@ -83,7 +83,7 @@ def test_predict_draws_files_folders_and_splits(run, tmp_path, rng):
     str(tmp_path / n) for n in ("a.png", "folder/a.jpg", "folder/b.png", "folder/grey.png")
   }
 
-  assert error_lines(command(*flags, f"--config={file}")) == []
+  succeed(command(*flags, f"--config={file}"))
   assert len(list(predictions.glob("*.png"))) == 5 + 4
 
   data = (tmp_path / "folder" / "a.jpg").read_bytes()
@@ -91,4 +91,4 @@ def test_predict_draws_files_folders_and_splits(run, tmp_path, rng):
   (line,) = error_lines(command(*flags, images))
   assert "cut.jpg is no readable image" in line
   skip = (f"--config={file}", "--config.data.skip_bad")
-  assert error_lines(command(*flags, images, *skip)) == []
+  succeed(command(*flags, images, *skip))

@@ -15,7 +15,15 @@ import fpt_jax
 from fpt_jax import checkpoints
 from fpt_jax.errors import UserError
 from fpt_jax.train import train
-from tests.runs import command, config_file, error_lines, losses_by_step, tiny_config
+from tests.runs import (
+  command,
+  config_file,
+  error_lines,
+  host_devices,
+  losses_by_step,
+  succeed,
+  tiny_config,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -135,14 +143,14 @@ def wait_for_step(workdir, step, process, seconds=900):
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
   file = config_file(tmp_path, steps=60, checkpoint__every_steps=3)
   straight, broken = tmp_path / "straight", tmp_path / "broken"
-  assert error_lines(command(f"--config={file}", f"--workdir={straight}")) == []
+  succeed(command(f"--config={file}", f"--workdir={straight}"))
   for step in (4, 25):
     process = command(f"--config={file}", f"--workdir={broken}")
     wait_for_step(broken, step, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-  assert error_lines(command(f"--config={file}", f"--workdir={broken}")) == []
+  succeed(command(f"--config={file}", f"--workdir={broken}"))
   expected = losses_by_step(straight)
   assert set(expected) == set(range(1, 61))
   assert losses_by_step(broken) == expected
@@ -168,10 +176,8 @@ def test_sigterm_saves_before_it_ends(tmp_path):
 def test_two_devices_train_as_one_and_restore_on_one(tmp_path):
   file = config_file(tmp_path, steps=3)
   one, two = tmp_path / "one", tmp_path / "two"
-  assert error_lines(command(f"--config={file}", f"--workdir={one}")) == []
-  flags = "--xla_force_host_platform_device_count=2"
-  process = command(f"--config={file}", f"--workdir={two}", XLA_FLAGS=flags)
-  assert error_lines(process) == []
+  succeed(command(f"--config={file}", f"--workdir={one}"))
+  succeed(command(f"--config={file}", f"--workdir={two}", **host_devices(2)))
   first, second = losses_by_step(one), losses_by_step(two)
   for name, value in first[1].items():
     assert second[1][name] == pytest.approx(value, rel=1e-4), name

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
-from fpt_jax.models.layers import Norm
+from fpt_jax.models.layers import Norm, pointwise
 from fpt_jax.models.resnet import OUTPUT_STRIDES, check_choice
+from fpt_jax.ops.depthwise import depthwise
 
 EPSILON = 1e-3  # of the normalisations, as in the release
 
@@ -44,6 +45,11 @@ STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
 
 def same_conv(in_channels, out_channels, kernel, *, stride=1, dilation=1, groups=1, options):
   """A k x k convolution without bias, padded as TensorFlow's "SAME"."""
+  convolution = jax.lax.conv_general_dilated
+  if kernel == 1:
+    convolution = pointwise
+  elif groups == in_channels == out_channels:
+    convolution = depthwise
   return nnx.Conv(
     in_channels,
     out_channels,
@@ -53,6 +59,7 @@ def same_conv(in_channels, out_channels, kernel, *, stride=1, dilation=1, groups
     kernel_dilation=dilation,
     feature_group_count=groups,
     use_bias=False,
+    conv_general_dilated=convolution,
     kernel_init=nnx.initializers.variance_scaling(2.0 * groups, "fan_out", "normal"),
     **options,
   )

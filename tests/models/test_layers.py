@@ -13,6 +13,7 @@ from flax import nnx
 
 from fpt_jax.models.feature_map import valid_positions
 from fpt_jax.models.layers import Norm, conv, drop_block, resize_nearest
+from tests.runs import host_devices
 
 
 def test_sync_bn_statistics_are_over_valid_positions(rng):
@@ -75,10 +76,7 @@ def test_bn_and_sync_bn_on_eight_devices(rng, tmp_path):
   valid = np.asarray(valid_positions(jnp.array([[3, 4], [2, 2]] * 4, jnp.int32), 3, 4))
   weight = rng.standard_normal(x.shape).astype(np.float32)
   np.savez(tmp_path / "in.npz", x=x, valid=valid, weight=weight)
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-  }
+  environment = os.environ | host_devices(8)
   command = [sys.executable, "-c", EIGHT_DEVICES, tmp_path / "in.npz", tmp_path / "out.npz"]
   subprocess.run(command, check=True, env=environment, cwd=pathlib.Path(__file__).parents[2])
   found = np.load(tmp_path / "out.npz")

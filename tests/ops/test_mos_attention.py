@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy.spatial.distance import cdist
 
 from fpt_jax.ops.mos_attention import mos_attention
+from tests.runs import host_devices
 
 IMPLEMENTATIONS = ("naive", "chunked")
 SIMILARITIES = ("dot", "euclidean")
@@ -234,12 +235,11 @@ def test_remat_changes_nothing(implementation):
 
 def test_a_sharded_batch_stays_where_it_is():
   """Four devices, each with its own images: no array travels, and the numbers are the same."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
   here = pathlib.Path(__file__)
   done = subprocess.run(
     [sys.executable, "-c", f"import {__name__} as test; test.run_sharded()"],
     cwd=here.parents[len(__name__.split(".")) - 1],
-    env=environment,
+    env=os.environ | host_devices(4),
     capture_output=True,
     text=True,
     check=False,

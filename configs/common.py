@@ -3,7 +3,8 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.language import apply, choice, set_backbone, set_dropblock, set_fpt, set_scope
+from configs import language
+from configs.language import apply, choice, set_dropblock, set_fpt, set_scope
 
 
 def backbone() -> ConfigDict:
@@ -85,11 +86,18 @@ def detection() -> ConfigDict:
       pixel_std=(0.229, 0.224, 0.225),
       channel_order="rgb",  # or "bgr": of the images the backbone was trained on
       dtype="float32",  # of the computation; "bfloat16" on TPU
+      canonical_size=224.0,  # pixels, the side of the smallest square region pooled from P4
       aligned=True,  # regions are cut out to the half pixel; False: as torchvision's Mask R-CNN
     )
   )
   config.model.backbone = backbone()
-  config.model.pyramid = ConfigDict(dict(name="bfp", channels=256))  # or "fpn", "bpa", "bfi"
+  config.model.pyramid = ConfigDict(
+    dict(
+      name="bfp",  # or "fpn", "bpa", "bfi"
+      channels=256,
+      level_norm="none",  # or "sync_bn", "bn", "group_norm": of the backbone's levels, before the pyramid
+    )
+  )
   config.model.fpt = feature_pyramid_transformer()
   config.model.rpn = ConfigDict(
     dict(
@@ -141,6 +149,7 @@ def detection() -> ConfigDict:
       decay_factor=0.1,
       schedule="step",  # or "cosine"
       clip_norm=0.0,  # of the gradient; 0 for none
+      frozen=(),  # beginnings of names of parameters to keep as they are: ("backbone.stem", "rpn")
     )
   )
   config.eval = ConfigDict(dict(every_steps=10_000, batch_size=8))
@@ -158,6 +167,17 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
     ValueError: a word, a setting or its value does not exist.
   """
   return apply(config, arg, WORDS, SETTINGS)
+
+
+def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
+  """As `language.set_backbone`; the levels of EfficientNet-Lite0 are normalised.
+
+  They end in convolutions without an activation, and with ImageNet's weights their standard deviations
+  are 3 to 10: a pyramid of convolutions alone hands that on, and training diverges at usual rates.
+  """
+  config = language.set_backbone(config, value)
+  config.model.pyramid.level_norm = "sync_bn" if value == "efficientnet_lite0" else "none"
+  return config
 
 
 def set_pyramid(config: ConfigDict, value: str) -> ConfigDict:
@@ -205,6 +225,7 @@ def small(config: ConfigDict) -> ConfigDict:
   config.optim.schedule = "cosine"
   config.optim.clip_norm = 10.0
   config.model.backbone.update(dict(name="resnet18", width=32, norm="sync_bn", frozen=False))
+  config.model.canonical_size = 84.0  # as much smaller than 224 as the anchors are
   config.model.pyramid.channels = 64
   config.model.rpn.anchor_sizes = ((12.0,), (24.0,), (48.0,), (96.0,), (192.0,))
   config.model.rpn.samples = 64
@@ -225,6 +246,7 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.data.buckets = ((128, 128),)
   config.data.max_instances = 8
   config.steps = 300
+  config.model.canonical_size = 224.0
   config.model.backbone.width = 16
   config.model.pyramid.channels = 48
   config.model.rpn.anchor_sizes = ((12.0,), (24.0,), (40.0,), (64.0,), (96.0,))

@@ -101,6 +101,7 @@ def segmentation() -> ConfigDict:
       schedule="poly",  # the rate is multiplied by (1 - step / steps) ** power; or "cosine"
       power=0.9,
       clip_norm=0.0,  # of the gradient; 0 for none
+      frozen=(),  # beginnings of names of parameters to keep as they are: ("backbone.stem", "head")
     )
   )
   config.eval = ConfigDict(

@@ -11,10 +11,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fpt_jax import checkpoints, models
-from fpt_jax.costs import Cost, count, within
+from fpt_jax.costs import Cost, count
 from fpt_jax.data import canvases, transforms
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
+from fpt_jax.models.state import within
 
 FORWARD = {"rcnn": "detect", "segmenter": "logits"}  # method of (image_BHWC, size_B2)
 FEATURES = ("backbone", "pyramid", "fpt")

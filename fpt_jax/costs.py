@@ -28,7 +28,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from fpt_jax.errors import UserError
-from fpt_jax.models.state import Skeleton
+from fpt_jax.models.state import Skeleton, within
 from fpt_jax.ops.mos_attention import written_out
 
 ATTENTION = "attention"  # the scope of what is counted apart
@@ -62,11 +62,6 @@ class Cost:
 
   def as_dict(self) -> dict[str, int]:
     return dataclasses.asdict(self)
-
-
-def within(name: str, beginning: str) -> bool:
-  """Whether a dotted name is `beginning` or begins with it."""
-  return name == beginning or name.startswith(f"{beginning}.")
 
 
 def count(run: Callable, structure: Skeleton, *inputs: jax.ShapeDtypeStruct) -> dict[str, Cost]:

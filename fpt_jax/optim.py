@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from fpt_jax.errors import UserError
+from fpt_jax.models.state import within
 
 
 def total_steps(config) -> int:
@@ -45,10 +46,19 @@ def schedule(config) -> optax.Schedule:
 
 
 def trainable(config, parameters: set[str]) -> set[str]:
-  """Names of the parameters that gradients change; of a frozen backbone, none."""
-  if not config.model.backbone.frozen:
-    return set(parameters)
-  return {name for name in parameters if not name.startswith("backbone.")}
+  """Names of the parameters that gradients change; of a frozen backbone, none.
+
+  Raises:
+    UserError: `config.optim.frozen` names what is no parameter.
+  """
+  frozen = (*config.optim.frozen, *(("backbone",) if config.model.backbone.frozen else ()))
+  for beginning in config.optim.frozen:
+    if not any(within(name, beginning) for name in parameters):
+      raise UserError(
+        f"config.optim.frozen names {beginning!r}, with which no parameter begins; --mode=analyze "
+        "lists the modules"
+      )
+  return {name for name in parameters if not any(within(name, part) for part in frozen)}
 
 
 def optimizer(config) -> optax.GradientTransformation:

@@ -66,6 +66,11 @@ def test_a_frozen_backbone_is_not_trained():
   assert optim.trainable(config, names) == names - {"backbone.conv1.kernel"}
   config.model.backbone.frozen = False
   assert optim.trainable(config, names) == names
+  config.optim.frozen = ("backbone", "rpn.conv.bias")
+  assert optim.trainable(config, names) == {"fpt.fuse.0.kernel"}
+  config.optim.frozen = ("fpt.fus",)
+  with pytest.raises(UserError, match="'fpt.fus', with which no parameter begins"):
+    optim.trainable(config, names)
 
 
 def test_poly_schedule():

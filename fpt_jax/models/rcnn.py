@@ -16,6 +16,7 @@ from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.heads import build_heads
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
+from fpt_jax.models.layers import Norm
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import PYRAMIDS
 from fpt_jax.ops import boxes, losses, sampling
@@ -46,6 +47,9 @@ class RCNN(nnx.Module):
         f"pyramid {config.pyramid.name!r} does not exist; choose one of {', '.join(PYRAMIDS)}"
       )
     channels = config.pyramid.channels
+    self.level_norms = nnx.List(
+      [Norm(config.pyramid.level_norm, c, **options) for c in self.backbone.channels]
+    )
     self.pyramid = PYRAMIDS[config.pyramid.name](
       self.backbone.channels, channels=channels, **options
     )
@@ -78,6 +82,10 @@ class RCNN(nnx.Module):
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` go by them.
     with jax.named_scope("backbone"):
       levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
+    levels = tuple(
+      level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=key is not None))
+      for level, norm in zip(levels, self.level_norms, strict=True)
+    )
     with jax.named_scope("pyramid"):
       levels = self.pyramid(levels)
     if self.fpt is not None:
@@ -193,6 +201,7 @@ class RCNN(nnx.Module):
           config.pool_size,
           sampling_ratio=config.sampling_ratio,
           aligned=self.config.aligned,
+          canonical_size=self.config.canonical_size,
         )
 
       features = tuple(level.values_BHWC for level in levels)

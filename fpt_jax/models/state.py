@@ -13,6 +13,11 @@ from flax import nnx
 Arrays = dict[str, jax.Array]
 
 
+def within(name: str, beginning: str) -> bool:
+  """Whether a dotted name is `beginning` or begins with it."""
+  return name == beginning or name.startswith(f"{beginning}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
   """A model without its numbers."""

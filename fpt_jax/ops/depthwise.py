@@ -56,7 +56,7 @@ def sum_of_taps(
   """[B, H, W, C]: the convolution, a tap at a time."""
   height, width = kernel_hw1C.shape[:2]
   windows = _windows(x_BHWC, (height, width), strides, pads, dilation)
-  return sum(window_BHWC * kernel_hw1C[i, j] for (i, j), window_BHWC in windows)
+  return sum(window_BHWC * kernel_hw1C[None, None, i, j] for (i, j), window_BHWC in windows)
 
 
 def _windows(x_BHWC, kernel, strides, pads, dilation):

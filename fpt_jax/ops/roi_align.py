@@ -21,8 +21,8 @@ from fpt_jax.ops import boxes as box_ops
 
 Implementation = Literal["auto", "gather", "einsum"]
 
-# FPN (Lin et al., eq. 1): a region of 224 x 224 pixels is pooled from the level of stride 2**4.
-_CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4.0
+# FPN (Lin et al., eq. 1): a region of the side 224 pixels is pooled from the level of stride 2**4.
+CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4.0
 
 # Regions handled at once: bounds the memory of intermediate results.
 _EINSUM_REGIONS = 64
@@ -83,6 +83,7 @@ def multilevel_roi_align(
   *,
   sampling_ratio: int,
   aligned: bool = False,
+  canonical_size: float = CANONICAL_SIZE,
   implementation: Implementation = "auto",
 ) -> jax.Array:
   """Pools each box from the level of a pyramid that fits its size.
@@ -95,6 +96,7 @@ def multilevel_roi_align(
     output_size: as for `roi_align`.
     sampling_ratio: as for `roi_align`.
     aligned: as for `roi_align`.
+    canonical_size: as for `assign_levels`.
     implementation: as for `roi_align`.
 
   Returns:
@@ -118,21 +120,24 @@ def multilevel_roi_align(
     raise ValueError(f"valid_R must be bool [{len(boxes_R4)}], got {valid_R.dtype} {valid_R.shape}")
   boxes_R4 = jax.lax.stop_gradient(jnp.asarray(boxes_R4, jnp.float32))
   boxes_R4 = jnp.where(valid_R[:, None], boxes_R4, 0)
-  level_R = jnp.where(valid_R, assign_levels(boxes_R4, strides), -1)
+  level_R = jnp.where(valid_R, assign_levels(boxes_R4, strides, canonical_size), -1)
   scales = tuple(1 / stride for stride in strides)
   spec = _spec(pyramid, scales, output_size, sampling_ratio, aligned, implementation)
   return _pool(tuple(pyramid), boxes_R4, level_R, spec)
 
 
-def assign_levels(boxes_R4: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+def assign_levels(
+  boxes_R4: jax.Array, strides: tuple[int, ...], canonical_size: float = CANONICAL_SIZE
+) -> jax.Array:
   """The index of the level each box is pooled from.
 
   Args:
     boxes_R4: [R, 4] float, pixels of the image.
     strides: pixels per cell of each level, powers of two, each twice the one before.
+    canonical_size: pixels, the side of the smallest square from the level of stride 16.
 
   Returns:
-    [R] int32 in [0, len(strides)): floor(4 + log2(sqrt(area) / 224)), clipped to the levels.
+    [R] int32 in [0, len(strides)): floor(4 + log2(sqrt(area) / canonical_size)), clipped to the levels.
 
   Raises:
     ValueError: the strides are not consecutive powers of two.
@@ -143,7 +148,7 @@ def assign_levels(boxes_R4: jax.Array, strides: tuple[int, ...]) -> jax.Array:
   if list(strides) != [2 ** (finest + i) for i in range(len(strides))]:
     raise ValueError(f"strides must be consecutive powers of two, got {strides}")
   size_R = jnp.sqrt(jnp.maximum(box_ops.area(jnp.asarray(boxes_R4, jnp.float32)), 0))
-  level_R = jnp.floor(_CANONICAL_LEVEL + jnp.log2(size_R / _CANONICAL_SIZE) + 1e-6)
+  level_R = jnp.floor(_CANONICAL_LEVEL + jnp.log2(size_R / canonical_size) + 1e-6)
   return jnp.clip(level_R, finest, finest + len(strides) - 1).astype(jnp.int32) - finest
 
 

@@ -126,6 +126,9 @@ def test_levels_by_hand():
   levels = ops.assign_levels(boxes, (4, 8, 16, 32))
   np.testing.assert_array_equal(levels, [0, 0, 0, 1, 1, 2, 2, 3, 3])
   np.testing.assert_array_equal(ops.assign_levels(boxes, (8, 16)), [0, 0, 0, 0, 0, 1, 1, 1, 1])
+  np.testing.assert_array_equal(
+    ops.assign_levels(boxes / 4, (4, 8, 16, 32), canonical_size=56.0), levels
+  )
 
 
 def _pyramid(rng, dtype=np.float32):

@@ -1,0 +1,91 @@
+"""Depthwise convolution on this machine: ours against XLA's grouped convolution, in one run.
+
+    python scripts/benchmark_depthwise.py
+
+The rows are layers of EfficientNet-Lite0 for 8 images of 288 x 384 pixels. Times are medians of interleaved
+repetitions.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from fpt_jax.ops.depthwise import depthwise
+
+LAYERS = [  # rows, columns, channels, kernel, stride
+  (144, 192, 32, 3, 1),
+  (144, 192, 96, 3, 2),
+  (72, 96, 144, 3, 1),
+  (36, 48, 240, 5, 1),
+  (18, 24, 672, 5, 1),
+  (9, 12, 1152, 5, 1),
+]
+
+
+def programs(convolution, stride: int):
+  """Forward, and forward with the gradients of input and kernel."""
+
+  def run(x_BHWC, kernel_hw1C):
+    return convolution(
+      x_BHWC,
+      kernel_hw1C,
+      (stride, stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=x_BHWC.shape[-1],
+    )
+
+  square = lambda *arguments: jnp.sum(run(*arguments) ** 2)
+  return jax.jit(run), jax.jit(jax.grad(square, argnums=(0, 1)))
+
+
+def seconds(program, arguments) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(program(*arguments))
+  return time.perf_counter() - start
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--images", type=int, default=8)
+  parser.add_argument("--repetitions", type=int, default=5)
+  options = parser.parse_args()
+  table = Table(title=f"{options.images} images on {jax.devices()[0].device_kind}, ms")
+  for column in ("layer", "program", "ours", "XLA's", "ours / XLA's"):
+    table.add_column(column, justify="left" if column == "layer" else "right")
+  for rows, columns, channels, kernel, stride in LAYERS:
+    keys = jax.random.split(jax.random.key(0))
+    arguments = (
+      jax.random.normal(keys[0], (options.images, rows, columns, channels)),
+      jax.random.normal(keys[1], (kernel, kernel, 1, channels)),
+    )
+    pairs = zip(
+      ("forward", "gradient"),
+      programs(depthwise, stride),
+      programs(jax.lax.conv_general_dilated, stride),
+      strict=True,
+    )
+    for name, ours, theirs in pairs:
+      for program in (ours, theirs):  # compiles
+        seconds(program, arguments)
+      times = [
+        (seconds(ours, arguments), seconds(theirs, arguments)) for _ in range(options.repetitions)
+      ]
+      mine, other = (statistics.median(column) for column in zip(*times, strict=True))
+      table.add_row(
+        f"{rows} x {columns} x {channels}, {kernel} x {kernel}, stride {stride}",
+        name,
+        f"{1000 * mine:.1f}",
+        f"{1000 * other:.1f}",
+        f"{mine / other:.3f}",
+      )
+  Console().print(table)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Compiles a config's FPT for a TPU topology, on any machine, and prints the memory a chip needs.
+"""Compiles a config for a TPU topology, on any machine, and prints the memory a chip needs.
 
     python scripts/tpu_compile.py --config=configs/coco_mask.py --config.model.dtype=bfloat16
+    python scripts/tpu_compile.py --config=configs/cityscapes.py --config.model.dtype=bfloat16 --part=step
+
+The parts are FPT alone, forward and its gradient, and a whole step of training with the optimizer.
 
 Needs libtpu (requirements-test.txt); no TPU. One image a chip unless --images_per_chip says otherwise.
 """
@@ -28,18 +31,21 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from fpt_jax import command_line
+from fpt_jax import command_line, models, optim, sharding
 from fpt_jax.analyze import canvas_of
+from fpt_jax.data.records import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import skeleton
+from fpt_jax.train import make_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose FPT is compiled.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config to compile.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU and its chips: v5e:2x2, v5p:2x2x1, ...")
+_PART = flags.DEFINE_enum("part", "fpt", ["fpt", "step"], "FPT alone, or a whole training step.")
 _IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.")
 
 
@@ -49,9 +55,7 @@ def main() -> None:
     raise UserError("--config=FILE is needed, such as configs/coco_mask.py")
   devices = topology_devices(_TOPOLOGY.value)
   mesh = Mesh(np.array(devices), ("data",))
-  model = FrozenConfigDict(as_on_a_tpu(config.model))
-  strides = strides_of(config)
-  structure = skeleton(lambda: build_fpt(model, levels=len(strides), rngs=nnx.Rngs(0)))
+  config.model = as_on_a_tpu(config.model)
   height, width = canvas_of(config)
   print(
     f"{_TOPOLOGY.value}, {len(devices)} chips, {_IMAGES.value} image(s) of {height} x {width} each, "
@@ -60,8 +64,53 @@ def main() -> None:
   print(
     f"{'program':<10}{'arguments':>12}{'temporaries':>13}{'peak':>10}   MB a chip, seconds to compile"
   )
+  if _PART.value == "step":
+    report("step", *training_step(config, mesh, (height, width)), donate_argnums=0)
+    return
+  model, strides = FrozenConfigDict(config.model), strides_of(config)
+  structure = skeleton(lambda: build_fpt(model, levels=len(strides), rngs=nnx.Rngs(0)))
   for name, program in programs(structure).items():
     report(name, program, abstract_arguments(config, structure, mesh, strides, height, width))
+
+
+def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tuple:
+  """The step that `fpt_jax.train` runs, and the shapes of its arguments."""
+  structure = models.structure_of(config)
+  shapes, trained = structure.shapes, optim.trainable(config, structure.parameters())
+  optimizer = optim.optimizer(config)
+  of_trained = {n: shapes[n] for n in trained}
+  state = {
+    "trained": of_trained,
+    "rest": {n: s for n, s in shapes.items() if n not in trained},
+    "optimizer": jax.eval_shape(optimizer.init, of_trained),
+  }
+  batch = batch_shapes(config, _IMAGES.value * mesh.size, canvas)
+  everywhere, shared = sharding.replicated(mesh), sharding.over_batch(mesh)
+  arguments = (
+    laid_out(state, everywhere),
+    laid_out(batch, shared),
+    laid_out(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
+  )
+  return make_train_step(structure, optimizer, jax.random.key(config.seed)), arguments
+
+
+def batch_shapes(config: ConfigDict, images: int, canvas: tuple[int, int]) -> dict:
+  """Of a training batch, as `fpt_jax.data` makes it."""
+  batch = {"image_BHWC": ((*canvas, 3), jnp.float32), "size_B2": ((2,), jnp.int32)}
+  if config.model.name == "segmenter":
+    batch["label_BHW"] = (canvas, jnp.int32)
+  else:
+    most = config.data.max_instances
+    batch["gt_boxes_BG4"] = ((most, 4), jnp.float32)
+    batch["gt_labels_BG"] = ((most,), jnp.int32)
+    batch["gt_valid_BG"] = ((most,), bool)
+    batch["gt_masks_BGmm"] = ((most, BITMAP, BITMAP), jnp.uint8)
+  return {n: jax.ShapeDtypeStruct((images, *shape), dtype) for n, (shape, dtype) in batch.items()}
+
+
+def laid_out(tree, where: NamedSharding):
+  """Shapes with a place on the mesh."""
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
 
 
 def strides_of(config: ConfigDict) -> tuple[int, ...]:
@@ -110,8 +159,7 @@ def programs(structure) -> dict:
 
 
 def abstract_arguments(config, structure, mesh, strides, height, width):
-  replicated = NamedSharding(mesh, PartitionSpec())
-  over_batch = NamedSharding(mesh, PartitionSpec("data"))
+  over_batch = sharding.over_batch(mesh)
   images = _IMAGES.value * mesh.size
 
   def level(stride):
@@ -123,32 +171,31 @@ def abstract_arguments(config, structure, mesh, strides, height, width):
       stride,
     )
 
-  arrays = {
-    name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated)
-    for name, s in structure.shapes.items()
-  }
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
-  return arrays, tuple(level(stride) for stride in strides), key
+  everywhere = sharding.replicated(mesh)
+  key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+  levels = tuple(level(stride) for stride in strides)
+  return laid_out(structure.shapes, everywhere), levels, key
 
 
-def report(name: str, program, arguments) -> None:
+def report(name: str, program, arguments, **options) -> None:
+  """Prints what the compiled program needs, or why it does not compile."""
   begun = time.monotonic()
   try:
-    memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
+    memory = jax.jit(program, **options).lower(*arguments).compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
     print(f"{name:<10} does not compile: {str(error).splitlines()[0][:160]}")
     return
   seconds = time.monotonic() - begun
-  arguments_mb, temporaries_mb, outputs_mb = (
+  arguments_mb, temporaries_mb, outputs_mb, reused_mb = (
     size / 1e6
     for size in (
       memory.argument_size_in_bytes,
       memory.temp_size_in_bytes,
       memory.output_size_in_bytes,
+      memory.alias_size_in_bytes,
     )
   )
-  peak = arguments_mb + temporaries_mb + outputs_mb
+  peak = arguments_mb + temporaries_mb + outputs_mb - reused_mb
   print(f"{name:<10}{arguments_mb:>12.0f}{temporaries_mb:>13.0f}{peak:>10.0f}{seconds:>15.0f} s")
 
 

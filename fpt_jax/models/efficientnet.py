@@ -134,9 +134,9 @@ class EfficientNetLite0(nnx.Module):
     blocks = []
     for stage in STAGES:
       for i in range(stage.blocks):
-        stride = stage.stride if i == 0 else 1
+        stride, missing = stage.stride if i == 0 else 1, 1
         if reached * stride > output_stride:
-          stride, dilation = 1, dilation * stride
+          stride, missing = 1, stride
         reached *= stride
         block = MBConv(
           in_channels,
@@ -150,6 +150,7 @@ class EfficientNetLite0(nnx.Module):
         )
         blocks.append(block)
         in_channels = stage.channels
+        dilation *= missing  # from the next block on, as in `ResNet`
     self.blocks = nnx.List(blocks)
     self.classes = classes
     if classes:

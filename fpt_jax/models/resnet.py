@@ -34,12 +34,12 @@ class BasicBlock(nnx.Module):
 
   expansion = 1
 
-  def __init__(self, in_channels, width, *, stride, dilation, context, norm, options):
+  def __init__(self, in_channels, width, *, stride, dilations, context, norm, options):
     self.conv1 = conv(
-      in_channels, width, 3, stride=stride, dilation=dilation, bias=False, **options
+      in_channels, width, 3, stride=stride, dilation=dilations[0], bias=False, **options
     )
     self.bn1 = Norm(norm, width, **options)
-    self.conv2 = convolution(width, width, 1, dilation, context, options)
+    self.conv2 = convolution(width, width, 1, dilations[1], context, options)
     self.bn2 = Norm(norm, width, **options)
     self.context = GlobalContext(width, **options) if context.kind == "global_context" else None
     self.shortcut = Shortcut(in_channels, width, stride, norm=norm, options=options)
@@ -60,11 +60,12 @@ class Bottleneck(nnx.Module):
 
   expansion = 4
 
-  def __init__(self, in_channels, width, *, stride, dilation, stride_in, context, norm, options):
+  def __init__(self, in_channels, width, *, stride, dilations, stride_in, context, norm, options):
     out_channels = width * self.expansion
     self.strides = (stride, 1) if stride_in == "1x1" else (1, stride)
     self.conv1 = conv(in_channels, width, 1, stride=self.strides[0], bias=False, **options)
     self.bn1 = Norm(norm, width, **options)
+    dilation = dilations[1 if stride_in == "1x1" else 0]
     self.conv2 = convolution(width, width, self.strides[1], dilation, context, options)
     self.bn2 = Norm(norm, width, **options)
     self.conv3 = conv(width, out_channels, 1, bias=False, **options)
@@ -142,7 +143,9 @@ class ResNet(nnx.Module):
     stride_in: the convolution of a bottleneck that has the stride: "3x3" as torchvision, "1x1" as
       the paper and weights from Caffe.
     output_stride: of C5, 32, 16 or 8; stages that would go beyond have dilations 2 and 4 instead of
-      strides (Yu et al. 2017, dilated residual networks).
+      strides (Yu et al. 2017, dilated residual networks). The convolution that has lost its stride
+      still sees the map before it, by whose dilation it goes: so every 2nd or 4th position has what the
+      network without dilations has, for whose weights this matters.
     classes: also build the ImageNet classifier with this many classes; 0 for none.
     dtype: of the computation; parameters are float32.
     rngs: for the initial weights.
@@ -182,14 +185,15 @@ class ResNet(nnx.Module):
     for stage, blocks in enumerate(STAGE_BLOCKS[name]):
       stage_stride = min(4 * 2**stage, output_stride)
       dilation = 4 * 2**stage // stage_stride
+      before = 4 * 2 ** max(stage - 1, 0) // reached
       kind = context if stage > 0 else "none"
       layers = []
-      for _ in range(blocks):
+      for i in range(blocks):
         layer = block(
           in_channels,
           width * 2**stage,
           stride=stage_stride // reached,
-          dilation=dilation,
+          dilations=(dilation if i else before, dilation),
           context=Context(kind, downsample=stage_stride == 8),
           norm=norm,
           options=options,

@@ -9,7 +9,7 @@ GPUs and no batch size: one image a GPU is ours.
 Behind the file's colon stand words and settings, separated by commas:
 
     cityscapes.py:demo                 generated shapes, a narrow ResNet-18, minutes on two CPU cores
-    cityscapes.py:small                a frozen EfficientNet-Lite0 at low resolution
+    cityscapes.py:small                EfficientNet-Lite0 at low resolution
     cityscapes.py:backbone=resnet50    or resnet18, resnet34, efficientnet_lite0
     cityscapes.py:pyramid=ufp          or ppm, aspp, none
     cityscapes.py:fpt=lgt+st+rt        any of st, lgt or gt, rt; or none

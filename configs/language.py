@@ -50,6 +50,7 @@ def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
   """A name of `models.backbones`, for a ResNet perhaps with `_nl`, `_gc` or `_aa` behind it."""
   name, _, context = value.partition("_") if value.startswith("resnet") else (value, "", "")
   config.model.backbone.name = name
+  config.optim.frozen = ()  # parts of another backbone
   config.model.backbone.context = choice("backbone", value, context, CONTEXTS)
   if name == "efficientnet_lite0":  # small, and there for its weights
     config.model.pixel_mean, config.model.pixel_std = (127 / 255,) * 3, (128 / 255,) * 3

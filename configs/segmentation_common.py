@@ -132,8 +132,15 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
 
 
 def small(config: ConfigDict) -> ConfigDict:
-  """A frozen EfficientNet-Lite0 at low resolution: what two CPU cores can train on real images."""
+  """EfficientNet-Lite0 at low resolution: what two CPU cores can train on real images.
+
+  It is trained from C4 on and with the batch's statistics: on CamVid, features that stayed as they were
+  reached 39 mIoU, and with frozen statistics training diverged at this rate.
+  """
   config = language.set_backbone(config, "efficientnet_lite0")
+  config.model.backbone.update(dict(frozen=False, norm="sync_bn"))
+  config.optim.frozen = ("backbone.stem", *(f"backbone.blocks.{i}" for i in range(5)))
+  config.optim.learning_rate = 0.03
   config.data.crop = (288, 384)
   config.data.short_edges = ()
   config.model.backbone.output_stride = 16
@@ -159,7 +166,8 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.model.head.hidden = 64
   config.model.auxiliary.hidden = 32
   config.optim.update(dict(learning_rate=0.05, base_batch_size=8, warmup_steps=20, clip_norm=10.0))
-  config.eval.update(dict(every_steps=config.steps, batch_size=20))
+  config.optim.frozen = ()
+  config.eval.update(dict(every_steps=config.steps, batch_size=20, scales=(1.0,)))
   config.checkpoint.every_steps = 150
   return config
 

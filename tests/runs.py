@@ -115,6 +115,13 @@ def command(*flags: str, **environment: str) -> subprocess.Popen:
   )
 
 
+def importer(*flags: str) -> subprocess.CompletedProcess:
+  """`python scripts/import_torchvision.py` with these flags, its output as text."""
+  command = [sys.executable, ROOT / "scripts" / "import_torchvision.py", *flags]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+  return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
 def host_devices(count: int) -> dict[str, str]:
   """The environment of a process that sees the CPU as `count` devices.
 

@@ -1,9 +1,6 @@
 """The importer of others' weights, and what a run that starts from them looks at."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +14,7 @@ from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pretrained import FAMILIES, check_family, family_of, preprocessing
 from fpt_jax.train import check_preprocessing
 from tests.golden.fill import fill
-from tests.runs import ROOT
+from tests.runs import ROOT, importer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -46,12 +43,6 @@ def resnet18(width: int) -> dict[str, np.ndarray]:
         norm(f"{prefix}.downsample.1", channels)
       inputs = channels
   return {name: fill(name, shape) for name, shape in shapes.items()}
-
-
-def importer(*flags):
-  command = [sys.executable, ROOT / "scripts" / "import_torchvision.py", *flags]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_the_script_makes_a_checkpoint(tmp_path):

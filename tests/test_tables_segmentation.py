@@ -106,7 +106,13 @@ def test_words():
   demo = image_folder.get_config("demo")
   assert demo.data.name == "context_shapes" and not demo.model.backbone.frozen
   small = image_folder.get_config("small,fpt=gt")
-  assert small.model.backbone.name == "efficientnet_lite0" and small.model.backbone.frozen
+  assert small.model.backbone.name == "efficientnet_lite0"
+  parameters = models.structure_of(small).parameters()
+  backbone = {n for n in parameters if n.startswith("backbone.")}
+  kept = backbone - optim.trainable(small, parameters)
+  levels = {4: "backbone.blocks.4.project.kernel", 5: "backbone.blocks.5.expand.kernel"}  # C3's end
+  assert levels[4] in kept and levels[5] in backbone - kept
+  assert not image_folder.get_config("small,backbone=resnet50").optim.frozen
   assert small.model.fpt.window is None and not small.model.fpt.self_transformer
 
 

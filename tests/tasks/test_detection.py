@@ -2,19 +2,18 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from fpt_jax import data, models, sharding
-from fpt_jax.models.torchvision import from_torchvision
-from fpt_jax.restored import Restored
+import fpt_jax
+from fpt_jax import data
 from fpt_jax.tasks import detection
 from tests.conftest import GOLDEN
 from tests.models.test_torchvision import assert_close, golden_config, state_dict
+from tests.runs import command, importer, succeed
 
 pytestmark = pytest.mark.slow
 
@@ -54,21 +53,35 @@ def config(golden, tmp_path_factory):
   config.model.test.score_threshold = 0.3
   config.data.source, config.data.data_dir = str(folder), str(folder / "records")
   config.data.builder = ConfigDict({"splits": {"val": ("val.json", ".")}})
+  config.data.eval_split = "val[:2]"
   config.eval.batch_size = 2
   data.prepare(config.data)
-  detection.settle(config, data.info(config.data))
   return config
 
 
 @pytest.fixture(scope="module")
-def structure(config):
-  return models.structure_of(config)
+def run(config, tmp_path_factory):
+  """The folder that the import script makes of torchvision's own weights."""
+  folder = tmp_path_factory.mktemp("import")
+  np.savez(folder / "weights.npz", **state_dict("maskrcnn_resnet50_fpn"))
+  flags = [f"--config={file_of(config, folder)}", f"--weights={folder}/weights.npz"]
+  done = importer(*flags, f"--workdir={folder}/run")
+  assert done.returncode == 0, done.stderr
+  return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def arrays(structure):
-  arrays = from_torchvision(state_dict("maskrcnn_resnet50_fpn"), structure.shapes)
-  return {name: jnp.asarray(array) for name, array in arrays.items()}
+def file_of(config, folder):
+  """A config file for the command line."""
+  (folder / "config.json").write_text(config.to_json())
+  file = folder / "config.py"
+  file.write_text(
+    "import json, pathlib\n"
+    "from ml_collections import ConfigDict\n\n\n"
+    "def get_config():\n"
+    "  text = pathlib.Path(__file__).with_suffix('.json').read_text()\n"
+    "  return ConfigDict(json.loads(text))\n"
+  )
+  return file
 
 
 def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
@@ -80,10 +93,8 @@ def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
   np.testing.assert_allclose(areas, golden[f"image_{i}_mask_areas"], atol=3)
 
 
-def evaluated(config, structure, arrays, workdir):
-  """The detections of each image that evaluation leaves behind."""
-  mesh = sharding.mesh(config.eval.batch_size)
-  detection.evaluate(config, structure, sharding.replicate(arrays, mesh), mesh, str(workdir))
+def evaluated(workdir):
+  """The detections of each image that evaluation left in a run's folder."""
   results = json.loads((workdir / detection.RESULTS_FILE).read_text())
   found = []
   for i in range(4):
@@ -100,25 +111,26 @@ def evaluated(config, structure, arrays, workdir):
   return found
 
 
-def test_a_batch_with_padding(config, structure, arrays, golden, tmp_path):
-  """Two images of unlike sizes on the canvas of their own that they share."""
-  config = config.copy_and_resolve_references()
-  config.data.eval_split = "val[:2]"
-  found = evaluated(config, structure, arrays, tmp_path)
+def test_a_batch_with_padding(run, golden):
+  """Two images of unlike sizes on the canvas of their own that they share, by the command line."""
+  succeed(command("--mode=eval", f"--workdir={run}"))
+  found = evaluated(run)
   for i in range(2):
     assert_same(*found[i], golden, i)
 
 
-def test_predict(config, structure, arrays, golden):
-  (found,) = Restored(config, 0, structure, arrays).predict([golden["image_HWC_2"]])
+def test_predict(run, golden):
+  (found,) = fpt_jax.restore(str(run)).predict([golden["image_HWC_2"]])
   areas = found["masks"].sum(axis=(1, 2))
   assert_same(found["boxes_xyxy"], found["scores"], found["labels"], areas, golden, 2)
 
 
-def test_a_batch_on_the_canvas_of_its_largest(config, structure, arrays, golden, tmp_path):
+def test_a_batch_on_the_canvas_of_its_largest(run, config, golden, tmp_path):
   """The first and the last image, as torchvision batches them: neither has a canvas of its own."""
   config = config.copy_and_resolve_references()
   config.data.buckets, config.data.eval_split = ((192, 224),), "val[:1]+val[3:]"
-  found = evaluated(config, structure, arrays, tmp_path)
+  file = file_of(config, tmp_path)
+  succeed(command("--mode=eval", f"--workdir={run}", f"--config={file}"))
+  found = evaluated(run)
   assert len(found[0][1]) > 0
   assert_same(*found[3], golden, 3)

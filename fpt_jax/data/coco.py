@@ -101,6 +101,10 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     self, split: str, annotation_file: pathlib.Path, image_folder: pathlib.Path
   ) -> Iterator[tuple[int, dict]]:
     content = _read_json(annotation_file)
+    boxes_alone = _has_boxes_alone(content["annotations"])
+    if boxes_alone:
+      logging.info("%s: its annotations are boxes without masks", annotation_file)
+      self.info.metadata["has_masks"] = False
     if self._is_single:
       content = _share(content, annotation_file, split)
     label_of = self._take_categories(annotation_file, content["categories"])
@@ -115,7 +119,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
         for annotation in annotations_of[image["id"]]:
           with judge.annotation(annotation):
             label = label_of[annotation["category_id"]]
-            example["objects"].append(_encode_annotation(annotation, label, image))
+            example["objects"].append(_encode_annotation(annotation, label, image, boxes_alone))
         yield records.ordered_key(len(sizes), len(images)), example
         sizes.append([image["height"], image["width"]])
       progress.step()
@@ -319,12 +323,23 @@ def _encode_image(image: dict, folder: pathlib.Path) -> dict:
   }
 
 
-def _encode_annotation(annotation: dict, label: int, image: dict) -> dict:
-  """Returns the annotation as an object of a record."""
+def _has_boxes_alone(annotations: list) -> bool:
+  """Whether no annotation of a file has a mask; where some have, one without is bad."""
+  return bool(annotations) and not any(
+    isinstance(annotation, dict) and annotation.get("segmentation") for annotation in annotations
+  )
+
+
+def _encode_annotation(annotation: dict, label: int, image: dict, boxes_alone: bool) -> dict:
+  """Returns the annotation as an object of a record; without masks, its bitmap is the whole box."""
   size = image["height"], image["width"]
   box = _check_box(annotation, size)
-  _check_segmentation(annotation, size)
-  segmentation = annotation["segmentation"]
+  if boxes_alone:
+    x0, y0, x1, y1 = box
+    segmentation = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+  else:
+    _check_segmentation(annotation, size)
+    segmentation = annotation["segmentation"]
   area = annotation.get("area")
   try:
     if area is None:

@@ -42,6 +42,7 @@ class DatasetInfo:
     category_names: name of an instance's label 1, 2, ...; empty where there are no instances.
     category_ids: the data set's own id of label 1, 2, ...
     num_images: images of each split.
+    has_masks: whether instances have masks; without, those of the records are the whole boxes.
     class_names: name of a label map's class 0, 1, ...; empty where there are no label maps.
     palette: RGB of class 0, 1, ...
     swaps: pairs of classes that a mirrored image exchanges, such as the left and the right arm.
@@ -50,6 +51,7 @@ class DatasetInfo:
   category_names: tuple[str, ...]
   category_ids: tuple[int, ...]
   num_images: dict[str, int]
+  has_masks: bool = True
   class_names: tuple[str, ...] = ()
   palette: tuple[tuple[int, int, int], ...] = ()
   swaps: tuple[tuple[int, int], ...] = ()
@@ -101,6 +103,7 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
     category_names=tuple(metadata.get("category_names", ())),
     category_ids=tuple(metadata.get("category_ids", ())),
     num_images={name: split.num_examples for name, split in builder.info.splits.items()},
+    has_masks=metadata.get("has_masks", True),
     class_names=tuple(metadata.get("class_names", ())),
     palette=tuple(map(tuple, metadata.get("palette", ()))),
     swaps=tuple(map(tuple, metadata.get("swaps", ()))),

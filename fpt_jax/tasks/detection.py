@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from fpt_jax import checkpoints, data, sharding, test_time, visualize
 from fpt_jax.categories import label_table, take_categories
 from fpt_jax.data import DatasetInfo, canvases, transforms
+from fpt_jax.errors import UserError
 from fpt_jax.metrics import coco
 from fpt_jax.models.heads.rpn import anchors_of_canvas, sampled_anchors
 from fpt_jax.models.state import Arrays, Skeleton
@@ -36,8 +37,14 @@ def settle(config: ConfigDict, dataset: DatasetInfo) -> None:
   """Takes the data set's categories into a config that names none.
 
   Raises:
-    UserError: the data set has no instances, or a category that the model has not.
+    UserError: the data set has no instances, no masks for the model's mask head, or a category that the
+      model has not.
   """
+  if config.model.mask_head.enabled and not dataset.has_masks:
+    raise UserError(
+      "the data's annotations are boxes without masks; take configs/coco_box.py or set "
+      "--config.model.mask_head.enabled=False"
+    )
   take_categories(config, dataset)
   label_table(config, dataset)
 

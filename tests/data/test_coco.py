@@ -10,11 +10,14 @@ import pytest
 from pycocotools import mask as coco_mask
 from tensorflow_datasets.core import shuffle
 
+from configs import coco_box
+from configs import coco_mask as coco_mask_config
 from fpt_jax import data
 from fpt_jax.data import records
 from fpt_jax.data.prepared import Reader
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
+from fpt_jax.tasks import detection
 from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
 
 
@@ -313,6 +316,28 @@ def test_boxes_of_no_height_and_a_little_outside_are_kept(tmp_path):
   # neither the box without height nor the crowd is trained on
   with data.eval_batches(coco, "train[:1]", batch_size=1) as batches:
     assert not next(batches)["gt_valid_BG"].any()
+
+
+@pytest.mark.parametrize(
+  "without", [lambda a: a.pop("segmentation"), lambda a: a.update(segmentation=[])]
+)
+def test_boxes_without_masks(without, tmp_path):
+  """As many tools write them: for Faster R-CNN, and refused by a mask head."""
+  source = tmp_path / "source"
+  content = write_coco(source)
+  for annotation in content["annotations"]:
+    without(annotation)
+    annotation.update(iscrowd=0)
+  for split in ("train", "val"):
+    (source / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+  coco = config("coco", tmp_path / "data", source=str(source))
+  data.prepare(coco)
+  boxes = [a["bbox"] for a in data.coco_ground_truth(coco, "train")["annotations"]]
+  assert boxes == [a["bbox"] for a in content["annotations"]]
+  assert all(records.unpack_bitmaps(record.bitmaps).all() for record in _read(coco))
+  detection.settle(coco_box.get_config(), data.info(coco))
+  with pytest.raises(UserError, match=r"boxes without masks; take configs/coco_box.py or"):
+    detection.settle(coco_mask_config.get_config(), data.info(coco))
 
 
 def test_splits_of_ones_own(tmp_path):

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from fpt_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+IMPORTED_FILE = "imported.json"
 # parts of a model's config that may change between training and use
 NOT_OF_THE_WEIGHTS = (
   "test.",
@@ -130,6 +131,20 @@ def restore_matching(
   if not common:
     raise UserError(f"step {step} in {checkpoints.directory} has no array that fits the model")
   return _read(checkpoints, step, "model", common, sharding, partial=True)
+
+
+def write_imported(workdir: str, names: Iterable[str]) -> None:
+  """Writes which of the arrays of an import are others' weights; the rest are random."""
+  (folder(workdir) / IMPORTED_FILE).write_text(json.dumps(sorted(names)) + "\n")
+
+
+def worth_starting_from(workdir: str, shapes: Mapping) -> dict:
+  """Of `shapes`, those that an import brought; all of them where the folder is a run's."""
+  path = folder(workdir) / IMPORTED_FILE
+  if not path.exists():
+    return dict(shapes)
+  names = set(json.loads(path.read_text()))
+  return {name: shape for name, shape in shapes.items() if name in names}
 
 
 def choose_step(checkpoints: ocp.CheckpointManager, step: int | None = None) -> int:

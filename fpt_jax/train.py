@@ -171,7 +171,8 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
     return arrays
   check_preprocessing(config, checkpoints.read_config(config.init_from))
   other = checkpoints.manager(config.init_from)
-  loaded = checkpoints.restore_matching(other, structure.shapes, placement)
+  wanted = checkpoints.worth_starting_from(config.init_from, structure.shapes)
+  loaded = checkpoints.restore_matching(other, wanted, placement)
   other.close()
   fresh = sorted(set(arrays) - set(loaded))
   if fresh:

@@ -79,6 +79,7 @@ def main() -> None:
   saved = checkpoints.manager(workdir)
   checkpoints.save(saved, 0, arrays)
   checkpoints.finish(saved)
+  checkpoints.write_imported(workdir, imported)
   saved.close()
   logging.info("%d of %d arrays imported into %s", len(imported), len(arrays), workdir)
 

@@ -8,11 +8,11 @@ import pytest
 
 import fpt_jax
 from configs import coco_mask
-from fpt_jax import models
+from fpt_jax import models, sharding
 from fpt_jax.errors import UserError
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pretrained import FAMILIES, check_family, family_of, preprocessing
-from fpt_jax.train import check_preprocessing
+from fpt_jax.train import check_preprocessing, starting_arrays
 from tests.golden.fill import fill
 from tests.runs import ROOT, importer
 
@@ -58,6 +58,16 @@ def test_the_script_makes_a_checkpoint(tmp_path):
   model = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
   assert model["channel_order"] == "bgr" and model["backbone"]["stride_in"] == "3x3"
   assert model["pixel_mean"] == [0.485, 0.456, 0.406] and model["pixel_std"] == [0.004] * 3
+
+  config = coco_mask.get_config("demo")
+  config.seed, config.init_from = 1, str(tmp_path / "run")
+  config.model.channel_order, config.model.pixel_std = "bgr", (0.004,) * 3
+  everywhere = sharding.replicated(sharding.mesh(1))
+  start = starting_arrays(config, models.structure_of(config), everywhere)
+  name = "backbone.stages.2.1.conv2.kernel"
+  np.testing.assert_array_equal(start[name], kernel)
+  # what was not imported follows the run's seed
+  assert np.any(start["box_head.fc6.kernel"] != restored.arrays["box_head.fc6.kernel"])
 
   config = coco_mask.get_config("demo")
   config.init_from = str(tmp_path / "run")

@@ -12,8 +12,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from fpt_jax.ops.depthwise import depthwise
 
@@ -55,9 +53,8 @@ def main() -> None:
   parser.add_argument("--images", type=int, default=8)
   parser.add_argument("--repetitions", type=int, default=5)
   options = parser.parse_args()
-  table = Table(title=f"{options.images} images on {jax.devices()[0].device_kind}, ms")
-  for column in ("layer", "program", "ours", "XLA's", "ours / XLA's"):
-    table.add_column(column, justify="left" if column == "layer" else "right")
+  print(f"{options.images} images on {jax.devices()[0].device_kind}; ms")
+  print(f"{'layer':<36}{'program':<10}{'ours':>8}{'XLA':>8}{'ours / XLA':>12}")
   for rows, columns, channels, kernel, stride in LAYERS:
     keys = jax.random.split(jax.random.key(0))
     arguments = (
@@ -77,14 +74,8 @@ def main() -> None:
         (seconds(ours, arguments), seconds(theirs, arguments)) for _ in range(options.repetitions)
       ]
       mine, other = (statistics.median(column) for column in zip(*times, strict=True))
-      table.add_row(
-        f"{rows} x {columns} x {channels}, {kernel} x {kernel}, stride {stride}",
-        name,
-        f"{1000 * mine:.1f}",
-        f"{1000 * other:.1f}",
-        f"{mine / other:.3f}",
-      )
-  Console().print(table)
+      layer = f"{rows} x {columns} x {channels}, {kernel} x {kernel}, stride {stride}"
+      print(f"{layer:<36}{name:<10}{1e3 * mine:>8.1f}{1e3 * other:>8.1f}{mine / other:>12.3f}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ os.environ |= {
 }
 
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,6 @@ def main() -> None:
     raise UserError("--config=FILE is needed, such as configs/coco_mask.py")
   devices = topology_devices(_TOPOLOGY.value)
   mesh = Mesh(np.array(devices), ("data",))
-  config.model = as_on_a_tpu(config.model)
   height, width = canvas_of(config)
   print(
     f"{_TOPOLOGY.value}, {len(devices)} chips, {_IMAGES.value} image(s) of {height} x {width} each, "
@@ -119,13 +119,6 @@ def strides_of(config: ConfigDict) -> tuple[int, ...]:
   return (stride,) * 4 if stride else (4, 8, 16, 32)
 
 
-def as_on_a_tpu(model: ConfigDict) -> ConfigDict:
-  """`model` with what "auto" means there: here it would ask this machine's own backend."""
-  if model.fpt.implementation == "auto" and model.fpt.window is None:
-    model.fpt.implementation = "pallas"
-  return model
-
-
 def topology_devices(name: str) -> list:
   """The chips of a topology.
 
@@ -181,7 +174,10 @@ def report(name: str, program, arguments, **options) -> None:
   """Prints what the compiled program needs, or why it does not compile."""
   begun = time.monotonic()
   try:
-    memory = jax.jit(program, **options).lower(*arguments).compile().memory_analysis()
+    # whatever chooses by the backend must choose as on the TPU that is compiled for
+    with mock.patch("jax.default_backend", return_value="tpu"):
+      lowered = jax.jit(program, **options).lower(*arguments)
+    memory = lowered.compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
     print(f"{name:<10} does not compile: {str(error).splitlines()[0][:160]}")
     return

@@ -42,19 +42,19 @@ class DatasetInfo:
     category_names: name of an instance's label 1, 2, ...; empty where there are no instances.
     category_ids: the data set's own id of label 1, 2, ...
     num_images: images of each split.
-    has_masks: whether instances have masks; without, those of the records are the whole boxes.
     class_names: name of a label map's class 0, 1, ...; empty where there are no label maps.
     palette: RGB of class 0, 1, ...
     swaps: pairs of classes that a mirrored image exchanges, such as the left and the right arm.
+    has_masks: whether instances have masks; without, those of the records are the whole boxes.
   """
 
   category_names: tuple[str, ...]
   category_ids: tuple[int, ...]
   num_images: dict[str, int]
-  has_masks: bool = True
   class_names: tuple[str, ...] = ()
   palette: tuple[tuple[int, int, int], ...] = ()
   swaps: tuple[tuple[int, int], ...] = ()
+  has_masks: bool = True
 
   @property
   def num_classes(self) -> int:

@@ -1,0 +1,216 @@
+"""COCO's format: what is bad is named, by file, record and field."""
+
+import json
+import re
+
+import pytest
+
+from fpt_jax import data
+from fpt_jax.errors import UserError
+from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
+
+
+def _annotation(i=0, **fields):
+  return lambda root, content: content["annotations"][i].update(fields)
+
+
+def _image(i=0, **fields):
+  return lambda root, content: content["images"][i].update(fields)
+
+
+def _file(name, change):
+  def write(root, content):
+    path = root / "train2017" / name
+    path.write_bytes(change(path.read_bytes()))
+
+  return write
+
+
+def _drop(kind, i, field):
+  return lambda root, content: content[kind][i].pop(field)
+
+
+RUNS = {"size": [HEIGHT, WIDTH], "counts": [40, 200, 559]}
+# what is spoiled, what the message must name, and (images, annotations) left by skip_bad
+BAD = {
+  "missing image": (
+    lambda root, content: (root / "train2017" / "grey.jpg").unlink(),
+    ("image id 5", "train2017/grey.jpg", "cannot be read"),
+    (3, 3),
+  ),
+  "truncated image": (
+    _file("rgb.jpg", lambda b: b[: len(b) // 2]),
+    ("image id 70", "rgb.jpg", "undecodable image"),
+    (3, 2),
+  ),
+  "no image": (
+    _file("tall.png", lambda b: b"hello"),
+    ("image id 9", "tall.png", "undecodable image"),
+    (3, 3),
+  ),
+  "duplicate image id": (_image(1, id=70), ("image id 70", "field id", "twice"), (3, 3)),
+  "image id of text": (_image(1, id="5"), ("image id 5", "field id", "integer"), (3, 3)),
+  "parent folder": (
+    _image(2, file_name="../val2017/cmyk.jpg"),
+    ("image id 6", "file_name", "../val2017"),
+    (3, 4),
+  ),
+  "absolute path": (
+    _image(2, file_name="/etc/passwd"),
+    ("image id 6", "file_name", "/etc/passwd"),
+    (3, 4),
+  ),
+  "wrong size": (
+    _image(1, height=21),
+    ("image id 5", "height", "21x40", "20x40", "grey.jpg"),
+    (3, 3),
+  ),
+  "no width": (_drop("images", 2, "width"), ("image id 6", "field width", "missing"), (3, 4)),
+  "duplicate annotation id": (_annotation(1, id=1000000007), ("1000000007", "twice"), (4, 3)),
+  "unknown image": (
+    _annotation(2, image_id=12345),
+    ("annotation id 3", "image_id", "12345"),
+    (4, 3),
+  ),
+  "unhashable image": (
+    _annotation(2, image_id=[5]),
+    ("annotation id 3", "image_id", "[5]"),
+    (4, 3),
+  ),
+  "unknown category": (
+    _annotation(2, category_id=4),
+    ("annotation id 3", "category_id", "4"),
+    (4, 3),
+  ),
+  "two points": (
+    _annotation(3, segmentation=[[0, 0, 5, 5]]),
+    ("annotation id 4", "segmentation", "2 points"),
+    (4, 3),
+  ),
+  "odd numbers": (
+    _annotation(3, segmentation=[[0, 0, 5, 5, 1, 2, 3]]),
+    ("annotation id 4", "segmentation", "3.5 points"),
+    (4, 3),
+  ),
+  "no segmentation": (
+    _drop("annotations", 3, "segmentation"),
+    ("annotation id 4", "segmentation", "missing"),
+    (4, 3),
+  ),
+  "runs of another size": (
+    _annotation(1, segmentation={"size": [HEIGHT, 41], "counts": [40, 200, 580]}),
+    ("annotation id 2", "segmentation.size", "[20, 41]", "[20, 40]"),
+    (4, 3),
+  ),
+  "runs too short": (
+    _annotation(1, segmentation=RUNS),
+    ("annotation id 2", "segmentation.counts"),
+    (4, 3),
+  ),
+  "compressed runs too long": (
+    _annotation(2, segmentation={"size": [HEIGHT, WIDTH], "counts": "X1X6`a00"}),
+    ("annotation id 3", "segmentation.counts"),
+    (4, 3),
+  ),
+  "box outside": (
+    _annotation(3, bbox=[0, 30, 22, 10]),
+    ("annotation id 4", "bbox", "[0, 30, 22, 10]", "height 40, width 20"),
+    (4, 3),
+  ),
+  "negative box": (_annotation(3, bbox=[9, 9, -2, 1]), ("annotation id 4", "bbox"), (4, 3)),
+  "three numbers": (_annotation(3, bbox=[0, 1, 2]), ("annotation id 4", "bbox"), (4, 3)),
+  "not a number": (
+    _annotation(3, bbox=[0, 1, 2, float("nan")]),
+    ("annotation id 4", "bbox", "nan"),
+    (4, 3),
+  ),
+  "area of text": (_annotation(3, area="big"), ("annotation id 4", "area", "big"), (4, 3)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_stops_or_is_skipped(case, tmp_path, caplog):
+  spoil, words, left = BAD[case]
+  source = tmp_path / "source"
+  content = write_coco(source)
+  spoil(source, content)
+  annotation_file = source / "annotations/instances_train2017.json"
+  annotation_file.write_text(json.dumps(content))
+  coco = config("coco", tmp_path / "data", source=str(source))
+
+  with pytest.raises(UserError) as raised:
+    data.prepare(coco)
+  message = str(raised.value)
+  assert "\n" not in message
+  for word in (str(annotation_file), "skip_bad", *words):
+    assert word in message
+  assert not data.is_prepared(coco)
+  assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
+
+  coco.skip_bad = True
+  with caplog.at_level("WARNING"):
+    data.prepare(coco)
+  assert all(word in caplog.text for word in words)
+  assert re.search("prepare train: 1 skipped", caplog.text)
+  truth = data.coco_ground_truth(coco, "train")
+  assert (len(truth["images"]), len(truth["annotations"])) == left
+
+
+def _write_json(text):
+  return lambda root: (root / "annotations/instances_val2017.json").write_text(text)
+
+
+def _change_json(change):
+  def write(root):
+    path = root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+  return write
+
+
+@pytest.mark.parametrize(
+  ("spoil", "words"),
+  [
+    (lambda root: root.rename(root.parent / "elsewhere"), ("data.source", "no such folder")),
+    (
+      lambda root: (root / "annotations/instances_val2017.json").unlink(),
+      ("instances_val2017.json", "no such file"),
+    ),
+    (lambda root: (root / "val2017").rename(root / "other"), ("val2017", "no such folder")),
+    (_write_json('{"images": [],\n "annotations": [}'), ("val2017.json", "line 2, column 18")),
+    (_write_json("[]"), ("val2017.json", "field images")),
+    (_change_json(lambda c: c.pop("categories")), ("val2017.json", "field categories")),
+    (_change_json(lambda c: [c[k].clear() for k in ("images", "annotations")]), ("no good image",)),
+    (_change_json(lambda c: c["categories"].clear()), ("val2017.json", "categories is empty")),
+    (
+      _change_json(lambda c: c["categories"][1].update(id=90)),
+      ("val2017.json", "categories[1]", "id 90", "twice"),
+    ),
+    (_change_json(lambda c: c["categories"][1].pop("name")), ("categories[1]", "field name")),
+    (_change_json(lambda c: c["categories"][1].update(name="bee")), ("val2017.json", "differ")),
+  ],
+)
+def test_a_bad_layout_stops_even_where_bad_records_are_skipped(spoil, words, tmp_path):
+  source = tmp_path / "source"
+  write_coco(source)
+  spoil(source)
+  coco = config("coco", tmp_path / "data", source=str(source), skip_bad=True)
+  with pytest.raises(UserError) as raised:
+    data.prepare(coco)
+  assert all(word in str(raised.value) for word in words)
+  assert "\n" not in str(raised.value)
+  assert not data.is_prepared(coco)
+
+
+def test_many_skipped_are_named_ten_times_and_counted(tmp_path, caplog):
+  source = tmp_path / "source"
+  content = write_coco(source)
+  good = content["annotations"][0]
+  content["annotations"] += [good | {"id": 100 + i, "category_id": 7} for i in range(25)]
+  (source / "annotations/instances_train2017.json").write_text(json.dumps(content))
+  with caplog.at_level("WARNING"):
+    data.prepare(config("coco", tmp_path / "data", source=str(source), skip_bad=True))
+  assert len(re.findall("skipped: .*category_id must be", caplog.text)) == 10 + 1
+  assert "prepare train: 25 skipped: annotation: field category_id" in caplog.text

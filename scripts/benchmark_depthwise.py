@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Depthwise convolution on this machine: ours against XLA's grouped convolution, in one run.
 
     python scripts/benchmark_depthwise.py
@@ -5,6 +6,11 @@
 The rows are layers of EfficientNet-Lite0 for 8 images of 288 x 384 pixels. Times are medians of interleaved
 repetitions.
 """
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import argparse
 import statistics

@@ -76,10 +76,10 @@ def main() -> None:
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)))
   arrays |= {name: jax.numpy.asarray(array) for name, array in imported.items()}
   checkpoints.write_config(workdir, config)
+  checkpoints.write_imported(workdir, imported)
   saved = checkpoints.manager(workdir)
   checkpoints.save(saved, 0, arrays)
   checkpoints.finish(saved)
-  checkpoints.write_imported(workdir, imported)
   saved.close()
   logging.info("%d of %d arrays imported into %s", len(imported), len(arrays), workdir)
 

@@ -7,24 +7,28 @@ On the left the total loss, a running mean over what was logged; on the right, f
 of each class in the last evaluation, for detection every evaluation's box AP50.
 """
 
-import argparse
-import json
 import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import argparse
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from fpt_jax.reporting import read_metrics
 
 SMOOTHED = 9  # logged losses in a running mean
 
 
 def read(workdir: str) -> tuple[list[dict], list[dict]]:
   """What a run logged of its training, and of its evaluations."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
-  if not path.exists():
-    raise SystemExit(f"error: {path} does not exist: {workdir} is not the folder of a run")
-  entries = [json.loads(line) for line in path.read_text().splitlines()]
+  entries = read_metrics(workdir)
   training = [e for e in entries if "total_loss" in e]
+  if not training:
+    raise SystemExit(f"error: {workdir}: metrics.jsonl holds no losses; name the folder of a run")
   return training, [e for e in entries if "mIoU" in e or "bbox/AP50" in e]
 
 

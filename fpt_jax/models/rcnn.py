@@ -82,10 +82,11 @@ class RCNN(nnx.Module):
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` go by them.
     with jax.named_scope("backbone"):
       levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
-    levels = tuple(
-      level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=key is not None))
-      for level, norm in zip(levels, self.level_norms, strict=True)
-    )
+    with jax.named_scope("level_norms"):
+      levels = tuple(
+        level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=key is not None))
+        for level, norm in zip(levels, self.level_norms, strict=True)
+      )
     with jax.named_scope("pyramid"):
       levels = self.pyramid(levels)
     if self.fpt is not None:

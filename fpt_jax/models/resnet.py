@@ -180,12 +180,11 @@ class ResNet(nnx.Module):
       block = functools.partial(Bottleneck, stride_in=stride_in)
     self.conv1 = conv(3, width, 7, stride=2, bias=False, **options)
     self.bn1 = Norm(norm, width, **options)
-    in_channels, reached = width, 4
+    in_channels, reached, dilation = width, 4, 1
     stages, self.channels = [], ()
     for stage, blocks in enumerate(STAGE_BLOCKS[name]):
       stage_stride = min(4 * 2**stage, output_stride)
-      dilation = 4 * 2**stage // stage_stride
-      before = 4 * 2 ** max(stage - 1, 0) // reached
+      before, dilation = dilation, 4 * 2**stage // stage_stride
       kind = context if stage > 0 else "none"
       layers = []
       for i in range(blocks):

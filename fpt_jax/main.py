@@ -7,7 +7,9 @@ Any field of the config can be set: --config.batch_size=16 --config.data.source=
 
 import os
 
+# TensorFlow reads images here and computes nothing: what it says of its own speed is noise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import flags
 from ml_collections import config_flags

@@ -7,10 +7,12 @@ On the left the total loss, a running mean over what was logged; on the right, f
 of each class in the last evaluation, for detection every evaluation's box AP50.
 """
 
+import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # as fpt_jax.main
 
 import argparse
 

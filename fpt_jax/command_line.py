@@ -38,7 +38,10 @@ def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
   # These log what they also raise, or what is none of the user's business.
   if "orbax" in record.pathname or "tensorflow_datasets" in record.pathname:
     return False
-  return record.levelno >= python_logging.WARNING or "fpt_jax" in record.pathname
+  ours = (os.path.dirname(__file__) + os.sep, os.path.abspath(sys.argv[0]))
+  return record.levelno >= python_logging.WARNING or os.path.abspath(record.pathname).startswith(
+    ours
+  )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

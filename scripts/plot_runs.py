@@ -80,6 +80,7 @@ def main() -> None:
   if any("=" not in run for run in options.runs):
     parser.error("each run is NAME=WORKDIR")
   figure = draw(dict(run.split("=", 1) for run in options.runs))
+  pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
   FigureCanvasAgg(figure).print_png(options.out)
   print(options.out)
 

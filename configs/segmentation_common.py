@@ -55,6 +55,7 @@ def segmentation() -> ConfigDict:
       num_classes=19,  # taken from the data where class_names is empty
       class_names=(),
       palette=(),  # RGB of each class
+      class_weights=(),  # of each class's pixels in the loss; (): all pixels alike
       swaps=(),  # pairs of classes that a mirrored image exchanges, such as left and right arm
       pixel_mean=(0.485, 0.456, 0.406),  # of RGB in 0..1
       pixel_std=(0.229, 0.224, 0.225),

@@ -99,7 +99,8 @@ class Segmenter(nnx.Module):
     labels_BHW = batch["label_BHW"]
 
     def loss(logits: FeatureMap) -> jax.Array:
-      return segmentation_loss(enlarged(logits, labels_BHW.shape[1:]), labels_BHW)
+      logits_BHWK = enlarged(logits, labels_BHW.shape[1:])
+      return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights)
 
     result = {"loss_seg": loss(self.logits_of_levels(levels, key=main_key))}
     if self.auxiliary is not None:

@@ -4,6 +4,8 @@ Shape suffixes: B images, N anchors, R regions, K classes (of detection, backgro
 and columns of a mask, H W of an image, 4 box deltas.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -157,23 +159,33 @@ def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.
   return jnp.sum(jnp.where(positive_BR, pixels_BR, 0))
 
 
-def segmentation_loss(logits_BHWK: jax.Array, labels_BHW: jax.Array) -> jax.Array:
+def segmentation_loss(
+  logits_BHWK: jax.Array, labels_BHW: jax.Array, weights_K: Sequence[float] = ()
+) -> jax.Array:
   """Cross-entropy, the mean over the labelled pixels of the whole batch.
 
   Args:
     logits_BHWK: [B, H, W, K].
     labels_BHW: [B, H, W] integers; pixels outside [0, K) have no class and do not count.
+    weights_K: positive; the mean is weighted by those of the pixels' classes. (): all pixels alike.
 
   Returns:
     Float32 scalar; 0 without labelled pixels.
 
   Raises:
-    ValueError: shapes disagree.
+    ValueError: shapes disagree, or the number of weights is not that of classes.
   """
   _agree(logits_BHWK[..., 0], labels_BHW)
   labelled_BHW = (labels_BHW >= 0) & (labels_BHW < logits_BHWK.shape[-1])
-  loss_BHW = softmax_cross_entropy(logits_BHWK, jnp.where(labelled_BHW, labels_BHW, 0))
-  return _sum_over(loss_BHW, labelled_BHW, jnp.sum(labelled_BHW))
+  class_BHW = jnp.where(labelled_BHW, labels_BHW, 0)
+  loss_BHW = softmax_cross_entropy(logits_BHWK, class_BHW)
+  if not weights_K:
+    return _sum_over(loss_BHW, labelled_BHW, jnp.sum(labelled_BHW))
+  if len(weights_K) != logits_BHWK.shape[-1]:
+    raise ValueError(f"{len(weights_K)} weights for {logits_BHWK.shape[-1]} classes")
+  weight_BHW = jnp.where(labelled_BHW, jnp.asarray(weights_K, jnp.float32)[class_BHW], 0)
+  total = jnp.sum(weight_BHW)
+  return jnp.sum(weight_BHW * loss_BHW) / jnp.where(total > 0, total, 1)
 
 
 def _sum_over(loss, chosen, count):

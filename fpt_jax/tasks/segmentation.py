@@ -34,7 +34,8 @@ def settle(config: ConfigDict, dataset: DatasetInfo) -> None:
   """Takes the data set's classes, their colours and mirror images into a config that names none.
 
   Raises:
-    UserError: the data set has no label maps, or a class that the model has not.
+    UserError: the data set has no label maps, or a class that the model has not, or the weights of
+      the classes are not one a class.
   """
   model = config.model
   if not dataset.class_names:
@@ -48,6 +49,11 @@ def settle(config: ConfigDict, dataset: DatasetInfo) -> None:
     raise UserError(
       f"model.class_names has {len(model.class_names)} names and model.num_classes is "
       f"{model.num_classes}; set --config.model.class_names='()' to take the data's own"
+    )
+  weights = tuple(model.class_weights)
+  if weights and (len(weights) != model.num_classes or min(weights) <= 0):
+    raise UserError(
+      f"model.class_weights={weights} must be {model.num_classes} positive numbers, one a class, or ()"
     )
   class_table(config, dataset)
 

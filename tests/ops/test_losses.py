@@ -196,3 +196,24 @@ def test_segmentation_loss_is_over_labelled_pixels(rng):
   assert loss(jnp.asarray(logits, jnp.float32), jnp.full((2, 5, 3), 255)) == 0
   gradient = jax.jit(jax.grad(losses.segmentation_loss))(logits.astype(np.float32), labels)
   assert (np.asarray(gradient)[labels == 255] == 0).all() and np.any(gradient)
+
+
+def test_segmentation_loss_weighs_classes(rng):
+  logits = 3 * rng.standard_normal((2, 5, 3, 4))
+  labels = rng.integers(0, 4, (2, 5, 3))
+  labels[0, :, 1:] = 255
+  weights = (0.5, 1.0, 2.0, 7.0)
+  total = count = 0.0
+  for place in np.ndindex(labels.shape):
+    if labels[place] < 4:
+      row, weight = logits[place], weights[labels[place]]
+      total += weight * (np.log(np.exp(row).sum()) - row[labels[place]])
+      count += weight
+  logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+  value = losses.segmentation_loss(logits, labels, weights)
+  np.testing.assert_allclose(value, total / count, rtol=1e-6)
+  alike = losses.segmentation_loss(logits, labels, (3.0,) * 4)
+  np.testing.assert_allclose(alike, losses.segmentation_loss(logits, labels), rtol=1e-6)
+  assert losses.segmentation_loss(logits, jnp.full((2, 5, 3), 255), weights) == 0
+  with pytest.raises(ValueError, match="3 weights for 4 classes"):
+    losses.segmentation_loss(logits, labels, weights[:3])

@@ -25,7 +25,7 @@ def run_config(data_config, **fields):
   """A whole config with the fields that evaluation and pictures read."""
   config = ConfigDict({"seed": 0, "batch_size": 2, "data": data_config})
   config.model = {"name": "segmenter", "num_classes": 3, "class_names": (), "palette": ()}
-  config.model.swaps = ()
+  config.model.update(dict(swaps=(), class_weights=()))
   config.eval = {"batch_size": 1, "window": (), "overlap": 0.0, "scales": (1.0,), "flip": False}
   config.eval.submission = False
   config.update_from_flattened_dict(fields)
@@ -60,6 +60,13 @@ def test_classes_are_known_by_name():
     segmentation.settle(config, DATASET)
   with pytest.raises(UserError, match="'mine' has no label maps"):
     segmentation.settle(config, DatasetInfo(("cat",), (1,), {}))
+
+
+@pytest.mark.parametrize("weights", [(1.0,) * 2, (1.0, 0.0, 1.0)])
+def test_classes_weigh_something_each(weights):
+  config = run_config({"name": "mine"}, **{"model.class_weights": weights})
+  with pytest.raises(UserError, match="must be 3 positive numbers, one a class"):
+    segmentation.settle(config, DATASET)
 
 
 @pytest.mark.parametrize(

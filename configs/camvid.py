@@ -10,7 +10,7 @@ It is not one of the paper's data sets. 367 images are trained on and the 233 of
 evaluated, as by Badrinarayanan et al. 2017. Variants are those of `configs/cityscapes.py`;
 `fpt=none` is the pyramid alone. The classes' weights in the loss are the square roots of median
 frequency balancing's (Eigen & Fergus 2015), of the training labels: unweighted, poles and bicyclists
-were never found in as few steps.
+are hardly found in as few steps.
 """
 
 from configs import segmentation_common

@@ -1,5 +1,6 @@
 """Evaluation counts every labelled pixel once, averages scores, and real data go through all of it."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax import data, sharding
 from fpt_jax.browse import browse
-from fpt_jax.data import DatasetInfo, label_records
+from fpt_jax.data import DatasetInfo, context_shapes, label_records
 from fpt_jax.errors import UserError
 from fpt_jax.tasks import segmentation
 from tests.data.conftest import label_config
@@ -67,6 +68,16 @@ def test_classes_weigh_something_each(weights):
   config = run_config({"name": "mine"}, **{"model.class_weights": weights})
   with pytest.raises(UserError, match="must be 3 positive numbers, one a class"):
     segmentation.settle(config, DATASET)
+
+
+@pytest.mark.parametrize(
+  "name", ["ade20k", "camvid", "cityscapes", "image_folder", "lip", "voc2012"]
+)
+def test_any_demo_fits_the_generated_data(name):
+  config = importlib.import_module(f"configs.{name}").get_config("demo")
+  shapes = ("background", *context_shapes.CATEGORIES)
+  segmentation.settle(config, DatasetInfo((), (), {}, shapes))
+  assert config.model.num_classes == len(shapes)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
+from fpt_jax import older_runs
 from fpt_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -186,11 +187,13 @@ def read_config(workdir: str) -> ConfigDict:
   if not path.exists():
     raise UserError(f"{path} does not exist: {workdir} is not the folder of a run")
   try:
-    return ConfigDict(json.loads(path.read_text()))
+    config = ConfigDict(json.loads(path.read_text()))
   except json.JSONDecodeError as error:
     raise UserError(
       f"{path} line {error.lineno} is no JSON ({error.msg}); restore the file"
     ) from error
+  older_runs.complete(config)
+  return config
 
 
 def config_of_run(workdir: str, config: ConfigDict | None) -> ConfigDict:

@@ -1,12 +1,13 @@
 """What every command shares: quiet logs, and mistakes told in one line."""
 
+import difflib
 import logging as python_logging
 import os
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from fpt_jax.errors import UserError
 
@@ -51,11 +52,33 @@ def parse_flags(argv: list[str]) -> list[str]:
     if "config" in flags.FLAGS and flags.FLAGS.is_parsed():
       _check_config_file()
     return rest
-  except (flags.Error, TypeError, ValueError, OSError, UserError) as error:
+  except (flags.Error, ValueError, OSError, UserError) as error:
     tell_and_exit(error)
-  except (AttributeError, KeyError) as error:  # whose text is the repr of a message
-    hint = str(error).strip("'\"").replace("\\n", " - ").replace("\\'", "'")
-    tell_and_exit(UserError(f"--config has no field {hint}"))
+  except (AttributeError, KeyError, TypeError) as error:
+    tell_and_exit(UserError(_unknown_field(argv) or error))
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """What to say of the first override of a field that the config on the command line does not have."""
+  joined = " ".join(argv).replace("--config ", "--config=").split()
+  files = [a.removeprefix("--config=") for a in joined if a.startswith("--config=")]
+  if not files:
+    return None
+  config = flags.FLAGS["config"].parser.parse(files[-1])
+  overrides = [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
+  for path in overrides:
+    group, passed = config, []
+    for field in path.split("."):
+      if not isinstance(group, ConfigDict):
+        return f"--config.{path}: {'.'.join(passed)} is a value and has no fields"
+      passed.append(field)
+      if field not in group:
+        begun = [name for name in group if name.startswith(field) or field.startswith(name)]
+        likely = begun or difflib.get_close_matches(field, group)
+        hint = f"did you mean {' or '.join(likely)}?" if likely else f"there are {', '.join(group)}"
+        return f"--config has no field {'.'.join(passed)}; {hint}"
+      group = group[field]
+  return None
 
 
 def _check_config_file() -> None:

@@ -202,6 +202,18 @@ def test_a_submission_needs_a_server(tmp_path):
     segmentation.submission_writer(config, str(tmp_path))
 
 
+def test_predictions_for_a_server(tmp_path):
+  config = run_config({"name": "cityscapes"}, **{"eval.submission": True})
+  config.model.num_classes = 19
+  (tmp_path / "predictions").mkdir()
+  found = {"label_map": np.array([[0, 18], [10, 1]], np.uint8)}
+  segmentation.save(config, str(tmp_path), "a", "test/a_000_leftImg8bit.png", found)
+  (file,) = (tmp_path / "eval" / "submission").iterdir()
+  assert file.name == "a_000_pred_labelIds.png"
+  ids_HW = label_records.decode_ids(file.read_bytes())
+  assert ids_HW.tolist() == [[7, 33], [23, 8]]  # road, bicycle; sky, sidewalk
+
+
 def test_pictures_and_entries_of_an_image(rng, tmp_path):
   config = run_config({"name": "mine"})
   segmentation.settle(config, DATASET)

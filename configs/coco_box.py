@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, "small", "demo", or "torchvision"."""
+  """`arg`: "" for the paper, or see `common.variant`."""
   config = common.detection()
   config.model.mask_head.enabled = False
   config.images = 100_000 * 8

@@ -160,7 +160,7 @@ def detection() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """The config as the part behind its file's colon asks: words and settings, separated by commas.
 
-  Words: `small`, `demo`, `torchvision`, `multiscale`. Settings: those of `SETTINGS`, such as
+  Words: `small`, `tiny`, `demo`, `torchvision`, `multiscale`. Settings: those of `SETTINGS`, such as
   `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
@@ -238,6 +238,17 @@ def small(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def tiny(config: ConfigDict) -> ConfigDict:
+  """As `small` at 120 pixels, where attention costs a sixth; regions are pooled one level finer."""
+  config = small(config)
+  config.data.short_edge = 120
+  config.data.long_edge = 160
+  config.data.buckets = ((128, 160), (160, 128))
+  config.model.canonical_size = 26.0
+  config.model.rpn.anchor_sizes = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,))
+  return config
+
+
 def demo(config: ConfigDict) -> ConfigDict:
   """Generated 128 x 128 images, narrower still: minutes on two CPU cores."""
   config = small(config)
@@ -261,7 +272,13 @@ def demo(config: ConfigDict) -> ConfigDict:
 
 
 PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
-WORDS = {"small": small, "demo": demo, "torchvision": torchvision, "multiscale": multiscale}
+WORDS = {
+  "small": small,
+  "demo": demo,
+  "torchvision": torchvision,
+  "multiscale": multiscale,
+  "tiny": tiny,
+}
 SETTINGS = {
   "backbone": set_backbone,
   "pyramid": set_pyramid,

@@ -21,7 +21,13 @@ def parameters(shapes, prefix):
 
 @pytest.mark.parametrize(
   ("module", "arg"),
-  [(coco_mask, "small"), (coco_mask, "torchvision"), (coco_box, ""), (coco_box, "demo")],
+  [
+    (coco_mask, "small"),
+    (coco_mask, "tiny"),
+    (coco_mask, "torchvision"),
+    (coco_box, ""),
+    (coco_box, "demo"),
+  ],
 )
 def test_variants_describe_models(module, arg):
   config = module.get_config(arg)

@@ -48,12 +48,17 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to compile.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU and its chips: v5e:2x2, v5p:2x2x1, ...")
 _PART = flags.DEFINE_enum("part", "fpt", ["fpt", "step"], "FPT alone, or a whole training step.")
 _IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.")
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "Let the compiler try less: a fraction of its time, and a program that takes more."
+)
 
 
 def main() -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config=FILE is needed, such as configs/coco_mask.py")
+  if _QUICK.value:
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
   devices = topology_devices(_TOPOLOGY.value)
   mesh = Mesh(np.array(devices), ("data",))
   height, width = canvas_of(config)

@@ -49,7 +49,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU and its chips: v5e:2
 _PART = flags.DEFINE_enum("part", "fpt", ["fpt", "step"], "FPT alone, or a whole training step.")
 _IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.")
 _QUICK = flags.DEFINE_bool(
-  "quick", False, "Let the compiler try less: a fraction of its time, and a program that takes more."
+  "quick",
+  False,
+  "Let the compiler try less: a fraction of its time, and a program that takes more.",
 )
 
 

@@ -19,7 +19,10 @@ DEMO = "--config=configs/coco_mask.py:demo"
   [
     ((DEMO, "--config.optim.learning_rat=1"), ("optim.learning_rat;", "mean learning_rate?")),
     ((DEMO, "--config.batch=3"), ("no field batch;", "mean batch_size?")),
-    ((DEMO, "--config.model.fpt.zzz=3"), ("no field model.fpt.zzz;", "there are drop_block_size, enabled, ")),
+    (
+      (DEMO, "--config.model.fpt.zzz=3"),
+      ("no field model.fpt.zzz;", "there are drop_block_size, enabled, "),
+    ),
     ((DEMO, "--config.model.name.x=3"), ("model.name is a value",)),
     (("--config=configs/coco_mask.py:demoo",), ("demoo", "choose one of small, demo, torchvision")),
     (("--config=configs/none.py",), ("configs/none.py does not exist",)),

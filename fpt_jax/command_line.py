@@ -1,5 +1,6 @@
 """What every command shares: quiet logs, and mistakes told in one line."""
 
+import argparse
 import difflib
 import logging as python_logging
 import os
@@ -55,29 +56,38 @@ def parse_flags(argv: list[str]) -> list[str]:
   except (flags.Error, ValueError, OSError, UserError) as error:
     tell_and_exit(error)
   except (AttributeError, KeyError, TypeError) as error:
-    tell_and_exit(UserError(_unknown_field(argv) or error))
+    tell_and_exit(UserError(_explained(error, argv)))
 
 
-def _unknown_field(argv: list[str]) -> str | None:
-  """What to say of the first override of a field that the config on the command line does not have."""
-  joined = " ".join(argv).replace("--config ", "--config=").split()
-  files = [a.removeprefix("--config=") for a in joined if a.startswith("--config=")]
-  if not files:
-    return None
-  config = flags.FLAGS["config"].parser.parse(files[-1])
-  overrides = [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
-  for path in overrides:
-    group, passed = config, []
-    for field in path.split("."):
-      if not isinstance(group, ConfigDict):
-        return f"--config.{path}: {'.'.join(passed)} is a value and has no fields"
-      passed.append(field)
-      if field not in group:
-        begun = [name for name in group if name.startswith(field) or field.startswith(name)]
-        likely = begun or difflib.get_close_matches(field, group)
-        hint = f"did you mean {' or '.join(likely)}?" if likely else f"there are {', '.join(group)}"
-        return f"--config has no field {'.'.join(passed)}; {hint}"
-      group = group[field]
+def _explained(error: Exception, argv: list[str]) -> str:
+  """What an error says that came of the config's file or of an override of its fields."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--config")
+  options, others = parser.parse_known_args(argv)
+  if options.config is None:
+    return str(error)
+  try:
+    config = flags.FLAGS["config"].parser.parse(options.config)
+  except type(error):
+    return f"--config={options.config}: {type(error).__name__}: {error}"
+  overrides = [a.removeprefix("--config.") for a in others if a.startswith("--config.")]
+  complaints = (_complaint(config, override.split("=")[0]) for override in overrides)
+  return next(filter(None, complaints), str(error))
+
+
+def _complaint(config: ConfigDict, path: str) -> str | None:
+  """Why a config has no field at `path`, names with dots between them; None where it has."""
+  group, passed = config, []
+  for field in path.split("."):
+    if not isinstance(group, ConfigDict):
+      return f"--config.{path}: {'.'.join(passed)} is a value and has no fields"
+    passed.append(field)
+    if field not in group:
+      begun = [name for name in group if name.startswith(field) or field.startswith(name)]
+      likely = begun or difflib.get_close_matches(field, group)
+      hint = f"did you mean {' or '.join(likely)}?" if likely else f"there are {', '.join(group)}"
+      return f"--config has no field {'.'.join(passed)}; {hint}"
+    group = group[field]
   return None
 
 

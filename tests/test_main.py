@@ -51,6 +51,14 @@ def test_mistakes_are_told_in_one_line(flags, told, tmp_path):
     assert part in lines[0]
 
 
+@pytest.mark.slow
+def test_a_mistake_inside_a_config_is_told_with_its_file(tmp_path):
+  file = tmp_path / "config.py"
+  file.write_text("def get_config():\n  return {}['batch_size']\n")
+  lines = error_lines(command(f"--config={file}", f"--workdir={tmp_path / 'run'}"))
+  assert lines == [f"error: --config={file}: KeyError: 'batch_size'"]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")

@@ -1,6 +1,5 @@
 """A whole training step compiles for a TPU's chips, and what it needs is told."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from tests.runs import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_training_step_for_a_tpu():
   command = [sys.executable, ROOT / "scripts" / "tpu_compile.py", "--quick", "--part=step"]
   config = "--config=configs/cityscapes.py:demo,head=fcn"

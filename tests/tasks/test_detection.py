@@ -87,8 +87,9 @@ def file_of(config, folder):
 def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
   """Same detections in the same order."""
   np.testing.assert_array_equal(labels, golden[f"image_{i}_labels"])
-  # these weights are random and amplify rounding: 1.2e-3 on CPUs without AVX-512
-  assert_close(scores, golden[f"image_{i}_scores"], tolerance=3e-3)
+  # Random weights amplify rounding: 3e-4 computed in float64; in float32 2e-4 to 1.2e-3, by the
+  # instructions that the CPU has.
+  assert_close(scores, golden[f"image_{i}_scores"], tolerance=2e-3)
   assert_close(boxes_xyxy, golden[f"image_{i}_boxes_xyxy"])
   # a pixel at exactly one half may fall on either side
   np.testing.assert_allclose(areas, golden[f"image_{i}_mask_areas"], atol=3)

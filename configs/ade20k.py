@@ -9,12 +9,12 @@ of 16 are OCNet's, and keep the rate an image that of the other data sets. Crops
 Variants are those of `configs/cityscapes.py`.
 """
 
-from configs import segmentation_common
+from fpt_jax.configs import segmentation
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
-  config = segmentation_common.segmentation()
+  config = segmentation.segmentation()
   config.batch_size = 16
   config.images = 120 * 20_210
   config.data.update(
@@ -27,4 +27,4 @@ def get_config(arg: str = ""):
   )
   config.model.num_classes = 150
   config.optim.update(dict(learning_rate=0.02, base_batch_size=16, weight_decay=1e-4))
-  return segmentation_common.variant(config, arg)
+  return segmentation.variant(config, arg)

@@ -19,9 +19,9 @@ Behind the file's colon stand words and settings, separated by commas:
     cityscapes.py:dropblock=off
 """
 
-from configs import segmentation_common
+from fpt_jax.configs import segmentation
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see above."""
-  return segmentation_common.variant(segmentation_common.segmentation(), arg)
+  return segmentation.variant(segmentation.segmentation(), arg)

@@ -13,9 +13,9 @@ Variants, behind the file's colon:
     coco_mask.py:torchvision  torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
 """
 
-from configs import common
+from fpt_jax.configs import detection
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `common.variant`."""
-  return common.variant(common.detection(), arg)
+  """`arg`: "" for the paper, or see `detection.variant`."""
+  return detection.variant(detection.detection(), arg)

@@ -8,12 +8,12 @@ The paper reports 56.2 mIoU on val for a frozen dilated ResNet-101, after 50 epo
 Variants are those of `configs/cityscapes.py`.
 """
 
-from configs import segmentation_common
+from fpt_jax.configs import segmentation
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
-  config = segmentation_common.segmentation()
+  config = segmentation.segmentation()
   config.images = 50 * 30_462
   config.data.update(
     dict(
@@ -23,4 +23,4 @@ def get_config(arg: str = ""):
     )
   )
   config.model.num_classes = 20
-  return segmentation_common.variant(config, arg)
+  return segmentation.variant(config, arg)

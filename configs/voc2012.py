@@ -12,12 +12,12 @@ their label maps in SegmentationClass and a list trainaug.txt beside train.txt:
 Variants are those of `configs/cityscapes.py`.
 """
 
-from configs import segmentation_common
+from fpt_jax.configs import segmentation
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
-  config = segmentation_common.segmentation()
+  config = segmentation.segmentation()
   config.images = 80 * 1464
   config.data.update(
     dict(
@@ -27,4 +27,4 @@ def get_config(arg: str = ""):
     )
   )
   config.model.num_classes = 21
-  return segmentation_common.variant(config, arg)
+  return segmentation.variant(config, arg)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from fpt_jax import checkpoints, models
-from fpt_jax.costs import Cost, count
+from fpt_jax import models
 from fpt_jax.data import canvases, transforms
 from fpt_jax.errors import UserError
+from fpt_jax.models.costs import Cost, count
 from fpt_jax.models.rcnn import MASK_BLOCK
 from fpt_jax.models.state import within
+from fpt_jax.run import checkpoints
 
 FORWARD = {"rcnn": "detect", "segmenter": "logits"}  # method of (image_BHWC, size_B2)
 FEATURES = ("backbone", "pyramid", "fpt")

@@ -4,8 +4,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fpt_jax import checkpoints, data, visualize
-from fpt_jax.data import label_records
+from fpt_jax import data
+from fpt_jax.data.records import label_map
+from fpt_jax.run import checkpoints
 from fpt_jax.tasks import task_of
 
 SHEET_COLUMNS = 2
@@ -42,7 +43,7 @@ def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
       height, width = batch["original_size_B2"][i]
       titles.append(f"step {step + 1}, image {image_id}, of {height} x {width}")
       path = out / f"{image + 1:03d}_{image_id}.png"
-      path.write_bytes(label_records.encode_label(pictures[-1]))
-  sheet = visualize.contact_sheet(pictures, columns=SHEET_COLUMNS, titles=titles, cell_width=800)
-  (out / "contact_sheet.png").write_bytes(label_records.encode_label(np.ascontiguousarray(sheet)))
+      path.write_bytes(label_map.encode_label(pictures[-1]))
+  sheet = pictures.contact_sheet(pictures, columns=SHEET_COLUMNS, titles=titles, cell_width=800)
+  (out / "contact_sheet.png").write_bytes(label_map.encode_label(np.ascontiguousarray(sheet)))
   logging.info("%d pictures and contact_sheet.png in %s", len(pictures), out)

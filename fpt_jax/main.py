@@ -14,11 +14,12 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import flags
 from ml_collections import config_flags
 
-from fpt_jax import analyze, checkpoints, command_line, data, sharding
+from fpt_jax import analyze, data
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
 from fpt_jax.restored import open_run
+from fpt_jax.run import checkpoints, command_line, sharding
 from fpt_jax.tasks import task_of
 from fpt_jax.train import train
 

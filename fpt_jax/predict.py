@@ -10,11 +10,11 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from fpt_jax import checkpoints, visualize
 from fpt_jax.errors import UserError
-from fpt_jax.reporting import Countdown
 from fpt_jax.restored import Restored
-from fpt_jax.tasks import task_of
+from fpt_jax.run import checkpoints
+from fpt_jax.run.metrics import Countdown
+from fpt_jax.tasks import pictures, task_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SHEET_PICTURES = 12
@@ -68,7 +68,7 @@ def predict(
     countdown.tell(done)
   (out / "predictions.json").write_text(json.dumps(results))
   if sheet:
-    Image.fromarray(visualize.contact_sheet(sheet, columns=3)).save(out / "contact_sheet.png")
+    Image.fromarray(pictures.contact_sheet(sheet, columns=3)).save(out / "contact_sheet.png")
   logging.info("%d pictures, contact_sheet.png and predictions.json in %s", done, out)
 
 

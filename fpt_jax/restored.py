@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax import checkpoints, models
+from fpt_jax import models
 from fpt_jax.models.state import Arrays, Skeleton
+from fpt_jax.run import checkpoints
 from fpt_jax.tasks import task_of
 
 

@@ -10,12 +10,13 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax import checkpoints, data, models, optim, sharding
+from fpt_jax import data, models, optim
 from fpt_jax.errors import UserError
-from fpt_jax.models.pretrained import preprocessing
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays
-from fpt_jax.reporting import Clock, MetricsWriter, read_metrics
+from fpt_jax.run import checkpoints, sharding
+from fpt_jax.run.metrics import Clock, MetricsWriter, read_metrics
 from fpt_jax.tasks import task_of
+from fpt_jax.weights.families import preprocessing
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import coco_mask
 from fpt_jax import models, optim
-from fpt_jax.models.torchvision import from_torchvision
+from fpt_jax.configs import coco_mask
+from fpt_jax.weights.torchvision import from_torchvision
 from scripts.process_memory import peak_growth
 
 try:

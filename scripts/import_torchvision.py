@@ -43,12 +43,13 @@ from absl import flags, logging
 from flax import nnx
 from ml_collections import ConfigDict, config_flags
 
-from fpt_jax import checkpoints, command_line, models
+from fpt_jax import models
 from fpt_jax.errors import UserError
-from fpt_jax.models.pretrained import Family, check_family, family_of
-from fpt_jax.models.resnet import STRIDES_IN
+from fpt_jax.models.backbones.resnet import STRIDES_IN
 from fpt_jax.models.state import initial_arrays
-from fpt_jax.torch_files import read_state_dict
+from fpt_jax.run import checkpoints, command_line
+from fpt_jax.weights.families import Family, check_family, family_of
+from fpt_jax.weights.files import read_state_dict
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config whose model the weights fill.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "File of the state dict: .pth, .safetensors or .npz.")

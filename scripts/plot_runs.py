@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fpt_jax.reporting import read_metrics
+from fpt_jax.run.metrics import read_metrics
 
 SMOOTHED = 9  # logged losses in a running mean
 

@@ -35,13 +35,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from fpt_jax import command_line, models, optim, sharding
+from fpt_jax import models, optim
 from fpt_jax.analyze import canvas_of
-from fpt_jax.data.records import BITMAP
+from fpt_jax.data.records.instances import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import skeleton
+from fpt_jax.run import command_line, sharding
 from fpt_jax.train import make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to compile.")

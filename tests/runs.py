@@ -9,8 +9,8 @@ import tempfile
 
 from ml_collections import ConfigDict
 
-from configs import cityscapes, coco_mask
 from fpt_jax import data
+from fpt_jax.configs import cityscapes, coco_mask
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = {

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from configs import cityscapes, coco_mask, tables
 from fpt_jax import analyze
-from fpt_jax.costs import Cost
+from fpt_jax.configs import cityscapes, coco_mask, tables
 from fpt_jax.errors import UserError
+from fpt_jax.models.costs import Cost
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fpt_jax import models, visualize
+from fpt_jax import models
 from fpt_jax.browse import browse
 from fpt_jax.models.heads.rpn import anchors_of_canvas
-from fpt_jax.tasks import detection
+from fpt_jax.tasks import detection, pictures
 from tests.runs import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,7 +53,7 @@ def test_anchors_are_those_of_the_model(canvas):
 def test_anchors_have_their_objects_colors():
   image_HWC = np.zeros((400, 500, 3), np.uint8)
   boxes_G4 = np.array([[10.0, 10, 60, 60], [300, 200, 400, 300]])
-  drawn = visualize.draw_anchors(
+  drawn = pictures.draw_anchors(
     image_HWC,
     boxes_G4,
     ["ant", "bee"],
@@ -61,7 +61,7 @@ def test_anchors_have_their_objects_colors():
     np.array([1]),
     np.array([[100.0, 100, 150, 180]]),
   )
-  color = np.array(visualize.category_color("bee"), float)
+  color = np.array(pictures.category_color("bee"), float)
   np.testing.assert_allclose(drawn[250, 290], color * 230 / 255, atol=2)
   np.testing.assert_allclose(drawn[250, 350], color)  # the dot in the middle of the object
   assert drawn[130, 100].tolist() == [round(200 * 160 / 255)] * 3

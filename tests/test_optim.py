@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs import cityscapes, coco_box, coco_mask
 from fpt_jax import optim
+from fpt_jax.configs import cityscapes, coco_box, coco_mask
 from fpt_jax.errors import UserError
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import fpt_jax
-from fpt_jax import checkpoints
 from fpt_jax.errors import UserError
+from fpt_jax.run import checkpoints
 from fpt_jax.train import train
 from tests.runs import (
   command,

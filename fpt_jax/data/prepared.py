@@ -11,20 +11,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data import (
-  ade20k,
-  camvid,
-  cityscapes,
-  image_folder,
-  label_records,
-  lip,
-  records,
-  voc2012,
-)
-from fpt_jax.data.coco import CocoInstances
-from fpt_jax.data.context_shapes import ContextShapes
-from fpt_jax.data.label_maps import LabelMaps
-from fpt_jax.data.label_records import LabelRecord
+from fpt_jax.data.datasets import ade20k, camvid, cityscapes, image_folder, lip, voc2012
+from fpt_jax.data.datasets.coco import CocoInstances
+from fpt_jax.data.datasets.context_shapes import ContextShapes
+from fpt_jax.data.datasets.label_maps import LabelMaps
+from fpt_jax.data.records import instances, label_map
+from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError
 
 _LABEL_MAPS = {
@@ -58,7 +50,7 @@ class DatasetInfo:
 
   @property
   def num_classes(self) -> int:
-    """Classes of a label map; `label_records.VOID` is none of them."""
+    """Classes of a label map; `label_map.VOID` is none of them."""
     return len(self.class_names)
 
 
@@ -135,7 +127,7 @@ class Reader:
         f"split {split!r} cannot be read from {builder.data_dir}; it holds {sorted(splits)}, "
         'and parts of them such as "train[:8]"'
       ) from error
-    self._parse = label_records.parse if data.name in _LABEL_MAPS else records.parse
+    self._parse = label_map.parse if data.name in _LABEL_MAPS else instances.parse
     self._folder = builder.data_dir
     # the split and place of each record, so that an error can name it
     self._places = [
@@ -153,7 +145,7 @@ class Reader:
     split, place = self._places[index]
     return f"record {place} of split {split} in {self._folder}"
 
-  def read(self, index: int) -> records.Record | LabelRecord:
+  def read(self, index: int) -> instances.Record | LabelRecord:
     """Reads and parses one record, which is a `LabelRecord` where the data set has no instances."""
     try:
       return self._parse(self._records[index])
@@ -163,10 +155,10 @@ class Reader:
         f"{self.name(index)} cannot be read ({reason}); delete the folder and run --mode=prepare"
       ) from error
 
-  def decode(self, index: int, record: records.Record | LabelRecord) -> np.ndarray:
+  def decode(self, index: int, record: instances.Record | LabelRecord) -> np.ndarray:
     """Returns the record's image, uint8 RGB."""
     try:
-      return records.decode_image(record.image)
+      return instances.decode_image(record.image)
     except ValueError as error:
       raise UserError(
         f"{self.name(index)}, image id {record.image_id}: {error}; delete the folder and run "

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import coco_mask
 from fpt_jax import models
+from fpt_jax.configs import coco_mask
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.heads.augmented import AugmentedBoxHead, AugmentedMaskHead
 from fpt_jax.models.state import skeleton

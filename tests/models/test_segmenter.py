@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import camvid, cityscapes
 from fpt_jax import models, optim
+from fpt_jax.configs import camvid, cityscapes
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import initial_arrays
 from fpt_jax.ops.resize import upsample_bilinear

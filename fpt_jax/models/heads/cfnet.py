@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.context_blocks import average_pool
+from fpt_jax.models.backbones.context_blocks import average_pool
 from fpt_jax.models.feature_map import FeatureMap, mean_over_valid
 from fpt_jax.models.layers import ConvNorm, Norm, conv
 from fpt_jax.ops.mos_attention import mos_attention

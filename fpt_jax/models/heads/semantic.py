@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.backbones.resnet import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid
 from fpt_jax.models.heads.afnb import AsymmetricPyramid
 from fpt_jax.models.heads.cfnet import AggregatedCoOccurrentFeature
@@ -17,7 +18,6 @@ from fpt_jax.models.heads.object_context import (
   beside,
 )
 from fpt_jax.models.layers import ConvNorm, conv, drop_channels
-from fpt_jax.models.resnet import check_choice
 
 CONTEXTS = {
   "oc_base": BaseObjectContext,

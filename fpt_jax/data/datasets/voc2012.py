@@ -1,0 +1,38 @@
+"""PASCAL VOC 2012: JPEGImages, SegmentationClass, and the lists in ImageSets/Segmentation.
+
+The source is the folder VOC2012 of the development kit. A split is a list, such as "trainval".
+Everingham et al., "The Pascal Visual Object Classes Challenge: A Retrospective", IJCV 2015.
+"""
+
+import pathlib
+
+from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.records.label_map import VOID
+from fpt_jax.errors import UserError
+
+
+def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
+  names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+  if not names.is_file():
+    raise UserError(f"{names}: no such file; see data.source, data.builder.splits")
+  images, labels = root / "JPEGImages", root / "SegmentationClass"
+  label_maps.list_folder(images)
+  label_maps.list_folder(labels)
+  return [
+    (images / f"{name}.jpg", labels / f"{name}.png")
+    for name in names.read_text(encoding="utf-8").split()
+  ]
+
+
+_NAMES = label_maps.names(
+  "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, "
+  "dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor"
+)
+LAYOUT = label_maps.Layout(
+  name="voc2012",
+  class_names=_NAMES,
+  palette=label_maps.numbered_colors(len(_NAMES)),
+  class_of_id={i: i for i in range(len(_NAMES))} | {255: VOID},
+  splits=("train", "val"),
+  pairs=_pairs,
+)

@@ -1,0 +1,253 @@
+"""ResNet (He et al. 2016), dilated and with blocks of context where asked for.
+
+Shapes: B batch, H W rows and columns, C channels.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax.models.backbones.context_blocks import (
+  CONTEXTS,
+  AttentionAugmentedConv,
+  GlobalContext,
+  NonLocal,
+)
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
+from fpt_jax.models.layers import Norm, conv
+
+STAGE_BLOCKS = {
+  "resnet18": (2, 2, 2, 2),
+  "resnet34": (3, 4, 6, 3),
+  "resnet50": (3, 4, 6, 3),
+  "resnet101": (3, 4, 23, 3),
+}
+STRIDES_IN = ("3x3", "1x1")
+OUTPUT_STRIDES = (32, 16, 8)
+
+
+class BasicBlock(nnx.Module):
+  """Two 3x3 convolutions around a shortcut; the first has the stride, the second may be augmented."""
+
+  expansion = 1
+
+  def __init__(self, in_channels, width, *, stride, dilations, context, norm, options):
+    self.conv1 = conv(
+      in_channels, width, 3, stride=stride, dilation=dilations[0], bias=False, **options
+    )
+    self.bn1 = Norm(norm, width, **options)
+    self.conv2 = convolution(width, width, 1, dilations[1], context, options)
+    self.bn2 = Norm(norm, width, **options)
+    self.context = GlobalContext(width, **options) if context.kind == "global_context" else None
+    self.shortcut = Shortcut(in_channels, width, stride, norm=norm, options=options)
+    self.stride = stride
+
+  def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    valid = downsample_valid(x.valid_BHW, self.stride)
+    y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=valid, train=train)
+    y = self.bn2(convolve(self.conv2, nnx.relu(y), valid), valid_BHW=valid, train=train)
+    if self.context is not None:
+      y = self.context(y, valid_BHW=valid)
+    shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
+    return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * self.stride)
+
+
+class Bottleneck(nnx.Module):
+  """1x1, 3x3 and 1x1 convolutions around a shortcut; four times as wide outside."""
+
+  expansion = 4
+
+  def __init__(self, in_channels, width, *, stride, dilations, stride_in, context, norm, options):
+    out_channels = width * self.expansion
+    self.strides = (stride, 1) if stride_in == "1x1" else (1, stride)
+    self.conv1 = conv(in_channels, width, 1, stride=self.strides[0], bias=False, **options)
+    self.bn1 = Norm(norm, width, **options)
+    dilation = dilations[1 if stride_in == "1x1" else 0]
+    self.conv2 = convolution(width, width, self.strides[1], dilation, context, options)
+    self.bn2 = Norm(norm, width, **options)
+    self.conv3 = conv(width, out_channels, 1, bias=False, **options)
+    self.bn3 = Norm(norm, out_channels, **options)
+    self.context = (
+      GlobalContext(out_channels, **options) if context.kind == "global_context" else None
+    )
+    self.shortcut = Shortcut(in_channels, out_channels, stride, norm=norm, options=options)
+
+  def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
+    inside = downsample_valid(x.valid_BHW, self.strides[0])
+    valid = downsample_valid(inside, self.strides[1])
+    y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=inside, train=train)
+    y = self.bn2(convolve(self.conv2, nnx.relu(y), inside), valid_BHW=valid, train=train)
+    y = self.bn3(self.conv3(nnx.relu(y)), valid_BHW=valid, train=train)
+    if self.context is not None:
+      y = self.context(y, valid_BHW=valid)
+    shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
+    return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * max(self.strides))
+
+
+class Context(NamedTuple):
+  """What stands in a block: a name of `context_blocks.CONTEXTS`, and where attention is coarser."""
+
+  kind: str
+  downsample: bool
+
+
+def convolution(in_channels, out_channels, stride, dilation, context: Context, options):
+  """The 3x3 convolution of a block, augmented with attention where the context is."""
+  if context.kind == "attention_augmented":
+    return AttentionAugmentedConv(
+      in_channels,
+      out_channels,
+      stride=stride,
+      dilation=dilation,
+      downsample=context.downsample,
+      **options,
+    )
+  return conv(in_channels, out_channels, 3, stride=stride, dilation=dilation, bias=False, **options)
+
+
+def convolve(convolution, x_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
+  if isinstance(convolution, AttentionAugmentedConv):
+    return convolution(x_BHWC, valid_BHW=valid_BHW)
+  return convolution(x_BHWC)
+
+
+class Shortcut(nnx.Module):
+  """The identity, or a strided 1x1 convolution where the shape changes."""
+
+  def __init__(self, in_channels, out_channels, stride, *, norm, options):
+    self.projects = stride != 1 or in_channels != out_channels
+    if self.projects:
+      self.conv = conv(in_channels, out_channels, 1, stride=stride, bias=False, **options)
+      self.bn = Norm(norm, out_channels, **options)
+
+  def __call__(self, x_BHWC: jax.Array, *, valid_BHW: jax.Array, train: bool) -> jax.Array:
+    if not self.projects:
+      return x_BHWC
+    return self.bn(self.conv(x_BHWC), valid_BHW=valid_BHW, train=train)
+
+
+class ResNet(nnx.Module):
+  """The features C2..C5 of an image.
+
+  Args:
+    name: "resnet18", "resnet34", "resnet50" or "resnet101".
+    width: channels of the stem and of the first stage's inner convolutions (64 in the paper).
+    norm: see `layers.Norm`; "frozen_bn" for pretrained backbones.
+    context: "non_local", one block before the last residual block of C4 (Wang et al. 2018, section 6);
+      "global_context", in every residual block of C3 to C5, after its last normalisation (Cao et al.
+      2019, section 4.1); "attention_augmented", the 3x3 convolutions of C3 to C5, attention on a
+      coarser grid where the stride is 8 (Bello et al. 2019, section 4.2); or "none".
+    stride_in: the convolution of a bottleneck that has the stride: "3x3" as torchvision, "1x1" as
+      the paper and weights from Caffe.
+    output_stride: of C5, 32, 16 or 8; stages that would go beyond have dilations 2 and 4 instead of
+      strides (Yu et al. 2017, dilated residual networks). The convolution that has lost its stride
+      still sees the map before it, by whose dilation it goes: so every 2nd or 4th position has what the
+      network without dilations has, for whose weights this matters.
+    classes: also build the ImageNet classifier with this many classes; 0 for none.
+    dtype: of the computation; parameters are float32.
+    rngs: for the initial weights.
+
+  Raises:
+    ValueError: for a name or number that is none of these.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    *,
+    width: int = 64,
+    norm: str = "frozen_bn",
+    context: str = "none",
+    stride_in: str = "3x3",
+    output_stride: int = 32,
+    classes: int = 0,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    for what, value, choices in (
+      ("backbone", name, tuple(STAGE_BLOCKS)),
+      ("context", context, CONTEXTS),
+      ("stride_in", stride_in, STRIDES_IN),
+      ("output_stride", output_stride, OUTPUT_STRIDES),
+    ):
+      check_choice(what, value, choices)
+    options = dict(dtype=dtype, rngs=rngs)
+    block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
+    if block is Bottleneck:
+      block = functools.partial(Bottleneck, stride_in=stride_in)
+    self.conv1 = conv(3, width, 7, stride=2, bias=False, **options)
+    self.bn1 = Norm(norm, width, **options)
+    in_channels, reached, dilation = width, 4, 1
+    stages, self.channels = [], ()
+    for stage, blocks in enumerate(STAGE_BLOCKS[name]):
+      stage_stride = min(4 * 2**stage, output_stride)
+      before, dilation = dilation, 4 * 2**stage // stage_stride
+      kind = context if stage > 0 else "none"
+      layers = []
+      for i in range(blocks):
+        layer = block(
+          in_channels,
+          width * 2**stage,
+          stride=stage_stride // reached,
+          dilations=(dilation if i else before, dilation),
+          context=Context(kind, downsample=stage_stride == 8),
+          norm=norm,
+          options=options,
+        )
+        layers.append(layer)
+        in_channels, reached = width * 2**stage * layer.expansion, stage_stride
+      stages.append(nnx.List(layers))
+      self.channels += (in_channels,)
+    self.stages = nnx.List(stages)
+    self.context = (
+      NonLocal(self.channels[2], norm=norm, **options) if context == "non_local" else None
+    )
+    self.fc = nnx.Linear(in_channels, classes, rngs=rngs) if classes else None
+
+  def __call__(
+    self, image_BHWC: jax.Array, valid_BHW: jax.Array, *, train: bool = False
+  ) -> Pyramid:
+    """C2..C5 of normalised images.
+
+    Args:
+      image_BHWC: [B, H, W, 3] float, normalised, zero on padding.
+      valid_BHW: [B, H, W] bool.
+      train: use and update batch statistics where the norm has any.
+
+    Returns:
+      Four levels of strides 4, 8, 16, 32, none greater than the output stride, and `self.channels`
+      channels.
+    """
+    valid = downsample_valid(valid_BHW, 2)
+    with jax.named_scope("conv1"):
+      y = self.bn1(self.conv1(image_BHWC), valid_BHW=valid, train=train)
+    y = nnx.max_pool(nnx.relu(y), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    x = FeatureMap(y, downsample_valid(valid, 2), 4)
+    levels = []
+    for index, stage in enumerate(self.stages):
+      for i, block in enumerate(stage):
+        if self.context is not None and index == 2 and i == len(stage) - 1:
+          with jax.named_scope("context"):
+            x = self.context(x, train=train)
+        with jax.named_scope(f"stages.{index}"):
+          x = block(x, train=train)
+      levels.append(x)
+    return tuple(levels)
+
+  def classify(self, image_BHWC: jax.Array) -> jax.Array:
+    """[B, classes] ImageNet logits of normalised images without padding."""
+    if self.fc is None:
+      raise ValueError("this ResNet was built without a classifier (classes=0)")
+    c5 = self(image_BHWC, jnp.ones(image_BHWC.shape[:3], bool))[-1]
+    return self.fc(jnp.mean(c5.values_BHWC, axis=(1, 2)))
+
+
+def check_choice(what: str, value, choices: tuple) -> None:
+  """Raises ValueError where a part of a backbone that is asked for does not exist."""
+  if value not in choices:
+    raise ValueError(
+      f"{what} {value!r} does not exist; choose one of {', '.join(map(str, choices))}"
+    )

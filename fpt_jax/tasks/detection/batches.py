@@ -1,0 +1,338 @@
+"""From prepared records to the batches of detection, and to COCO's ground truth.
+
+B images of this host, G = `max_instances` ground truths, m pixels along the side of a bitmap.
+"""
+
+from collections.abc import Callable, Iterator
+
+import ml_collections
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from fpt_jax.data import canvases, order, transforms
+from fpt_jax.data.loader import Batches, assemble
+from fpt_jax.data.prepared import Reader, info
+from fpt_jax.data.records import instances
+from fpt_jax.errors import UserError
+
+
+def train_batches(
+  data: ml_collections.ConfigDict,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Reads this host's share of the endless training batches.
+
+  Args:
+    data: the config's `data`.
+    batch_size: images of a global batch.
+    seed: of the order of images and their augmentation.
+    start_step: the first batch is that of this step.
+    process_index: which host this is.
+    process_count: of how many.
+
+  Returns:
+    batches of
+      image_BHWC: float32 RGB 0..255, zero beyond the image's bottom and right edges.
+      size_B2, original_size_B2: int32 (height, width), on the canvas and of the file.
+      image_id_B: int64.
+      valid_B: bool, all True.
+      gt_boxes_BG4: float32 (x0, y0, x1, y1) in pixels of the canvas.
+      gt_labels_BG: int32 in 1..num_classes, 0 where padded.
+      gt_masks_BGmm: uint8 0/1 relative to the boxes.
+      gt_valid_BG: bool; crowds are left out.
+
+  Raises:
+    UserError: the data are not prepared or do not fit the config; while iterating, a record or
+      its image cannot be read.
+  """
+  reader = Reader(data, data.train_split)
+  low, high = _short_edges(data)
+  bucket_N, canvases_K2 = _assign(data, reader)
+  stream = order.TrainOrder(bucket_N, seed=seed, batch_size=batch_size)
+  share = order.host_share(batch_size, process_index, process_count)
+
+  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
+    indices_B, bucket = stream.batch(int(step))
+    positions_B = int(step) * batch_size + np.arange(batch_size)
+    columns = (positions_B, indices_B, np.ones(batch_size, bool), np.full(batch_size, bucket))
+    return tuple(column[share] for column in columns)
+
+  def augment(position: int) -> tuple[int, bool]:
+    short, mirrored = transforms.draw_augmentation(seed, position, (low, high))
+    return short, mirrored and data.flip
+
+  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+  parts = (canvases_K2[:, None], share.stop - share.start)
+  return _batches((data,), reader, steps, plan, augment, *parts, bitmaps=True)
+
+
+def eval_batches(
+  data: ml_collections.ConfigDict,
+  split: str,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  short_edges: tuple[int, ...] = (),
+) -> Batches:
+  """Reads this host's share of one pass over a split, every image once.
+
+  Args:
+    data: the config's `data`.
+    split: in TFDS syntax, such as "val" or "train[:8]".
+    batch_size: images of a global batch.
+    process_index: which host this is.
+    process_count: of how many; all get the same number of batches.
+    short_edges: pixels; the shorter edges of the images, in place of `data.short_edge`; longest edge
+      and buckets grow in proportion.
+
+  Returns:
+    batches as of `train_batches`, neither flipped nor with gt_masks_BGmm; valid_B is False, and
+    image_id_B -1, where an image only fills up a canvas's last batch. image_BHWC, size_B2 and
+    gt_boxes_BG4 are at the first of the shorter edges; `other_views` is a tuple with a dict of
+    image_BHWC and size_B2 for each of the rest.
+
+  Raises:
+    UserError: as `train_batches`.
+  """
+  reader = Reader(data, split)
+  _short_edges(data)
+  views = tuple(canvases.at_short_edge(data, short) for short in short_edges or (data.short_edge,))
+  # images of a batch share a canvas in every view
+  assigned = [_assign(view, reader) for view in views]
+  combined_KV, bucket_N = np.unique(
+    np.stack([bucket_N for bucket_N, _ in assigned], axis=1), axis=0, return_inverse=True
+  )
+  canvases_KV2 = np.stack(
+    [canvases_K2[combined_KV[:, v]] for v, (_, canvases_K2) in enumerate(assigned)], axis=1
+  )
+  schedule = order.eval_order(bucket_N.reshape(-1), batch_size=batch_size)
+  share = order.host_share(batch_size, process_index, process_count)
+
+  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
+    indices_B, valid_B, bucket = schedule[step]
+    columns = (np.zeros(batch_size, int), indices_B, valid_B, np.full(batch_size, bucket))
+    return tuple(column[share] for column in columns)
+
+  def augment(_: int) -> tuple[int, bool]:
+    return views[0].short_edge, False
+
+  steps = tf.data.Dataset.range(len(schedule))
+  parts = (canvases_KV2, share.stop - share.start)
+  return _batches(views, reader, steps, plan, augment, *parts, bitmaps=False)
+
+
+def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
+  """Rebuilds the annotation file of a split from its records, without decoding an image.
+
+  Args:
+    data: the config's `data`.
+    split: in TFDS syntax.
+
+  Returns:
+    COCO's `images`, `annotations` (segmentation, area, iscrowd, bbox as x, y, w, h, category_id as
+    in the data set's own file) and `categories`.
+
+  Raises:
+    UserError: the data are not prepared, or a record cannot be read.
+  """
+  dataset = info(data)
+  truth = {"images": [], "annotations": [], "categories": []}
+  for category_id, name in zip(dataset.category_ids, dataset.category_names, strict=True):
+    truth["categories"].append({"id": category_id, "name": name})
+  reader = Reader(data, split)
+  for index in range(len(reader)):
+    record = reader.read(index)
+    height, width = record.size
+    truth["images"].append(
+      {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
+    )
+    truth["annotations"] += _annotations(record, dataset.category_ids)
+  reader.close()
+  return truth
+
+
+def images(
+  data: ml_collections.ConfigDict, split: str
+) -> Iterator[tuple[str, np.ndarray, list[dict]]]:
+  """Reads the images of a split as they are in their files, to look at.
+
+  Args:
+    data: the config's `data`.
+    split: in TFDS syntax.
+
+  Yields:
+    file name, uint8 RGB [H, W, 3], and the image's annotations as in `coco_ground_truth`.
+
+  Raises:
+    UserError: the data are not prepared, or a record or its image cannot be read.
+  """
+  category_ids = info(data).category_ids
+  reader = Reader(data, split)
+  try:
+    for index in range(len(reader)):
+      record = reader.read(index)
+      image_HWC = reader.decode(index, record)
+      yield record.file_name, image_HWC, _annotations(record, category_ids)
+  finally:
+    reader.close()
+
+
+def _annotations(record: instances.Record, category_ids: tuple[int, ...]) -> list[dict]:
+  """The record's objects as COCO's annotation file has them."""
+  return [
+    instances.decode_annotation(annotation)
+    | {
+      "id": int(record.annotation_ids[i]),
+      "image_id": record.image_id,
+      "category_id": category_ids[record.labels[i] - 1],
+      "iscrowd": int(record.crowd[i]),
+    }
+    for i, annotation in enumerate(record.annotations)
+  ]
+
+
+def _short_edges(data: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Returns the smallest and largest shorter edge to train at."""
+  low, high = data.get("short_edge_min", 0) or data.short_edge, data.short_edge
+  if not 0 < low <= high <= data.long_edge:
+    raise UserError(
+      f"data.short_edge={high} must be positive, at least data.short_edge_min={low} and at most "
+      f"data.long_edge={data.long_edge}"
+    )
+  return low, high
+
+
+def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+  """Returns each image's canvas at its largest, int [N], and the canvases, int [K, 2].
+
+  A smaller image of multi-scale training fits its canvas too.
+  """
+  sizes_N2 = np.array(
+    [transforms.resized_size(h, w, data.short_edge, data.long_edge) for h, w in reader.sizes_N2]
+  )
+  canvases_K2 = canvases.canvases(data, sizes_N2)
+  return order.assign_buckets(sizes_N2, canvases_K2), canvases_K2
+
+
+def _batches(
+  views: tuple[ml_collections.ConfigDict, ...],
+  reader: Reader,
+  steps: tf.data.Dataset,
+  plan: Callable[[np.int64], tuple[np.ndarray, ...]],
+  augment: Callable[[int], tuple[int, bool]],
+  canvases_KV2: np.ndarray,
+  share: int,
+  *,
+  bitmaps: bool,
+) -> Batches:
+  """Turns steps into this host's batches: plan, then read, decode and resize image by image.
+
+  The views are the config's `data` at each shorter edge; the first is what batches are about.
+  """
+  data, others = views[0], views[1:]
+  overfull = set()
+  fields = {
+    "image_BHWC": (tf.uint8, (None, None, 3)),
+    "size_B2": (tf.int32, (2,)),
+    "original_size_B2": (tf.int32, (2,)),
+    "image_id_B": (tf.int64, ()),
+    "valid_B": (tf.bool, ()),
+    "gt_boxes_BG4": (tf.float32, (data.max_instances, 4)),
+    "gt_labels_BG": (tf.int32, (data.max_instances,)),
+    "gt_valid_BG": (tf.bool, (data.max_instances,)),
+  }
+  if bitmaps:
+    fields["gt_masks_BGmm"] = (tf.uint8, (data.max_instances, instances.BITMAP, instances.BITMAP))
+  if others:
+    fields["other_sizes_V2"] = (tf.int32, (len(others), 2))
+
+  def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
+    short, mirrored = augment(position)
+    example = _load(data, reader, index, short, mirrored, bitmaps, overfull)
+    example["valid_B"] = np.bool_(valid)
+    if not valid:
+      example["image_id_B"] = np.int64(-1)
+    if others:
+      size = example["original_size_B2"]
+      sizes_V2 = [transforms.resized_size(*size, v.short_edge, v.long_edge) for v in others]
+      example["other_sizes_V2"] = np.array(sizes_V2, np.int32)
+    return example
+
+  def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
+    canvases_V2 = tf.gather(tf.constant(canvases_KV2, tf.int32), bucket)
+    image_HWC = example["image_BHWC"]
+
+    def view(size: tf.Tensor, v: int) -> dict[str, tf.Tensor]:
+      return {
+        "image_BHWC": transforms.resize_and_pad(image_HWC, size, canvases_V2[v]),
+        "size_B2": size,
+      }
+
+    example |= view(example["size_B2"], 0)
+    if others:
+      sizes_V2 = example.pop("other_sizes_V2")
+      example["other_views"] = tuple(view(sizes_V2[v], v + 1) for v in range(len(others)))
+    return example
+
+  return assemble(data, reader, steps, plan, fields, load, finish, share)
+
+
+def _load(
+  data: ml_collections.ConfigDict,
+  reader: Reader,
+  index: int,
+  short: int,
+  mirrored: bool,
+  with_bitmaps: bool,
+  overfull: set[int],
+) -> dict[str, np.ndarray]:
+  """Reads one image and its padded ground truth; the image itself is not resized yet."""
+  record = reader.read(index)
+  image_HWC = reader.decode(index, record)
+  size = transforms.resized_size(*record.size, short, data.long_edge)
+
+  x0_G, y0_G, x1_G, y1_G = record.boxes.T
+  areas_G = (x1_G - x0_G) * (y1_G - y0_G)
+  kept = np.flatnonzero(~record.crowd & (areas_G > 0))
+  if len(kept) > data.max_instances:
+    if record.image_id not in overfull:
+      overfull.add(record.image_id)
+      logging.warning(
+        "image id %d (%s) has %d instances, the largest %d are kept (data.max_instances); "
+        "%d such images so far",
+        record.image_id,
+        record.file_name,
+        len(kept),
+        data.max_instances,
+        len(overfull),
+      )
+    largest = np.argsort(-areas_G[kept], kind="stable")[: data.max_instances]
+    kept = kept[np.sort(largest)]
+  bitmaps_Gmm = instances.unpack_bitmaps([record.bitmaps[i] for i in kept if with_bitmaps])
+  boxes_G4 = record.boxes[kept]
+  if mirrored:
+    image_HWC, boxes_G4, bitmaps_Gmm = transforms.flip(image_HWC, boxes_G4, bitmaps_Gmm)
+  return {
+    "image_BHWC": np.ascontiguousarray(image_HWC),
+    "size_B2": np.array(size, np.int32),
+    "original_size_B2": np.array(record.size, np.int32),
+    "image_id_B": np.int64(record.image_id),
+    "gt_boxes_BG4": _pad(transforms.scale_boxes(boxes_G4, record.size, size), data.max_instances),
+    "gt_labels_BG": _pad(record.labels[kept], data.max_instances),
+    "gt_valid_BG": np.arange(data.max_instances) < len(kept),
+    "gt_masks_BGmm": _pad(bitmaps_Gmm, data.max_instances),
+  }
+
+
+def _pad(values_G: np.ndarray, count: int) -> np.ndarray:
+  """Returns the values followed by zeros, `count` in all."""
+  padded_G = np.zeros((count, *values_G.shape[1:]), values_G.dtype)
+  padded_G[: len(values_G)] = values_G
+  return padded_G

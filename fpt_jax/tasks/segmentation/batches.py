@@ -1,0 +1,271 @@
+"""From prepared records to the batches of semantic segmentation.
+
+B images of this host. Label maps hold classes 0..num_classes-1 and `VOID` where there is none.
+"""
+
+from collections.abc import Iterator
+
+import ml_collections
+import numpy as np
+import tensorflow as tf
+from pycocotools import mask as coco_mask
+
+from fpt_jax.data import canvases, order, transforms
+from fpt_jax.data.loader import Batches, assemble
+from fpt_jax.data.prepared import DatasetInfo, Reader, info
+from fpt_jax.data.records import instances, label_map
+from fpt_jax.data.records.label_map import LabelRecord
+from fpt_jax.errors import UserError
+from fpt_jax.tasks.segmentation import crops
+
+
+def train_batches(
+  data: ml_collections.ConfigDict,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Reads this host's share of the endless training batches: random crops of resized images.
+
+  Args:
+    data: the config's `data`.
+    batch_size: images of a global batch.
+    seed: of the order of images and their augmentation.
+    start_step: the first batch is that of this step.
+    process_index: which host this is.
+    process_count: of how many.
+
+  Returns:
+    batches, of the size `data.crop`, of
+      image_BHWC: float32 RGB 0..255, zero beyond the image's bottom and right edges.
+      label_BHW: int32, `VOID` there too.
+      size_B2, original_size_B2: int32 (height, width), on the crop and of the file.
+      image_id_B: int64; file_name_B: bytes.
+      valid_B: bool, all True.
+
+  Raises:
+    UserError: the data are not prepared or do not fit the config; while iterating, a record, its
+      image or its label map cannot be read.
+  """
+  canvas, scales, short_edges = _augmentation(data)
+  mirrored_class = crops.mirror_table(_classes(data).swaps)
+  reader = Reader(data, data.train_split)
+  stream = order.TrainOrder(np.zeros(len(reader), int), seed=seed, batch_size=batch_size)
+  share = order.host_share(batch_size, process_index, process_count)
+
+  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
+    indices_B, _ = stream.batch(int(step))
+    positions_B = int(step) * batch_size + np.arange(batch_size)
+    columns = (positions_B, indices_B, np.ones(batch_size, bool), np.zeros(batch_size, int))
+    return tuple(column[share] for column in columns)
+
+  def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
+    record, image_HWC, label_HW = _read(reader, index)
+    crop = crops.draw(
+      seed,
+      position,
+      record.size,
+      canvas,
+      scales=scales,
+      short_edges=short_edges,
+      flip=data.flip,
+    )
+    label_hw = crops.cut_label(label_HW, crop)
+    if crop.mirrored:
+      image_HWC, label_hw = np.ascontiguousarray(image_HWC[:, ::-1]), mirrored_class[label_hw]
+    return _names(record, valid) | {
+      "image_BHWC": image_HWC,
+      "label_BHW": label_hw,
+      "size_B2": np.array(crop.valid, np.int32),
+      "resized_B2": np.array(crop.size, np.int32),
+      "offset_B2": np.array(crop.offset, np.int32),
+    }
+
+  def finish(example: dict[str, tf.Tensor], _: tf.Tensor) -> dict[str, tf.Tensor]:
+    image_HWC, label_hw = example["image_BHWC"], example["label_BHW"]
+    resized, offset = example.pop("resized_B2"), example.pop("offset_B2")
+    return example | {
+      "image_BHWC": crops.cut_image(image_HWC, resized, offset, tf.constant(canvas)),
+      "label_BHW": tf.cast(crops.pad_label(label_hw, tf.constant(canvas)), tf.int32),
+    }
+
+  fields = _FIELDS | {"resized_B2": (tf.int32, (2,)), "offset_B2": (tf.int32, (2,))}
+  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+  return assemble(data, reader, steps, plan, fields, load, finish, share.stop - share.start)
+
+
+def eval_batches(
+  data: ml_collections.ConfigDict,
+  split: str,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Reads this host's share of one pass over a split, every image once and whole.
+
+  Args:
+    data: the config's `data`.
+    split: in TFDS syntax, such as "val" or "train[:8]".
+    batch_size: images of a global batch.
+    process_index: which host this is.
+    process_count: of how many; all get the same number of batches.
+
+  Returns:
+    batches as of `train_batches`, neither cropped nor flipped, on canvases of `data.buckets`, or,
+    where there are none, of the image's size rounded up to multiples of `data.canvas_multiple`;
+    valid_B is False, and image_id_B -1, where an image only fills up a canvas's last batch. And
+      original_label_BHW: uint8, the label map of the file, `VOID` beyond original_size_B2.
+
+  Raises:
+    UserError: as `train_batches`.
+  """
+  _classes(data)
+  reader = Reader(data, split)
+  sizes_N2 = reader.sizes_N2
+  if data.short_edge:
+    sizes_N2 = np.array([crops.short_edge_size(size, data.short_edge) for size in sizes_N2])
+  canvases_K2 = canvases.canvases(data, sizes_N2)
+  bucket_N = order.assign_buckets(sizes_N2, canvases_K2)
+  originals_K2 = np.zeros_like(canvases_K2)
+  np.maximum.at(originals_K2, bucket_N, reader.sizes_N2)
+  schedule = order.eval_order(bucket_N, batch_size=batch_size)
+  share = order.host_share(batch_size, process_index, process_count)
+
+  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
+    indices_B, valid_B, bucket = schedule[step]
+    columns = (np.zeros(batch_size, int), indices_B, valid_B, np.full(batch_size, bucket))
+    return tuple(column[share] for column in columns)
+
+  def load(_: int, index: int, valid: bool) -> dict[str, np.ndarray]:
+    record, image_HWC, label_HW = _read(reader, index)
+    size = tuple(map(int, sizes_N2[index]))
+    return _names(record, valid) | {
+      "image_BHWC": image_HWC,
+      "label_BHW": crops.cut_label(label_HW, crops.Crop(size, (0, 0), size, mirrored=False)),
+      "original_label_BHW": label_HW,
+      "size_B2": np.array(size, np.int32),
+    }
+
+  def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
+    canvas = tf.gather(tf.constant(canvases_K2, tf.int32), bucket)
+    original = tf.gather(tf.constant(originals_K2, tf.int32), bucket)
+    image_HWC, label_hw = example["image_BHWC"], example["label_BHW"]
+    return example | {
+      "image_BHWC": transforms.resize_and_pad(image_HWC, example["size_B2"], canvas),
+      "label_BHW": tf.cast(crops.pad_label(label_hw, canvas), tf.int32),
+      "original_label_BHW": crops.pad_label(example["original_label_BHW"], original),
+    }
+
+  fields = _FIELDS | {"original_label_BHW": (tf.uint8, (None, None))}
+  steps = tf.data.Dataset.range(len(schedule))
+  return assemble(data, reader, steps, plan, fields, load, finish, share.stop - share.start)
+
+
+def images(
+  data: ml_collections.ConfigDict, split: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+  """Reads the images of a split as they are in their files, to look at.
+
+  Args:
+    data: the config's `data`.
+    split: in TFDS syntax.
+
+  Yields:
+    file name, uint8 RGB [H, W, 3], and the label map, uint8 [H, W].
+
+  Raises:
+    UserError: the data are not prepared, or a record, its image or label map cannot be read.
+  """
+  _classes(data)
+  reader = Reader(data, split)
+  try:
+    for index in range(len(reader)):
+      record, image_HWC, label_HW = _read(reader, index)
+      yield record.file_name, image_HWC, label_HW
+  finally:
+    reader.close()
+
+
+def label_map(record: LabelRecord | instances.Record) -> np.ndarray:
+  """Returns a record's label map, uint8 [H, W].
+
+  That of instances is drawn from their masks: label 1, 2, ... where one is, 0 elsewhere.
+
+  Raises:
+    ValueError: it cannot be decoded.
+  """
+  if isinstance(record, LabelRecord):
+    label_HW = label_map.decode_ids(record.label)
+    if label_HW.shape != record.size:
+      raise ValueError(f"label map of {label_HW.shape}, the image is {record.size}")
+    return label_HW
+  label_HW = np.zeros(record.size, np.uint8)
+  for label, annotation in zip(record.labels, record.annotations, strict=True):
+    mask_HW = coco_mask.decode(instances.decode_annotation(annotation)["segmentation"])
+    label_HW[mask_HW.astype(bool)] = label
+  return label_HW
+
+
+_FIELDS = {
+  "image_BHWC": (tf.uint8, (None, None, 3)),
+  "label_BHW": (tf.uint8, (None, None)),
+  "size_B2": (tf.int32, (2,)),
+  "original_size_B2": (tf.int32, (2,)),
+  "image_id_B": (tf.int64, ()),
+  "file_name_B": (tf.string, ()),
+  "valid_B": (tf.bool, ()),
+}
+
+
+def _names(record: LabelRecord | instances.Record, valid: bool) -> dict[str, np.ndarray]:
+  """What a batch says of an image beside its pixels."""
+  return {
+    "original_size_B2": np.array(record.size, np.int32),
+    "image_id_B": np.int64(record.image_id if valid else -1),
+    "file_name_B": np.array(record.file_name.encode(), object),
+    "valid_B": np.bool_(valid),
+  }
+
+
+def _read(
+  reader: Reader, index: int
+) -> tuple[LabelRecord | instances.Record, np.ndarray, np.ndarray]:
+  """A record, its image, and its label map."""
+  record = reader.read(index)
+  image_HWC = reader.decode(index, record)
+  try:
+    return record, image_HWC, label_map(record)
+  except ValueError as error:
+    raise UserError(
+      f"{reader.name(index)}, {record.file_name}: labels: {error}; delete the folder and run "
+      "--mode=prepare"
+    ) from error
+
+
+def _classes(data: ml_collections.ConfigDict) -> DatasetInfo:
+  """The data set's description, which must have classes."""
+  dataset = info(data)
+  if not dataset.class_names:
+    raise UserError(f"data.name={data.name!r} has no label maps; choose a data set that has")
+  return dataset
+
+
+def _augmentation(
+  data: ml_collections.ConfigDict,
+) -> tuple[tuple[int, int], tuple[float, float], tuple[int, ...]]:
+  """The crop's size, the range of scales and the shorter edges to train at."""
+  crop, short_edges = tuple(data.crop), tuple(data.get("short_edges", ()))
+  scales = (data.scale_min, data.scale_max)
+  if len(crop) != 2 or min(crop) < 1:
+    raise UserError(f"data.crop={crop} must be (height, width), two positive numbers of pixels")
+  if not 0 < scales[0] <= scales[1]:
+    raise UserError(
+      f"data.scale_min={scales[0]} must be positive and at most data.scale_max={scales[1]}"
+    )
+  if short_edges and min(short_edges) < 1:
+    raise UserError(f"data.short_edges={short_edges} must be positive numbers of pixels")
+  return crop, scales, short_edges

@@ -1,0 +1,146 @@
+"""Where on the resized image a training crop lies, and how image and label map are cut out.
+
+H W rows and columns of an image file, h w those of the crop.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from fpt_jax.data.records.label_map import VOID
+
+_CROP = 0xC409  # keeps these streams apart from others drawn from the same seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+  """A window of a resized image; all are (height, width) in pixels.
+
+  Attributes:
+    size: of the whole image after the resize.
+    offset: of the window's top left corner on the resized image.
+    valid: of the window's part that lies on the image: its top left.
+    mirrored: whether the image is mirrored left to right, before anything else.
+  """
+
+  size: tuple[int, int]
+  offset: tuple[int, int]
+  valid: tuple[int, int]
+  mirrored: bool
+
+
+def draw(
+  seed: int,
+  position: int,
+  size: tuple[int, int],
+  canvas: tuple[int, int],
+  *,
+  scales: tuple[float, float] = (1.0, 1.0),
+  short_edges: tuple[int, ...] = (),
+  flip: bool = False,
+) -> Crop:
+  """Draws a crop, a pure function of its arguments.
+
+  Args:
+    seed: of the run.
+    position: of the image in the run, step * global batch size + place in the batch.
+    size: (height, width) of the image file.
+    canvas: (height, width) of the crop.
+    scales: smallest and largest factor of the image's size; drawn uniformly.
+    short_edges: pixels; where given, the shorter edge is one of these and `scales` unused.
+    flip: whether half of the images are mirrored.
+  """
+  bits = np.random.Philox(np.random.SeedSequence((seed, _CROP, position))).random_raw(4).tolist()
+  if short_edges:
+    resized = short_edge_size(size, short_edges[bits[0] % len(short_edges)])
+  else:
+    low, high = scales
+    resized = scaled_size(size, low + (high - low) * (bits[0] / 2**64))
+  offset = tuple(
+    bit % (max(edge - room, 0) + 1)
+    for bit, edge, room in zip(bits[1:3], resized, canvas, strict=True)
+  )
+  valid = tuple(min(edge, room) for edge, room in zip(resized, canvas, strict=True))
+  return Crop(resized, offset, valid, flip and bits[3] >= 2**63)
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+  """Returns (height, width) times `scale`, rounded to whole pixels, at least 1."""
+  height, width = (max(1, int(edge * scale + 0.5)) for edge in size)
+  return height, width
+
+
+def short_edge_size(size: tuple[int, int], short_edge: int) -> tuple[int, int]:
+  """Returns (height, width) resized so that the shorter edge is `short_edge` pixels."""
+  return scaled_size(size, short_edge / min(size))
+
+
+def nearest(old: int, new: int, start: int, count: int) -> np.ndarray:
+  """The source pixels of a nearest-neighbour resize, along one edge.
+
+  The centre of target pixel i lies at (i + 0.5) * old / new of the source, and takes the pixel that
+  it falls on; on a border between two, the one behind. It is the geometry of the bilinear resize.
+
+  Args:
+    old: pixels before.
+    new: pixels after.
+    start: the first target pixel asked for.
+    count: how many.
+
+  Returns:
+    int64 [count].
+  """
+  return (2 * np.arange(start, start + count) + 1) * old // (2 * new)  # integers: exact
+
+
+def cut_label(label_HW: np.ndarray, crop: Crop) -> np.ndarray:
+  """Returns the part of the resized label map that lies in the crop, of size `crop.valid`."""
+  if crop.mirrored:
+    label_HW = label_HW[:, ::-1]
+  rows, columns = (
+    nearest(*edges)
+    for edges in zip(label_HW.shape, crop.size, crop.offset, crop.valid, strict=True)
+  )
+  return label_HW[rows[:, None], columns[None, :]]
+
+
+def cut_image(
+  image_HWC: np.ndarray | tf.Tensor, size: tf.Tensor, offset: tf.Tensor, canvas: tf.Tensor
+) -> tf.Tensor:
+  """Resizes an image and cuts out a window, without making the rest.
+
+  Bilinear with half-pixel centres and no antialiasing, as `transforms.resize_and_pad`.
+
+  Args:
+    image_HWC: any real dtype.
+    size: (height, width) of the whole image after the resize.
+    offset: (y, x) of the window's top left corner on it.
+    canvas: (height, width) of the window.
+
+  Returns:
+    float32 of the canvas's size, in the value range of `image_HWC`, 0 beyond the image.
+  """
+  old = tf.cast(tf.shape(image_HWC)[:2], tf.float32)
+  return tf.raw_ops.ScaleAndTranslate(
+    images=image_HWC[None],
+    size=canvas,
+    scale=tf.cast(size, tf.float32) / old,
+    translation=-tf.cast(offset, tf.float32),
+    kernel_type="triangle",
+    antialias=False,
+  )[0]
+
+
+def pad_label(label_hw: tf.Tensor, canvas: tf.Tensor) -> tf.Tensor:
+  """Returns a label map at the top left of a canvas that is `VOID` elsewhere."""
+  rest = canvas - tf.shape(label_hw)
+  return tf.pad(label_hw, [[0, rest[0]], [0, rest[1]]], constant_values=VOID)
+
+
+def mirror_table(swaps: tuple[tuple[int, int], ...]) -> np.ndarray:
+  """Returns uint8 [256], the class that each class becomes on a mirrored image."""
+  table = np.arange(256, dtype=np.uint8)
+  for left, right in swaps:
+    table[left], table[right] = right, left
+  return table

@@ -1,0 +1,50 @@
+"""Label maps as the benchmarks' servers want them."""
+
+import pathlib
+
+import numpy as np
+
+from fpt_jax.data.datasets import ade20k, cityscapes
+from fpt_jax.data.records import label_map
+
+# what the files hold for class 0, 1, ...
+_IDS = {
+  "cityscapes": cityscapes.IDS,
+  "ade20k": tuple(range(1, 1 + len(ade20k.LAYOUT.class_names))),
+}
+NUM_CLASSES = {name: len(ids) for name, ids in _IDS.items()}
+
+
+def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray) -> pathlib.Path:
+  """Writes the prediction for one image.
+
+  Cityscapes: label ids (road is 7) in <city>_<sequence>_<frame>_pred_labelIds.png. ADE20K: 1..150
+  in a PNG of the image's name.
+
+  Args:
+    name: of the data set, "cityscapes" or "ade20k".
+    folder: to write into; made where it is missing.
+    file_name: of the image.
+    label_HW: int, classes 0..num_classes-1, of the image file's size.
+
+  Returns:
+    the file written.
+
+  Raises:
+    ValueError: the data set has no server, or the label map holds what is no class.
+  """
+  if name not in _IDS:
+    raise ValueError(f"no submission format for {name!r}; known are {sorted(_IDS)}")
+  ids = np.array(_IDS[name], np.uint8)
+  if label_HW.ndim != 2 or label_HW.min() < 0 or label_HW.max() >= len(ids):
+    raise ValueError(
+      f"{file_name}: a map of classes 0..{len(ids) - 1} expected, got shape {label_HW.shape} with "
+      f"{label_HW.min()}..{label_HW.max()}"
+    )
+  stem = pathlib.PurePath(file_name).stem
+  if name == "cityscapes":
+    stem = stem.removesuffix("_leftImg8bit") + "_pred_labelIds"
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / f"{stem}.png"
+  file.write_bytes(label_map.encode_label(ids[label_HW]))
+  return file

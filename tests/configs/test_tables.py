@@ -1,0 +1,70 @@
+"""Every row of the paper's tables 1 to 3 builds, trains and evaluates."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from fpt_jax import models
+from fpt_jax.configs import coco_mask, tables
+from fpt_jax.train import train
+from tests.runs import losses_by_step, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+INSTANCES = (tables.TABLE_1, tables.TABLE_2, tables.TABLE_3)
+ROWS = {row.arg: row for table in INSTANCES for row in table}
+
+
+def test_rows_have_the_papers_figures():
+  assert [len(table) for table in INSTANCES] == [8, 4, 17]
+  for row in ROWS.values():
+    assert len(row.box) in (1, 6) and (row.mask is None or len(row.mask) == 6), row.name
+  # what the text says of them
+  plain, full = tables.TABLE_1[0], tables.TABLE_1[-1]
+  assert full.box[0] - plain.box[0] == pytest.approx(6.4)
+  assert full.mask[0] - plain.mask[0] == pytest.approx(6.9)
+  assert tables.TABLE_3[7].box[0] - tables.TABLE_3[0].box[0] == pytest.approx(8.5)
+
+
+@pytest.mark.parametrize("arg", ROWS)
+def test_row_at_full_size(arg):
+  """What the row turns on is there, at the paper's widths, and nothing else is."""
+  config = coco_mask.get_config(arg)
+  shapes = models.structure_of(config).shapes
+  parts = {
+    "st": "self_transformers",
+    "gt": "grounding_transformers",
+    "rt": "rendering_transformers",
+  }
+  asked = dict(s.split("=") for s in arg.split(",") if "=" in s).get("fpt", "st+gt+rt").split("+")
+  for short, name in parts.items():
+    assert any(n.startswith(f"fpt.{name}") for n in shapes) == (short in asked), name
+  millions = sum(math.prod(s.shape) for s in shapes.values()) / 1e6
+  assert 35 < millions < 175, millions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arg", ROWS)
+def test_row_trains_and_evaluates(arg, tmp_path):
+  # ResNet-18 has the same places for blocks of context, and a twentieth of the program to compile
+  fields = {}
+  if "_aa" in arg:  # of a narrower backbone, a tenth of the channels is less than a head's one each
+    fields["model__backbone__width"] = 16
+  if "head=augmented" in arg:
+    fields["model__mask_head__layers"] = 2
+  config = tiny_config(
+    arg.replace("resnet101", "resnet18"),
+    model__backbone__frozen=False,
+    data__flip=False,
+    data__train_split="train[:4]",
+    steps=3,
+    **fields,
+  )
+  figures = train(config, str(tmp_path))
+  losses = losses_by_step(tmp_path)
+  assert all(np.isfinite(list(entry.values())).all() for entry in losses.values())
+  assert losses[3]["total_loss"] < losses[1]["total_loss"]
+  assert {"bbox/AP", "segm/AP"} <= set(figures)
+  assert isinstance(json.loads((tmp_path / "eval/coco_instances_results.json").read_text()), list)

@@ -1,0 +1,130 @@
+"""Every row of the paper's tables 4 and 5 describes a network; its parts are those the row names."""
+
+import importlib
+import math
+import os
+import tempfile
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from fpt_jax import models, optim
+from fpt_jax.configs import cityscapes, image_folder, tables
+from fpt_jax.train import train
+from tests.models.test_segmenter import tiny
+from tests.runs import losses_by_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def config_of(row):
+  return importlib.import_module(f"configs.{row.config}").get_config(row.arg)
+
+
+def test_rows_have_the_papers_figures():
+  assert len(tables.TABLE_4) == 8 and len(tables.TABLE_5) == 4 * 10
+  # what the text says of them
+  first, last = tables.TABLE_4[0].miou, tables.TABLE_4[-1].miou
+  assert [b - a for a, b in zip(first, last, strict=True)] == pytest.approx([1.4, 2.6])
+  by_name = {row.name: row.miou[0] for row in tables.TABLE_5}
+  gains = [by_name[f"UFP+FPT, {d}"] - by_name[f"UFP+OC, {d}"] for d in tables.DATA_SETS]
+  assert gains == pytest.approx([1.6, 1.2, 1.7, 1.8])
+  assert {name for name, *_ in tables.NOT_BUILT} == {"HRNet", "GSCNN"}
+
+
+@pytest.mark.parametrize("arg", [row.arg for row in tables.TABLE_5[:10]])
+def test_row_at_full_size(arg):
+  """The parts of the row are there, at the paper's widths, and nothing else is."""
+  shapes = models.structure_of(cityscapes.get_config(arg)).shapes
+  assert_transformers(arg, shapes)
+  assert any(".context" in n for n in shapes) == ("oc" in arg)
+  millions = sum(math.prod(s.shape) for s in shapes.values()) / 1e6
+  assert 52 < millions < 95, millions
+
+
+@pytest.mark.parametrize("arg", [row.arg for row in tables.TABLE_4])
+def test_rows_of_the_ablation(arg):
+  assert_transformers(arg, models.structure_of(tiny(arg, model__fpt__scope="all")).shapes)
+
+
+def assert_transformers(arg, shapes):
+  asked = dict(setting.split("=") for setting in arg.split(","))
+  fpt = asked.get("fpt", "none" if "head" in asked else "lgt+st+rt").split("+")
+  for short, part in (("st", "self"), ("lgt", "grounding"), ("rt", "rendering")):
+    found = [n for n in shapes if n.startswith(f"fpt.{part}_transformers") and n.endswith("bias")]
+    assert len(found) == (short in fpt) * {"st": 4, "lgt": 6, "rt": 6}[short] * 3
+
+
+# what stands beside their rows of table 5, which has no figures of it
+PLAIN = tuple(
+  tables.Row(p, f"pyramid={p},fpt=none", None, None, config="cityscapes") for p in ("ppm", "aspp")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "row", tables.TABLE_4 + PLAIN + tables.TABLE_5, ids=lambda r: f"{r.config}:{r.arg}"
+)
+def test_row_trains_and_evaluates(row, tmp_path):
+  """Its file's `demo`, smaller still, for two steps; every data set's is the same network."""
+  config = tiny(row.arg, module=importlib.import_module(f"configs.{row.config}"))
+  config.data.builder = ConfigDict({"train_size": 24, "val_size": 4, "image_size": 64})
+  config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
+  config.data.update(dict(crop=(64, 64), buckets=((64, 64),), train_split="train[:4]"))
+  config.data.flip = False
+  config.update(dict(steps=3, log_every=1, batch_size=4))
+  config.optim.update(dict(base_batch_size=4, warmup_steps=0, learning_rate=0.02))
+  config.eval.update(dict(every_steps=100, batch_size=4))
+  figures = train(config, str(tmp_path))
+  losses = losses_by_step(tmp_path)
+  assert all(np.isfinite(list(entry.values())).all() for entry in losses.values())
+  assert losses[3]["total_loss"] < losses[1]["total_loss"]
+  assert 0 <= figures["mIoU"] <= 100
+
+
+def test_data_sets_differ_in_classes_alone_and_have_the_papers_recipe():
+  recipes = {}
+  for row in tables.TABLE_5:
+    config, other = config_of(row), cityscapes.get_config(row.arg)
+    classes = config.model.num_classes
+    assert classes == {"cityscapes": 19, "ade20k": 150, "lip": 20, "voc2012": 21}[row.config]
+    config.model.num_classes = 19
+    assert config.model.to_json() == other.model.to_json()
+    o = config.optim
+    recipes[row.config] = (config.data.crop[0], optim.total_steps(config), o.learning_rate)
+    recipes[row.config] += (o.weight_decay, config.data.scale_min, config.data.scale_max)
+  assert recipes == {
+    "cityscapes": (969, 120 * 2975 // 8, 0.01, 5e-4, 0.5, 2.0),
+    "ade20k": (569, 120 * 20_210 // 16, 0.02, 1e-4, 0.5, 2.0),
+    "lip": (573, round(50 * 30_462 / 8), 0.01, 5e-4, 0.5, 2.0),
+    "voc2012": (521, 80 * 1464 // 8, 0.01, 5e-4, 0.5, 2.0),
+  }
+
+
+def test_words():
+  demo = image_folder.get_config("demo")
+  assert demo.data.name == "context_shapes" and not demo.model.backbone.frozen
+  small = image_folder.get_config("small,fpt=gt")
+  assert small.model.backbone.name == "efficientnet_lite0"
+  parameters = models.structure_of(small).parameters()
+  backbone = {n for n in parameters if n.startswith("backbone.")}
+  kept = backbone - optim.trainable(small, parameters)
+  levels = {4: "backbone.blocks.4.project.kernel", 5: "backbone.blocks.5.expand.kernel"}  # C3's end
+  assert levels[4] in kept and levels[5] in backbone - kept
+  assert not image_folder.get_config("small,backbone=resnet50").optim.frozen
+  assert small.model.fpt.window is None and not small.model.fpt.self_transformer
+
+
+@pytest.mark.parametrize(
+  ("arg", "told"),
+  [
+    ("head=hrnet", "head=hrnet: HRNetV2 is a backbone of its own and is not built here"),
+    ("head=gscnn", "head=gscnn: GSCNN .* is not built here"),
+    ("head=fancy", "head=fancy does not exist: 'fancy' is none of fcn, ocnet, cfnet, afnb"),
+    ("torchvision", "variant 'torchvision' does not exist; choose one of small, demo"),
+  ],
+)
+def test_what_does_not_exist_is_told(arg, told):
+  with pytest.raises(ValueError, match=told):
+    cityscapes.get_config(arg)

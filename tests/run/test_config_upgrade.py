@@ -1,0 +1,39 @@
+"""A run's config as an earlier version wrote it is read as if its later fields had been there."""
+
+import json
+
+import pytest
+
+from fpt_jax.configs import cityscapes, coco_mask
+from fpt_jax.run import checkpoints
+
+LATER = {
+  coco_mask: (
+    "data.canvas_multiple", "model.aligned", "model.canonical_size", "model.channel_order",
+    "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "model.test.flip",
+    "optim.frozen",
+  ),
+  cityscapes: ("model.swaps", "model.class_weights", "optim.frozen"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", LATER)
+def test_fields_of_later_versions(module, tmp_path):
+  whole = json.loads(module.get_config().to_json())
+  older = json.loads(json.dumps(whole))
+  for path in LATER[module]:
+    *groups, field = path.split(".")
+    group = older
+    for name in groups:
+      group = group[name]
+    del group[field]
+  (tmp_path / "config.json").write_text(json.dumps(older))
+  assert json.loads(checkpoints.read_config(str(tmp_path)).to_json()) == whole
+
+
+def test_what_a_run_was_made_with_stays(tmp_path):
+  config = coco_mask.get_config("small,backbone=efficientnet_lite0")
+  checkpoints.write_config(str(tmp_path), config)
+  read = checkpoints.read_config(str(tmp_path))
+  assert read.model.pyramid.level_norm == "sync_bn"
+  assert read.model.canonical_size == 84.0

@@ -1,0 +1,46 @@
+"""Metrics on disk survive a crash; speeds leave out what is not training."""
+
+import json
+import time
+
+import pytest
+
+from fpt_jax.run.metrics import Clock, MetricsWriter, read_metrics
+
+
+def test_lines_beyond_the_step_resumed_from_are_taken_out(tmp_path):
+  first = MetricsWriter(str(tmp_path), 0)
+  for step in (1, 2, 3):
+    first.write(step, {"total_loss": 1.0 / step, "nan": float("nan")})
+  first.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "total_lo')  # a crash in the middle of a line
+  assert [entry["step"] for entry in read_metrics(str(tmp_path))] == [1, 2, 3]
+  second = MetricsWriter(str(tmp_path), 2)
+  second.write(3, {"total_loss": 7})
+  second.close()
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert lines == [
+    {"step": 1, "total_loss": 1.0},
+    {"step": 2, "total_loss": 0.5},
+    {"step": 3, "total_loss": 7.0},
+  ]
+  assert read_metrics(str(tmp_path / "none")) == []
+
+
+def test_clock_counts_training_only():
+  clock = Clock(0, 100, 8)
+  time.sleep(0.05)
+  assert clock.restart(1) >= 0.05
+  assert clock.figures(1) == {}
+  with clock.paused():
+    time.sleep(0.3)
+  with clock.waiting():
+    time.sleep(0.1)
+  figures = clock.figures(3)
+  seconds = 2 * 8 / figures["images_per_second"]
+  assert 0.1 <= seconds < 0.3  # the pause is not in it
+  assert figures["eta_seconds"] == pytest.approx(seconds / 2 * 97)
+  assert 0.3 < figures["data_wait"] <= 1.0
+  line = clock.line(3, {"loss_cls": 0.5}, figures)
+  assert line.startswith("step 3/100 | cls 0.500 | ") and "images/s" in line

@@ -1,0 +1,94 @@
+"""A segmenter is trained, evaluated, resumed, restored and asked, as a detector is."""
+
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import fpt_jax
+from fpt_jax.errors import UserError
+from fpt_jax.predict import Subject, predict
+from fpt_jax.run import sharding
+from fpt_jax.tasks import segmentation
+from fpt_jax.train import train
+from tests.runs import losses_by_step, tiny_segmentation_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of 3 steps and its figures."""
+  workdir = tmp_path_factory.mktemp("run")
+  return workdir, train(tiny_segmentation_config("fpt=none", steps=3), str(workdir))
+
+
+def test_what_a_run_leaves_behind(finished):
+  workdir, figures = finished
+  losses = losses_by_step(workdir)
+  assert set(losses) == {1, 2, 3}
+  assert all(set(e) == {"loss_seg", "loss_aux", "total_loss"} for e in losses.values())
+  model = json.loads((workdir / "config.json").read_text())["model"]
+  assert model["num_classes"] == 6 and model["class_names"][:2] == ["background", "circle"]
+  assert len(model["palette"]) == 6
+  assert {"mIoU", "mAcc", "aAcc", "IoU/background"} <= set(figures)
+  last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+  assert last["step"] == 3 and last["mIoU"] == figures["mIoU"]
+  counts = np.array(json.loads((workdir / "eval" / "confusion.json").read_text())["counts"])
+  assert counts.sum() == 4 * 64 * 64
+  with PIL.Image.open(workdir / "eval" / "confusion.png") as picture:
+    assert picture.size[0] == picture.size[1] > 300
+
+
+def test_predictions_are_those_evaluated(finished, rng):
+  workdir, figures = finished
+  restored = fpt_jax.restore(str(workdir))
+  right = labelled = 0
+  for _, image_HWC, label_HW in segmentation.images(restored.config):
+    (found,) = restored.predict([image_HWC])
+    assert found["label_map"].dtype == np.uint8
+    right += (found["label_map"] == label_HW).sum()
+    labelled += (label_HW != 255).sum()
+  assert 100 * right / labelled == pytest.approx(figures["aAcc"], abs=0.05)
+  odd = rng.integers(0, 255, (37, 51, 3), np.uint8)
+  (found,) = restored.predict([odd])
+  assert found["label_map"].shape == (37, 51) and found["label_map"].max() < 6
+
+
+def test_a_window_of_the_images_size_changes_no_figure(finished):
+  workdir, figures = finished
+  restored = fpt_jax.restore(str(workdir))
+  mesh = sharding.mesh(jax.device_count())
+  arrays = sharding.replicate(restored.arrays, mesh)
+  restored.config.eval.update({"window": (64, 64), "overlap": 0.5})
+  arguments = (restored.config, restored.structure, arrays, mesh, str(workdir))
+  np.testing.assert_equal(segmentation.evaluate(*arguments), figures)  # nan is nan
+  restored.config.eval.submission = True
+  with pytest.raises(UserError, match=r"not for data\.name='context_shapes' with 6 classes"):
+    segmentation.evaluate(*arguments)
+
+
+def test_pictures_of_predictions(finished, tmp_path):
+  workdir, _ = finished
+  restored = fpt_jax.restore(str(workdir))
+  _, image_HWC, label_HW = next(segmentation.images(restored.config))
+  names = ["a.png", "x/a.png", "a_labels.png", "contact_sheet.png"]
+  subjects = [Subject(name, image_HWC, label_HW if i else None) for i, name in enumerate(names)]
+  predict(restored, iter(subjects), len(subjects), str(tmp_path), min_score=0.5)
+  stems = ["a", "a_2", "a_labels_2", "contact_sheet_2"]
+  written = {f"{s}.png" for s in stems} | {f"{s}_labels.png" for s in stems}
+  left = {p.name for p in (tmp_path / "predictions").iterdir()}
+  assert left == written | {"contact_sheet.png", "predictions.json"}
+  entries = json.loads((tmp_path / "predictions" / "predictions.json").read_text())
+  assert [e["file_name"] for e in entries] == names
+  assert all(sum(e["shares"].values()) == pytest.approx(1, abs=1e-5) for e in entries)
+
+
+def test_other_classes_are_refused(finished):
+  workdir, _ = finished
+  names = ("background", "circle", "square", "triangle", "cat", "dog")
+  config = tiny_segmentation_config("fpt=none", steps=3, model__class_names=names)
+  with pytest.raises(UserError, match=r"classes \['satellite of circle', .*that the model has not"):
+    train(config, str(workdir))

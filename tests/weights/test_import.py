@@ -1,0 +1,167 @@
+"""The importer of others' weights, and what a run that starts from them looks at."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fpt_jax
+from fpt_jax import models
+from fpt_jax.configs import coco_mask
+from fpt_jax.errors import UserError
+from fpt_jax.models.preprocess import normalize
+from fpt_jax.run import sharding
+from fpt_jax.train import check_preprocessing, starting_arrays
+from fpt_jax.weights.families import FAMILIES, check_family, family_of, preprocessing
+from tests.golden.fill import fill
+from tests.runs import ROOT, importer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def resnet18(width: int) -> dict[str, np.ndarray]:
+  """A state dict with the names of torchvision's and timm's resnet18."""
+  shapes = {"conv1.weight": (width, 3, 7, 7), "fc.weight": (10, 8 * width), "fc.bias": (10,)}
+
+  def norm(name, channels):
+    leaves = ("weight", "bias", "running_mean", "running_var")
+    shapes.update({f"{name}.{leaf}": (channels,) for leaf in leaves})
+    shapes[f"{name}.num_batches_tracked"] = ()
+
+  norm("bn1", width)
+  inputs = width
+  for stage in range(4):
+    channels = width * 2**stage
+    for block in range(2):
+      prefix = f"layer{stage + 1}.{block}"
+      shapes[f"{prefix}.conv1.weight"] = (channels, inputs, 3, 3)
+      shapes[f"{prefix}.conv2.weight"] = (channels, channels, 3, 3)
+      norm(f"{prefix}.bn1", channels)
+      norm(f"{prefix}.bn2", channels)
+      if inputs != channels:
+        shapes[f"{prefix}.downsample.0.weight"] = (channels, inputs, 1, 1)
+        norm(f"{prefix}.downsample.1", channels)
+      inputs = channels
+  return {name: fill(name, shape) for name, shape in shapes.items()}
+
+
+def test_the_script_makes_a_checkpoint(tmp_path):
+  tensors = resnet18(16)
+  np.savez(tmp_path / "weights.npz", **tensors)
+  flags = [f"--config={ROOT}/configs/coco_mask.py:demo", f"--weights={tmp_path}/weights.npz"]
+  flags += [f"--workdir={tmp_path}/run", "--channel_order=bgr", "--pixel_std=0.004,0.004,0.004"]
+  done = importer(*flags)
+  assert done.returncode == 0, done.stderr
+  restored = fpt_jax.restore(str(tmp_path / "run"))
+  kernel = tensors["layer3.1.conv2.weight"].transpose(2, 3, 1, 0)
+  np.testing.assert_array_equal(restored.arrays["backbone.stages.2.1.conv2.kernel"], kernel)
+  model = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+  assert model["channel_order"] == "bgr" and model["backbone"]["stride_in"] == "3x3"
+  assert model["pixel_mean"] == [0.485, 0.456, 0.406] and model["pixel_std"] == [0.004] * 3
+
+  config = coco_mask.get_config("demo")
+  config.seed, config.init_from = 1, str(tmp_path / "run")
+  config.model.channel_order, config.model.pixel_std = "bgr", (0.004,) * 3
+  everywhere = sharding.replicated(sharding.mesh(1))
+  start = starting_arrays(config, models.structure_of(config), everywhere)
+  name = "backbone.stages.2.1.conv2.kernel"
+  np.testing.assert_array_equal(start[name], kernel)
+  # what was not imported follows the run's seed
+  assert np.any(start["box_head.fc6.kernel"] != restored.arrays["box_head.fc6.kernel"])
+
+  config = coco_mask.get_config("demo")
+  config.init_from = str(tmp_path / "run")
+  with pytest.raises(UserError) as error:
+    check_preprocessing(config, restored.config)
+  told = "has weights for model.pixel_std=(0.004, 0.004, 0.004), and this run has (0.229, 0.224, 0"
+  assert told in str(error.value)
+  assert "set '--config.model.pixel_std=(0.004, 0.004, 0.004)'" in str(error.value)
+  config.model.pixel_std = (0.004, 0.004, 0.004)
+  with pytest.raises(UserError, match=r"model\.channel_order=bgr, and this run has rgb"):
+    check_preprocessing(config, restored.config)
+  config.model.channel_order = "bgr"
+  check_preprocessing(config, restored.config)
+  config.model.backbone.stride_in = "1x1"
+  with pytest.raises(UserError, match=r"set '--config\.model\.backbone\.stride_in=3x3'"):
+    check_preprocessing(config, restored.config)
+
+
+def convert(tensors, arg):
+  family = family_of(tensors)
+  config = coco_mask.get_config(arg)
+  check_family(family, config.model.backbone.name)
+  return family.convert(tensors, models.structure_of(config).shapes)
+
+
+def test_context_keeps_its_initial_weights():
+  tensors = resnet18(16)
+  plain = convert(tensors, "demo")
+  for arg in ("demo,backbone=resnet18_nl", "demo,backbone=resnet18_gc"):
+    assert convert(tensors, arg).keys() == plain.keys()
+  with pytest.raises(UserError, match=r"layer2\.0\.conv2\.weight is \(32, 32, 3, 3\) and does not"):
+    convert(tensors, "demo,backbone=resnet18_aa")
+
+
+def test_other_structures_are_named():
+  """Deep stems and pooled shortcuts, as timm's resnet18d has them."""
+  tensors = resnet18(16)
+  tensors["conv1.0.weight"] = tensors.pop("conv1.weight")
+  for leaf in ("weight", "bias"):
+    tensors[f"layer2.0.downsample.2.{leaf}"] = tensors[f"layer2.0.downsample.1.{leaf}"]
+  tensors["layer2.0.downsample.1.weight"] = tensors.pop("layer2.0.downsample.0.weight")
+  with pytest.raises(UserError) as error:
+    convert(tensors, "demo")
+  for told in (
+    "conv1.weight is missing",
+    "conv1.0.weight has no place",
+    "layer2.0.downsample.0.weight is missing",
+    "layer2.0.downsample.1.weight is (32, 16, 1, 1) and does not fit",
+    "layer2.0.downsample.2.bias has no place",
+  ):
+    assert told in str(error.value)
+
+
+def test_families():
+  assert [family_of({f.mark + "x": 0}) for f in FAMILIES] == list(FAMILIES)
+  with pytest.raises(UserError, match=r"no known family: .*; the names are stem\.0, \.\.\."):
+    family_of({"stem.0": np.zeros(1)})
+  with pytest.raises(
+    UserError, match="of a ResNet, and the config's backbone is efficientnet_lite0"
+  ):
+    convert(resnet18(16), "backbone=efficientnet_lite0")
+
+
+def test_efficientnet_tensors_are_named():
+  config = coco_mask.get_config("backbone=efficientnet_lite0")
+  shapes = models.structure_of(config).shapes
+  tensors = {"_conv_stem.weight": np.zeros((32, 3, 3, 3)), "_fc.bias": np.zeros(1000)}
+  with pytest.raises(UserError) as error:
+    family_of(tensors).convert(tensors | {"_se_reduce.bias": np.zeros(3)}, shapes)
+  assert "_blocks.0._depthwise_conv.weight is missing" in str(error.value)
+  assert "_fc.bias" not in str(error.value) and "_conv_stem" not in str(error.value)
+
+
+def test_runs_from_before_a_field_existed_do_not_tell():
+  config = coco_mask.get_config("demo")
+  old = coco_mask.get_config("demo")
+  del old.model["channel_order"], old.model.backbone["stride_in"]
+  assert preprocessing(old.model).keys() == {"pixel_mean", "pixel_std"}
+  check_preprocessing(config, old)
+
+
+def test_normalize(rng):
+  image = rng.integers(0, 256, (1, 2, 3, 3)).astype(np.float32)
+  valid = jnp.ones((1, 2, 3), bool).at[0, 1, 2].set(False)
+  model = coco_mask.get_config().model
+  for order, channels in (("rgb", [0, 1, 2]), ("bgr", [2, 1, 0])):
+    model.channel_order = order
+    y = np.asarray(normalize(model, image, valid))
+    red = (image[0, 0, 0, 0] / 255 - 0.485) / 0.229
+    np.testing.assert_allclose(y[0, 0, 0, channels[0]], red, rtol=1e-5)
+    blue = (image[0, 0, 0, 2] / 255 - 0.406) / 0.225
+    np.testing.assert_allclose(y[0, 0, 0, channels[2]], blue, rtol=1e-5)
+    assert (y[0, 1, 2] == 0).all()
+  model.channel_order = "gbr"
+  with pytest.raises(ValueError, match="channel_order='gbr' does not exist; choose rgb or bgr"):
+    normalize(model, image, valid)

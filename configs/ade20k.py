@@ -9,22 +9,22 @@ of 16 are OCNet's, and keep the rate an image that of the other data sets. Crops
 Variants are those of `configs/cityscapes.py`.
 """
 
-from fpt_jax.configs import segmentation
+from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
-  config = segmentation.segmentation()
+  config = segmentation()
   config.batch_size = 16
-  config.images = 120 * 20_210
+  config.train_images = 120 * 20_210
   config.data.update(
     dict(
       name="ade20k",
       crop=(569, 569),
-      short_edges=(269, 369, 469, 569),
+      train_sizes=(269, 369, 469, 569),
       canvas_multiple=128,  # images are of hundreds of sizes
     )
   )
   config.model.num_classes = 150
   config.optim.update(dict(learning_rate=0.02, base_batch_size=16, weight_decay=1e-4))
-  return segmentation.variant(config, arg)
+  return variant(config, arg)

@@ -13,15 +13,15 @@ frequency balancing's (Eigen & Fergus 2015), of the training labels: unweighted,
 are hardly found in as few steps.
 """
 
-from fpt_jax.configs import segmentation
+from fpt_jax.configs.segmentation import segmentation, small, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: see `segmentation.variant`."""
-  config = segmentation.small(segmentation.segmentation())
-  config.images = 18 * 367
-  config.data.update(dict(name="camvid", eval_split="test", scale_min=1.0))
+  """`arg`: see `variant`."""
+  config = small(segmentation())
+  config.train_images = 18 * 367
+  config.data.update(dict(name="camvid", eval_split="test", scale=(1.0, 2.0)))
   config.model.num_classes = 11
   config.model.class_weights = (0.53, 0.45, 2.19, 0.39, 1.0, 0.65, 1.96, 1.41, 0.89, 2.53, 2.97)
   config.eval.update(dict(every_steps=10_000, scales=(1.5, 2.0)))  # poles are a few pixels wide
-  return segmentation.variant(config, arg)
+  return variant(config, arg)

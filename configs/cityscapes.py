@@ -19,9 +19,9 @@ Behind the file's colon stand words and settings, separated by commas:
     cityscapes.py:dropblock=off
 """
 
-from fpt_jax.configs import segmentation
+from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see above."""
-  return segmentation.variant(segmentation.segmentation(), arg)
+  return variant(segmentation(), arg)

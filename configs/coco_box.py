@@ -6,13 +6,13 @@ The paper's schedule for boxes alone is shorter: 100k steps of 8 images, the rat
 Variants are those of `configs/coco_mask.py`.
 """
 
-from fpt_jax.configs import detection
+from fpt_jax.configs.detection import detection, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `detection.variant`."""
-  config = detection.detection()
+  """`arg`: "" for the paper, or see `variant`."""
+  config = detection()
   config.model.mask_head.enabled = False
-  config.images = 100_000 * 8
+  config.train_images = 100_000 * 8
   config.optim.decay_at = (0.8,)
-  return detection.variant(config, arg)
+  return variant(config, arg)

@@ -13,9 +13,9 @@ Variants, behind the file's colon:
     coco_mask.py:torchvision  torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
 """
 
-from fpt_jax.configs import detection
+from fpt_jax.configs.detection import detection, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `detection.variant`."""
-  return detection.variant(detection.detection(), arg)
+  """`arg`: "" for the paper, or see `variant`."""
+  return variant(detection(), arg)

@@ -10,13 +10,13 @@ Without `small` the network is the paper's, for accelerators.
 Variants are those of `configs/cityscapes.py`.
 """
 
-from fpt_jax.configs import segmentation
+from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper's network, or see `configs/cityscapes.py`."""
-  config = segmentation.segmentation()
-  config.images = 40_000
+  config = segmentation()
+  config.train_images = 40_000
   config.data.update(dict(name="image_folder", crop=(521, 521), canvas_multiple=128))
   config.eval.every_steps = 1000
-  return segmentation.variant(config, arg)
+  return variant(config, arg)

@@ -8,13 +8,13 @@ The paper reports 56.2 mIoU on val for a frozen dilated ResNet-101, after 50 epo
 Variants are those of `configs/cityscapes.py`.
 """
 
-from fpt_jax.configs import segmentation
+from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
-  config = segmentation.segmentation()
-  config.images = 50 * 30_462
+  config = segmentation()
+  config.train_images = 50 * 30_462
   config.data.update(
     dict(
       name="lip",
@@ -23,4 +23,4 @@ def get_config(arg: str = ""):
     )
   )
   config.model.num_classes = 20
-  return segmentation.variant(config, arg)
+  return variant(config, arg)

@@ -7,18 +7,18 @@ The paper reports 85.0 mIoU on test for a frozen dilated ResNet-101, after 80 ep
 their label maps in SegmentationClass and a list trainaug.txt beside train.txt:
 
     --config.data.builder.splits='("trainaug", "val")' --config.data.train_split=trainaug \\
-      --config.images=846560
+      --config.train_images=846560
 
 Variants are those of `configs/cityscapes.py`.
 """
 
-from fpt_jax.configs import segmentation
+from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
   """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
-  config = segmentation.segmentation()
-  config.images = 80 * 1464
+  config = segmentation()
+  config.train_images = 80 * 1464
   config.data.update(
     dict(
       name="voc2012",
@@ -27,4 +27,4 @@ def get_config(arg: str = ""):
     )
   )
   config.model.num_classes = 21
-  return segmentation.variant(config, arg)
+  return variant(config, arg)

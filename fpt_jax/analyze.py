@@ -1,4 +1,4 @@
-"""What a model costs, by module and beside the paper's figures, without running it."""
+"""The cost of models by module and beside the paper's figures, counted without running them."""
 
 import importlib
 import json
@@ -11,30 +11,30 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fpt_jax import models
-from fpt_jax.data import canvases, transforms
+from fpt_jax.configs.tables import TABLES, Row
 from fpt_jax.errors import UserError
 from fpt_jax.models.costs import Cost, count
-from fpt_jax.models.rcnn import MASK_BLOCK
 from fpt_jax.models.state import within
-from fpt_jax.run import checkpoints
+from fpt_jax.run.folder import run_folder
+from fpt_jax.tasks.task import check_config, task_of
 
-FORWARD = {"rcnn": "detect", "segmenter": "logits"}  # method of (image_BHWC, size_B2)
 FEATURES = ("backbone", "pyramid", "fpt")
 
 CONVENTIONS = """\
 Multiply-adds are those of convolutions and matrix products; attention is counted apart, written out.
-Parameters are those a gradient may change; activations are the outputs of what is counted, one image."""
+Parameters are those that gradients may change; activations are the outputs of the counted operations,
+for one image."""
 
 
 class Analysis(NamedTuple):
-  """What a model costs.
+  """The cost of a model for one image.
 
   Attributes:
-    canvas: (height, width) of the image, pixels.
-    dtype: of the computation.
-    modules: cost by name, in the order of the computation. What belongs to a module but to none of its
-      parts stands under the module's own name, so that all together are the whole.
-    notes: how often a module runs, by name.
+    canvas: (height, width) of the image in pixels.
+    dtype: dtype of the computation.
+    modules: cost by module, in the order of the computation. Costs of a module outside its parts have
+      the name of the module, so that the sum of all is the cost of the model.
+    notes: how often a module runs, by module.
   """
 
   canvas: tuple[int, int]
@@ -43,7 +43,7 @@ class Analysis(NamedTuple):
   notes: dict[str, str]
 
   def total(self, *names: str) -> Cost:
-    """The sum over the modules with these names and their parts; over all where none is given."""
+    """The sum over the modules with these names and their parts, or over all modules."""
     chosen = [
       cost
       for module, cost in self.modules.items()
@@ -63,73 +63,49 @@ class Analysis(NamedTuple):
 
 
 def analyze(config: ConfigDict) -> Analysis:
-  """Counts what the model of a config does for one image of the paper's size.
-
-  That size is the first of `data.buckets` for detectors, or the widest canvas where there are none,
-  and `data.crop` for segmentation.
+  """Counts the cost of a config's model for one image of the benchmark's size, see `Task.canvas`.
 
   Raises:
-    UserError: a part the config names does not exist.
+    UserError: a part that the config names does not exist.
   """
+  check_config(config)
+  task = task_of(config)
   structure = models.structure_of(config)
-  canvas = canvas_of(config)
-  forward = FORWARD[config.model.name]
+  canvas = task.canvas(config)
 
   def run(arrays, image_BHWC, size_B2):
-    return getattr(structure.fill(arrays), forward)(image_BHWC, size_B2)
+    return task.forward(structure.fill(arrays), image_BHWC, size_B2)
 
   image_BHWC = jax.ShapeDtypeStruct((1, *canvas, 3), jnp.float32)
   size_B2 = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   modules = count(run, structure, image_BHWC, size_B2)
-  return Analysis(canvas, config.model.dtype, modules, _notes(config.model))
-
-
-def canvas_of(config: ConfigDict) -> tuple[int, int]:
-  """(height, width) of the image that is counted for, pixels."""
-  data = config.data
-  if "crop" in data:
-    return tuple(data.crop)
-  if data.buckets:
-    return tuple(data.buckets[0])
-  widest = (data.short_edge, data.long_edge)
-  return transforms.smallest_canvas(widest, (), canvases.multiple_of(data))
-
-
-def _notes(model: ConfigDict) -> dict[str, str]:
-  if model.name != "rcnn":
-    return {}
-  notes = {"box_head": f"{model.rpn.test.post_nms} regions"}
-  if model.mask_head.enabled:
-    masks = model.test.detections_per_image
-    places = -(-masks // MASK_BLOCK) * MASK_BLOCK  # the last block is computed whole
-    notes["mask_head"] = f"{places} places for {masks} masks, each of its own class"
-  return notes
+  return Analysis(canvas, config.model.dtype, modules, task.cost_notes(config))
 
 
 def analyze_model(config: ConfigDict, workdir: str) -> None:
-  """Prints the cost of a config's model by module; into a workdir it writes `analysis.json`."""
+  """Prints the cost of a config's model by module; writes `analysis.json` if there is a workdir."""
   analysis = analyze(config)
   print(format_modules(analysis))
   _write(workdir, analysis.as_dict())
 
 
 def analyze_table(number: int, workdir: str, *, markdown: bool) -> None:
-  """Prints the cost of every row of a table of the paper; into a workdir it writes `analysis.json`.
+  """Prints the cost of every row of a table of the paper; writes `analysis.json` if there is a workdir.
 
   Args:
-    number: of the table in the paper.
+    number: number of the table in the paper.
     workdir: a folder, or "".
-    markdown: print it as the README has it.
+    markdown: print the table as Markdown.
 
   Raises:
-    UserError: there is no such table, or a row of it cannot be built.
+    UserError: the table does not exist, or one of its rows cannot be built.
   """
   rows, analyses = rows_of_table(number), []
-  known: dict[tuple, Analysis] = {}  # some rows differ in how they are trained only
+  known: dict[tuple, Analysis] = {}  # some rows differ in training only
   for i, row in enumerate(rows):
     logging.info("table %d, row %d of %d: %s", number, i + 1, len(rows), row.name)
     config = config_of_row(row)
-    key = (config.model.to_json(), canvas_of(config))
+    key = (config.model.to_json(), task_of(config).canvas(config))
     if key not in known:
       known[key] = analyze(config)
     analyses.append(known[key])
@@ -147,34 +123,24 @@ def analyze_table(number: int, workdir: str, *, markdown: bool) -> None:
   _write(workdir, {"table": number, "rows": described})
 
 
-def rows_of_table(number: int) -> Sequence:
-  """The rows of `configs.tables`.
+def rows_of_table(number: int) -> Sequence[Row]:
+  """The rows of a table in `configs.tables`.
 
   Raises:
-    UserError: it cannot be found, or has no such table.
+    UserError: the table does not exist.
   """
-  tables = _import("configs.tables").TABLES
-  if number not in tables:
-    raise UserError(f"--table={number} does not exist; choose one of {', '.join(map(str, tables))}")
-  return tables[number]
+  if number not in TABLES:
+    raise UserError(f"--table={number} does not exist; choose one of {', '.join(map(str, TABLES))}")
+  return TABLES[number]
 
 
-def config_of_row(row) -> ConfigDict:
-  """The config a row of a table stands for."""
-  return _import(f"configs.{row.config}").get_config(row.arg)
-
-
-def _import(name: str):
-  try:
-    return importlib.import_module(name)
-  except ModuleNotFoundError as error:
-    if error.name is None or error.name.split(".")[0] != "configs":
-      raise
-    raise UserError(f"{name} cannot be imported: run this in the repository's folder") from error
+def config_of_row(row: Row) -> ConfigDict:
+  """The config of a row of a table."""
+  return importlib.import_module(f"fpt_jax.configs.{row.config}").get_config(row.arg)
 
 
 def format_modules(analysis: Analysis) -> str:
-  """The cost by module, parts below their module, and of the whole; "-" for nothing."""
+  """The cost by module, with parts below their module, and the total; "-" for zero."""
   names: list[str] = []  # in order, each module before its parts
   for module in analysis.modules:
     parts = module.split(".")
@@ -210,8 +176,8 @@ def _number(value: float | None, digits: int) -> str:
   return f"{value:.{digits}f}" if value else "-"
 
 
-def format_rows(rows: Sequence, analyses: Sequence[Analysis]) -> str:
-  """A table's parameters and multiply-adds beside the paper's, and how both add up."""
+def format_rows(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
+  """A table's parameters and multiply-adds beside the paper's, and the sums over its parts."""
   canvases = [" x ".join(map(str, analysis.canvas)) for analysis in analyses]
   one_size = len(set(canvases)) == 1
   lines = [
@@ -239,8 +205,8 @@ def format_rows(rows: Sequence, analyses: Sequence[Analysis]) -> str:
   return "\n".join(lines + (["", sums] if sums else []))
 
 
-def format_sums(rows: Sequence, analyses: Sequence[Analysis]) -> str:
-  """How far each row with several transformers is from the sum of what each adds alone; "" if none.
+def format_sums(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
+  """The difference of each row with several transformers from the sum of what each adds; "" if none.
 
   The paper's rows are "base+X+Y", after "base" and each "base+X".
   """
@@ -266,19 +232,19 @@ def format_sums(rows: Sequence, analyses: Sequence[Analysis]) -> str:
   heads = ("parameters, paper, M", "ours", "multiply-adds, paper, G", "ours")
   return "\n".join(
     [
-      "Rows beside the sums of the base and what each part alone adds to it:",
+      "Rows, and the sums of the base and what each part adds to it alone:",
       f"{'':<24}" + "".join(f"{head:>26}" for head in heads),
       f"{'':<24}" + f"{'row':>9}{'sum':>9}{'':>8}" * len(heads),
       *lines,
-      "In ours the difference is the share of the level itself in the convolution that fuses, which a",
-      "model has once, and each part alone brings with it.",
+      "The difference in our counts is the level's own share of the fusing convolution: a model has it",
+      "once, and it is counted again with each part.",
     ]
   )
 
 
-def format_markdown(rows: Sequence, analyses: Sequence[Analysis]) -> str:
-  """The table as the README has it."""
-  known = any(row.parameters or row.gflops for row in rows)  # to the paper
+def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
+  """The table as Markdown."""
+  known = any(row.parameters or row.gflops for row in rows)  # from the paper
   beside = " / paper" if known else ""
   heads = (
     "row",
@@ -305,8 +271,8 @@ def format_markdown(rows: Sequence, analyses: Sequence[Analysis]) -> str:
   return "\n".join(lines)
 
 
-def figures_of(row) -> tuple[float | None, ...]:
-  """What the paper says a row reaches: mIoU, or the first figures of boxes and masks."""
+def figures_of(row: Row) -> tuple[float | None, ...]:
+  """The paper's figures of a row: mIoU, or box AP and mask AP."""
   if row.miou is not None:
     return row.miou
   return tuple(figures[0] if figures else None for figures in (row.box, row.mask))
@@ -314,7 +280,7 @@ def figures_of(row) -> tuple[float | None, ...]:
 
 def _write(workdir: str, content: dict) -> None:
   if workdir:
-    folder = checkpoints.folder(workdir)
+    folder = run_folder(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "analysis.json").write_text(json.dumps(content, indent=2) + "\n")
     logging.info("wrote %s", folder / "analysis.json")

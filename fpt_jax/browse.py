@@ -1,49 +1,51 @@
-"""Pictures of what a model is fed: training images after augmentation, with what is learned of them."""
+"""Pictures of the training data as the model gets them: after augmentation, with the targets."""
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from fpt_jax import data
-from fpt_jax.data.records import label_map
-from fpt_jax.run import checkpoints
-from fpt_jax.tasks import task_of
+from fpt_jax.data.records.images import encode_png
+from fpt_jax.run.folder import run_folder
+from fpt_jax.tasks import pictures
+from fpt_jax.tasks.task import check_config, task_of
 
 SHEET_COLUMNS = 2
+SHEET_CELL_WIDTH = 800  # pixels
 
 
 def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
-  """Draws the first images of a run on `config.data.train_split`, in the order of training.
+  """Draws the first training images of a run, in the order of training.
 
-  Writes `browse/<number>_<image id>.png` and all of them as `browse/contact_sheet.png`. Needs neither
+  Writes `browse/<number>_<image id>.png` and all of them as `browse/contact_sheet.png`. It needs neither
   a model nor a checkpoint.
 
   Args:
-    config: of a run.
-    workdir: the run's folder, on a disk or in a bucket.
-    num_images: how many.
+    config: config of a run.
+    workdir: folder of the run, on a disk or in a bucket.
+    num_images: number of images.
 
   Raises:
-    UserError: the data cannot be read, or do not fit the config.
+    UserError: the data cannot be read or do not fit the config.
   """
+  check_config(config)
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
-  task.settle(config, data.info(config.data))
-  out = checkpoints.folder(workdir) / "browse"
+  task.adopt_classes(config, data.info(config.data))
+  out = run_folder(workdir) / "browse"
   out.mkdir(parents=True, exist_ok=True)
-  pictures, titles = [], []
+  drawn, titles = [], []
   with task.train_batches(config, 0) as batches:
     for image in range(num_images):
       step, i = divmod(image, config.batch_size)
       if i == 0:
         batch = next(batches)
-      pictures.append(task.draw_example(config, batch, step, i))
+      drawn.append(task.draw_example(config, batch, step, i))
       image_id = batch["image_id_B"][i]
       height, width = batch["original_size_B2"][i]
-      titles.append(f"step {step + 1}, image {image_id}, of {height} x {width}")
-      path = out / f"{image + 1:03d}_{image_id}.png"
-      path.write_bytes(label_map.encode_label(pictures[-1]))
-  sheet = pictures.contact_sheet(pictures, columns=SHEET_COLUMNS, titles=titles, cell_width=800)
-  (out / "contact_sheet.png").write_bytes(label_map.encode_label(np.ascontiguousarray(sheet)))
-  logging.info("%d pictures and contact_sheet.png in %s", len(pictures), out)
+      titles.append(f"step {step + 1}, image {image_id}, {height} x {width}")
+      (out / f"{image + 1:03d}_{image_id}.png").write_bytes(encode_png(drawn[-1]))
+  sheet = pictures.contact_sheet(drawn, SHEET_COLUMNS, titles, SHEET_CELL_WIDTH)
+  (out / "contact_sheet.png").write_bytes(encode_png(np.ascontiguousarray(sheet)))
+  logging.info("%d pictures and contact_sheet.png in %s", len(drawn), out)

@@ -7,20 +7,22 @@ Any field of the config can be set: --config.batch_size=16 --config.data.source=
 
 import os
 
-# TensorFlow reads images here and computes nothing: what it says of its own speed is noise.
+# TensorFlow only reads images here; its messages about its own speed do not matter.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from fpt_jax import analyze, data
+from fpt_jax import analyze, configs, data
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
 from fpt_jax.restored import open_run
-from fpt_jax.run import checkpoints, command_line, sharding
-from fpt_jax.tasks import task_of
+from fpt_jax.run import command_line, sharding
+from fpt_jax.run.config_file import config_of_run, read_config
+from fpt_jax.run.folder import run_folder
+from fpt_jax.tasks.task import check_config, task_of
 from fpt_jax.train import train
 
 MODES = ("prepare", "browse", "train", "eval", "predict", "analyze")
@@ -28,7 +30,8 @@ MODES = ("prepare", "browse", "train", "eval", "predict", "analyze")
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "File of the config; browse, eval, predict and analyze take the run's own where it is not given.",
+  "Config file, perhaps followed by a colon and words. browse, eval, predict and analyze use the "
+  "config of the run in --workdir without it.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "Folder of the run: checkpoints, metrics and pictures. A disk or gs://bucket/run."
@@ -37,65 +40,90 @@ _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   MODES,
-  "prepare: write the records of the data. browse: draw what a model is fed. train: train, evaluating "
-  "as it goes. eval: evaluate a checkpoint. predict: look at images and draw. analyze: count "
-  "parameters, multiply-adds and memory.",
+  "prepare: write the records of the data set. browse: draw training images with their targets. "
+  "train: train and evaluate. eval: evaluate a checkpoint. predict: draw predictions for images. "
+  "analyze: count parameters, multiply-adds and memory.",
 )
 _STEP = flags.DEFINE_integer(
-  "step", None, "Checkpoint to evaluate or predict with; newest if absent."
+  "step", None, "Step of the checkpoint for --mode=eval and predict; the newest by default."
 )
 _IMAGES = flags.DEFINE_list(
   "images",
   [],
-  "Image files and folders for --mode=predict; the images of config.data.eval_split if absent.",
+  "Image files and folders for --mode=predict; the images of config.data.eval_split by default.",
 )
 _TABLE = flags.DEFINE_integer(
-  "table", None, "For --mode=analyze: a table of the paper, instead of a config; all its rows."
+  "table", None, "For --mode=analyze: all rows of this table of the paper, instead of a config."
 )
-_MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a --table as the README has it.")
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a --table as Markdown.")
 _NUM_IMAGES = flags.DEFINE_integer(
-  "num_images", 12, "Training images to draw in --mode=browse.", lower_bound=1
+  "num_images", 12, "Number of training images to draw in --mode=browse.", lower_bound=1
 )
-_MIN_SCORE = flags.DEFINE_float("min_score", 0.5, "Least score of a detection that is drawn.")
+_MIN_SCORE = flags.DEFINE_float(
+  "min_score", 0.5, "Lowest score of a detection that --mode=predict draws."
+)
 
 
 def main() -> None:
   """Runs the mode that the flags name.
 
   Raises:
-    UserError: something the user can mend.
+    UserError: a mistake that the user can fix.
   """
   config, workdir, mode = _CONFIG.value, _WORKDIR.value, _MODE.value
   if mode in ("prepare", "train") and config is None:
     raise UserError(f"--mode={mode} needs --config=FILE, such as configs/coco_mask.py")
+  if config is not None:
+    check_config(config)
   if mode == "prepare":
     data.prepare(config.data)
     return
   if mode == "analyze":
-    if _TABLE.value is not None:
-      if config is not None:
-        raise UserError("--table counts the configs of its own rows: leave out --config or --table")
-      analyze.analyze_table(_TABLE.value, workdir, markdown=_MARKDOWN.value)
-      return
-    if config is None and not workdir:
-      raise UserError("--mode=analyze needs --config=FILE, --workdir or --table=1")
-    analyze.analyze_model(config or checkpoints.read_config(workdir), workdir)
+    run_analyze(config, workdir)
     return
-  checkpoints.folder(workdir)
+  run_folder(workdir)
   sharding.initialize()
   if mode == "train":
     train(config, workdir)
+  elif mode == "browse":
+    browse(config or read_config(workdir), workdir, _NUM_IMAGES.value)
+  elif mode == "eval":
+    run_eval(config_to_use(workdir, config), workdir)
+  else:
+    run_predict(config_to_use(workdir, config), workdir)
+
+
+def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
+  """The config of the run in `workdir`, or `config` if it describes the same model."""
+  task = task_of(config or read_config(workdir))
+  return config_of_run(
+    workdir, config, from_data=task.FROM_DATA, not_of_the_weights=task.NOT_OF_THE_WEIGHTS
+  )
+
+
+def run_analyze(config: ConfigDict | None, workdir: str) -> None:
+  """--mode=analyze."""
+  if _TABLE.value is not None:
+    if config is not None:
+      raise UserError("--table counts the configs of its rows; leave out --config or --table")
+    analyze.analyze_table(_TABLE.value, workdir, markdown=_MARKDOWN.value)
     return
-  if mode == "browse":
-    browse(config or checkpoints.read_config(workdir), workdir, _NUM_IMAGES.value)
-    return
-  config = checkpoints.config_of_run(workdir, config)
+  if config is None and not workdir:
+    raise UserError("--mode=analyze needs --config=FILE, --workdir or --table=1")
+  analyze.analyze_model(config or read_config(workdir), workdir)
+
+
+def run_eval(config: ConfigDict, workdir: str) -> None:
+  """--mode=eval."""
   restored = open_run(workdir, config, _STEP.value)
-  if mode == "eval":
-    mesh = sharding.mesh(config.eval.batch_size)
-    arrays = sharding.replicate(restored.arrays, mesh)
-    task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)
-    return
+  mesh = sharding.mesh(config.eval.batch_size)
+  arrays = sharding.replicate(restored.arrays, mesh)
+  task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)
+
+
+def run_predict(config: ConfigDict, workdir: str) -> None:
+  """--mode=predict."""
+  restored = open_run(workdir, config, _STEP.value)
   if _IMAGES.value:
     files = image_files(_IMAGES.value)
     subjects, total = subjects_of_files(files, skip_bad=config.data.skip_bad), len(files)
@@ -106,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, configs.benchmarks())

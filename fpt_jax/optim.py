@@ -1,20 +1,19 @@
-"""SGD with momentum, its schedule, and what of a model is trained."""
+"""SGD with momentum, its schedules, and which parameters are trained."""
 
 import jax.numpy as jnp
 import optax
 
 from fpt_jax.errors import UserError
-from fpt_jax.models.state import within
 
 
 def total_steps(config) -> int:
-  """Training steps: `config.steps`, or as many as `config.images` makes at the batch size."""
-  return config.steps or max(1, round(config.images / config.batch_size))
+  """The number of training steps: `config.steps`, or `config.train_images` / `config.batch_size`."""
+  return config.steps or max(1, round(config.train_images / config.batch_size))
 
 
 def schedule(config) -> optax.Schedule:
-  """The learning rate by step: linear warm-up, then steps (paper, 4.1), half a cosine, or a
-  power of the share that is left (paper, 4.2).
+  """The learning rate of each step: linear warm-up, then "step" decays (paper, 4.1), half a "cosine",
+  or "poly", a power of the remaining share of the training (paper, 4.2).
 
   Raises:
     UserError: the schedule does not exist.
@@ -46,19 +45,24 @@ def schedule(config) -> optax.Schedule:
 
 
 def trainable(config, parameters: set[str]) -> set[str]:
-  """Names of the parameters that gradients change; of a frozen backbone, none.
+  """The names of the parameters that gradients change; those of a frozen backbone are left out.
 
   Raises:
-    UserError: `config.optim.frozen` names what is no parameter.
+    UserError: no parameter begins with a name in `config.optim.frozen`.
   """
   frozen = (*config.optim.frozen, *(("backbone",) if config.model.backbone.frozen else ()))
-  for beginning in config.optim.frozen:
-    if not any(within(name, beginning) for name in parameters):
+  for module in config.optim.frozen:
+    if not any(_is_in(module, name) for name in parameters):
       raise UserError(
-        f"config.optim.frozen names {beginning!r}, with which no parameter begins; --mode=analyze "
-        "lists the modules"
+        f"config.optim.frozen has {module!r}, and no parameter begins with it; --mode=analyze lists "
+        "the modules"
       )
-  return {name for name in parameters if not any(within(name, part) for part in frozen)}
+  return {name for name in parameters if not any(_is_in(module, name) for module in frozen)}
+
+
+def _is_in(module: str, name: str) -> bool:
+  """Whether a parameter belongs to a module, both named by paths with dots."""
+  return f"{name}.".startswith(f"{module}.")
 
 
 def optimizer(config) -> optax.GradientTransformation:

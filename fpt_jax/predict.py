@@ -1,4 +1,4 @@
-"""Images in, overlays and JSON out."""
+"""Predictions for images: pictures and JSON."""
 
 import json
 import pathlib
@@ -8,25 +8,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 
+from fpt_jax.data.records.images import PREDICTION_ENDINGS, read_image
 from fpt_jax.errors import UserError
 from fpt_jax.restored import Restored
-from fpt_jax.run import checkpoints
-from fpt_jax.run.metrics import Countdown
-from fpt_jax.tasks import pictures, task_of
+from fpt_jax.run.folder import run_folder
+from fpt_jax.run.progress import Progress
+from fpt_jax.tasks import pictures
+from fpt_jax.tasks.task import task_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SHEET_PICTURES = 12
+SHEET_COLUMNS = 3
 
 
 class Subject(NamedTuple):
-  """An image to look at.
+  """An image to predict.
 
   Attributes:
-    name: of its file.
+    name: name of its file.
     image_HWC: uint8 RGB.
-    truth: its ground truth as the task's `images` gives it, or None where there is none.
+    truth: its ground truth as `Task.eval_images` yields it, or None.
   """
 
   name: str
@@ -37,43 +39,48 @@ class Subject(NamedTuple):
 def predict(
   restored: Restored, subjects: Iterator[Subject], total: int, workdir: str, *, min_score: float
 ) -> None:
-  """Looks at images and draws what was found, beside the ground truth where there is one.
+  """Predicts images and draws the predictions, beside the ground truth where there is one.
 
   Writes `predictions/<name>.png` for every image, the first of them together as
-  `predictions/contact_sheet.png`, `predictions/predictions.json`: the task's `entries` of all, and
-  what the task saves beside them, such as `predictions/<name>_labels.png`.
+  `predictions/contact_sheet.png`, all entries of the task as `predictions/predictions.json`, and the
+  task's other files, such as `predictions/<name>_labels.png`.
 
   Args:
     restored: the model.
     subjects: the images.
-    total: how many there are, for the time left.
-    workdir: the run's folder, on a disk.
-    min_score: of a detection that is drawn; the JSON has every one.
+    total: number of images, for the progress bar.
+    workdir: folder of the run, on a disk.
+    min_score: lowest score of a detection that is drawn; the JSON has every detection.
   """
-  out = pathlib.Path(str(checkpoints.folder(workdir) / "predictions"))
+  out = pathlib.Path(str(run_folder(workdir) / "predictions"))
   out.mkdir(parents=True, exist_ok=True)
   config = restored.config
   task = task_of(config)
-  results, taken, sheet, done = [], set(), [], 0
-  countdown = Countdown("predict", total, every_seconds=10)
-  for done, subject in enumerate(subjects, 1):
-    found = restored.infer(subject.image_HWC)
-    results += task.entries(config, subject.name, found)
-    picture = task.draw(config, subject.image_HWC, found, subject.truth, min_score)
-    path = unused_path(out, pathlib.Path(subject.name).stem, taken)
-    Image.fromarray(picture).save(path)
-    task.save(config, workdir, path.stem, subject.name, found)
-    if len(sheet) < SHEET_PICTURES:
-      sheet.append(picture)
-    countdown.tell(done)
-  (out / "predictions.json").write_text(json.dumps(results))
+  entries: list[dict[str, Any]] = []
+  taken: set[str] = set()
+  sheet: list[np.ndarray] = []
+  done = 0
+  with Progress("predict", total) as progress:
+    for subject in subjects:
+      found = restored.infer(subject.image_HWC)
+      entries += task.to_entries(config, subject.name, found)
+      picture = task.draw_prediction(config, subject.image_HWC, found, subject.truth, min_score)
+      path = unused_path(out, pathlib.Path(subject.name).stem, taken)
+      Image.fromarray(picture).save(path)
+      task.write_prediction(config, workdir, path.stem, subject.name, found)
+      if len(sheet) < SHEET_PICTURES:
+        sheet.append(picture)
+      done += 1
+      progress.advance()
+  (out / "predictions.json").write_text(json.dumps(entries))
   if sheet:
-    Image.fromarray(pictures.contact_sheet(sheet, columns=3)).save(out / "contact_sheet.png")
+    overview = pictures.contact_sheet(sheet, SHEET_COLUMNS)
+    Image.fromarray(overview).save(out / "contact_sheet.png")
   logging.info("%d pictures, contact_sheet.png and predictions.json in %s", done, out)
 
 
 def subjects_of_files(files: list[pathlib.Path], *, skip_bad: bool) -> Iterator[Subject]:
-  """The images in files; unreadable ones raise UserError, or are named and counted in the log."""
+  """Yields the images in files; an unreadable one raises UserError, or is logged and counted."""
   bad = 0
   for file in files:
     try:
@@ -90,22 +97,22 @@ def subjects_of_files(files: list[pathlib.Path], *, skip_bad: bool) -> Iterator[
 
 
 def subjects_of_split(config: ConfigDict) -> Iterator[Subject]:
-  """The images of `config.data.eval_split` with their ground truth."""
-  yield from map(Subject._make, task_of(config).images(config))
+  """Yields the images of `config.data.eval_split` with their ground truth."""
+  yield from map(Subject._make, task_of(config).eval_images(config))
 
 
 def image_files(paths: list[str]) -> list[pathlib.Path]:
-  """The files among `paths` and the images in the folders among them, sorted folder by folder.
+  """Returns the files among `paths`, and the images in the folders among them, sorted per folder.
 
   Raises:
-    UserError: a path does not exist, or a folder has no image.
+    UserError: a path does not exist, or a folder has no images.
   """
   files = []
   for path in map(pathlib.Path, paths):
     if path.is_dir():
-      inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+      inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PREDICTION_ENDINGS)
       if not inside:
-        raise UserError(f"--images: {path} has no image ({', '.join(SUFFIXES)})")
+        raise UserError(f"--images: {path} has no images ({', '.join(PREDICTION_ENDINGS)})")
       files += inside
     elif path.is_file():
       files.append(path)
@@ -114,26 +121,14 @@ def image_files(paths: list[str]) -> list[pathlib.Path]:
   return files
 
 
-def read_image(file: pathlib.Path) -> np.ndarray:
-  """uint8 RGB [H, W, 3], upright as the camera's orientation tag says.
-
-  Raises:
-    UserError: the file is no whole image.
-  """
-  try:
-    with Image.open(file) as image:
-      return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise UserError(
-      f"{file} is no readable image ({' '.join(str(error).split())}); replace it, or pass over "
-      "such files with --config.data.skip_bad"
-    ) from error
-
-
 def unused_path(folder: pathlib.Path, stem: str, taken: set[str]) -> pathlib.Path:
-  """folder/stem.png, or stem_2, stem_3, ... where images of several folders share a name.
+  """Returns folder/stem.png, or stem_2, stem_3, ... if images of several folders share a name.
 
-  A name is taken together with that of its label map, and `contact_sheet` is from the start.
+  Args:
+    folder: folder of the pictures.
+    stem: name of the image file without its ending.
+    taken: names that are in use. The chosen name is added, together with that of its label map;
+      `contact_sheet` is never chosen.
   """
   candidate, number = stem, 1
   while not taken.isdisjoint((candidate, f"{candidate}_labels")) or candidate == "contact_sheet":

@@ -12,17 +12,19 @@ from ml_collections import ConfigDict
 from fpt_jax import models
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import checkpoints
-from fpt_jax.tasks import task_of
+from fpt_jax.run.config_file import read_config
+from fpt_jax.tasks.task import Found, check_config, task_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """A model with its numbers, on one device.
+  """A model with its weights, on one device.
 
   Attributes:
-    config: of the run.
-    step: of the checkpoint.
-    structure, arrays: the model's skeleton and numbers, see `models.state`.
+    config: config of the run.
+    step: step of the checkpoint.
+    structure: skeleton of the model, see `models.state`.
+    arrays: arrays of the model by name.
   """
 
   config: ConfigDict
@@ -36,20 +38,20 @@ class Restored:
     return self.structure.fill(self.arrays)
 
   @functools.cached_property
-  def infer(self) -> Callable[[np.ndarray], dict]:
-    """As `predict` for one image, in the form in which the task works: see its `predictor`."""
+  def infer(self) -> Callable[[np.ndarray], Found]:
+    """Inference on one image in the task's own form, see `tasks.task.Task.predictor`."""
     return task_of(self.config).predictor(self.config, self.structure, self.arrays)
 
   def predict(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
     """Finds objects in images of any sizes, or the class of every pixel.
 
     Args:
-      images: uint8 RGB [H, W, 3] each.
+      images: images, uint8 RGB [H, W, 3] each.
 
     Returns:
-      For each image, from a detector: boxes_xyxy [N, 4] float32 in pixels of the image, scores [N]
-      float32 in descending order, labels [N] the data set's own category ids and, with a mask head,
-      masks [N, H, W] bool. From a segmenter: label_map [H, W] uint8, the classes 0, 1, ... of
+      One dictionary per image. Of a detector: boxes_xyxy [N, 4] float32 in pixels of the image, scores
+      [N] float32 in descending order, labels [N] the data set's category ids and, with a mask head,
+      masks [N, H, W] bool. Of a segmenter: label_map [H, W] uint8, classes 0, 1, ... of
       `config.model.class_names`.
 
     Raises:
@@ -67,24 +69,25 @@ class Restored:
       raise ValueError(
         f"image {i} must be a uint8 array [height, width, 3], got {described} {np.shape(image_HWC)}"
       )
-    return task_of(self.config).result(self.infer(image_HWC), image_HWC)
+    return task_of(self.config).to_result(self.infer(image_HWC), image_HWC)
 
 
 def restore(workdir: str, step: int | None = None) -> Restored:
-  """Opens a run's checkpoint on this machine, whatever devices it was trained on.
+  """Opens a checkpoint of a run on this machine, whatever devices it was trained on.
 
   Args:
-    workdir: the run's folder.
-    step: of the checkpoint; None for the newest.
+    workdir: folder of the run, on a disk or in a bucket.
+    step: step of the checkpoint; None for the newest.
 
   Raises:
-    UserError: there is no such run or checkpoint, or they do not belong together.
+    UserError: the run or the checkpoint does not exist, or they do not belong together.
   """
-  return open_run(workdir, checkpoints.read_config(workdir), step)
+  return open_run(workdir, read_config(workdir), step)
 
 
 def open_run(workdir: str, config: ConfigDict, step: int | None = None) -> Restored:
-  """As `restore`, by a config of the same model; its thresholds and data may be others."""
+  """As `restore`, with another config of the same model; thresholds and data may differ."""
+  check_config(config)
   saved = checkpoints.manager(workdir)
   step = checkpoints.choose_step(saved, step)
   structure = models.structure_of(config)

@@ -14,55 +14,61 @@ from fpt_jax import data, models, optim
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays
 from fpt_jax.run import checkpoints, sharding
-from fpt_jax.run.metrics import Clock, MetricsWriter, read_metrics
-from fpt_jax.tasks import task_of
+from fpt_jax.run.config_file import check_same_model, has_config, read_config, write_config
+from fpt_jax.run.metrics import MetricsWriter, has_metric
+from fpt_jax.run.progress import Clock
+from fpt_jax.tasks.task import check_config, task_of
 from fpt_jax.weights.families import preprocessing
+from fpt_jax.weights.imported import pretrained_shapes
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   """Trains from the newest checkpoint of `workdir`, or from the start, to the config's last step.
 
   Args:
-    config: see `configs/common.py`.
-    workdir: the run's folder, on a disk or in a bucket.
+    config: a whole config, see `fpt_jax.configs`.
+    workdir: folder of the run, on a disk or in a bucket.
 
   Returns:
     The metrics of the last evaluation.
 
   Raises:
-    UserError: something the user can mend; nothing saved before is lost.
+    UserError: a mistake that the user can fix; nothing that was saved is lost.
   """
-  # Data. Records are prepared at the first run.
+  # Data. Records are prepared by the first run.
+  check_config(config)
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
-  task.settle(config, data.info(config.data))
+  task.adopt_classes(config, data.info(config.data))
   first_host = jax.process_index() == 0
 
-  # Model and optimizer, as dictionaries of arrays over a skeleton.
+  # Model and optimizer, as dictionaries of arrays beside a skeleton.
   mesh = sharding.mesh(config.batch_size)
-  everywhere = sharding.replicated(mesh)
+  replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
+  if has_config(workdir):
+    check_same_model(read_config(workdir), config, workdir, task.NOT_OF_THE_WEIGHTS)
   if first_host:
-    checkpoints.write_config(workdir, config)
+    write_config(workdir, config)
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
   step_key = jax.random.key(config.seed)
 
-  # Where to start: the run's own newest checkpoint, or other weights, or none.
+  # Where to start: the run's newest checkpoint, other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
   shapes = structure.shapes
   if saved.all_steps():
     start = checkpoints.choose_step(saved)
-    arrays = checkpoints.restore_model(saved, start, shapes, everywhere)
+    arrays = checkpoints.restore_model(saved, start, shapes, replicated)
     state_shapes = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
-    optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes, everywhere)
+    optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes, replicated)
     logging.info("resuming at step %d of %s", start, saved.directory)
   else:
     start = 0
-    arrays = starting_arrays(config, structure, everywhere)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=everywhere)(
+    arrays = starting_arrays(config, structure, replicated)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=replicated)(
       {n: arrays[n] for n in trained}
     )
   state = {
@@ -71,7 +77,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     "optimizer": optimizer_state,
   }
   train_step = jax.jit(
-    make_train_step(structure, optimizer, step_key), donate_argnums=0, out_shardings=everywhere
+    make_train_step(structure, optimizer, step_key), donate_argnums=0, out_shardings=replicated
   )
   metrics = MetricsWriter(workdir, start) if first_host else None
   rate = optim.schedule(config)
@@ -89,18 +95,18 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   def evaluation_due(step: int) -> bool:
     return step % config.eval.every_steps == 0 or step == total_steps
 
-  # The loop. Losses are fetched only when they are told, so that the devices never wait.
+  # The loop. Losses are fetched only when they are logged, so that the devices never wait.
   results, pending, stopping = {}, [], False
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
-  if start and evaluation_due(start) and not was_evaluated(workdir, start, task.MAIN_METRIC):
+  if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
     results = run_evaluation(start)
   with checkpoints.closing(saved), task.train_batches(config, start) as batches, stop:
     for done in range(start + 1, total_steps + 1):
       with clock.waiting():
         host_batch = next(batches)
       batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
-      step = jax.device_put(np.int32(done - 1), everywhere)
+      step = jax.device_put(np.int32(done - 1), replicated)
       with jax.transfer_guard("disallow"):
         state, losses = train_step(state, batch, step)
       pending.append((done, losses))
@@ -108,7 +114,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         jax.block_until_ready(losses)
         logging.info("first step, compilation included: %.0f s", clock.restart(done))
 
-      stopping = stop.asked  # looked at once: a signal may come at any moment
+      stopping = stop.asked  # read once: a signal may come at any moment
       last = done == total_steps or stopping
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
       log_due = done % config.log_every == 0 or last
@@ -129,17 +135,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   if metrics:
     metrics.close()
   if stopping:
-    raise UserError(f"stopped by a signal; step {done} is saved, the same command goes on from it")
+    raise UserError(f"stopped by a signal; step {done} is saved, and the same command resumes from it")
   return results
 
 
 def make_train_step(
   structure: Skeleton, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> Callable:
-  """The pure function (state, batch, step) -> (state, losses) of one step of training.
+  """Returns the pure function (state, batch, step) -> (state, losses) of one training step.
 
   Randomness is a function of the seed and the step alone, so that a resumed run equals an
-  uninterrupted one. Nothing outside `state["trained"]` is differentiated.
+  uninterrupted one. Only `state["trained"]` is differentiated.
   """
 
   def train_step(state, batch, step):
@@ -159,30 +165,31 @@ def make_train_step(
 
 
 def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[str, jax.Array]:
-  """Initial weights, those of `config.init_from` in their place where it holds any.
+  """Initial weights, replaced by those of `config.init_from` where it has an array of the same name.
 
   Raises:
-    UserError: `config.init_from` holds nothing that fits, or weights for images prepared otherwise.
+    UserError: `config.init_from` has no array that fits, or its weights need other preprocessing.
   """
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)))
   arrays = jax.device_put(arrays, placement)
   if not config.init_from:
     if config.model.backbone.frozen:
-      logging.warning("the backbone is frozen at random weights: --config.init_from names better")
+      logging.warning("the backbone is frozen at random weights; set --config.init_from to pretrained ones")
     return arrays
-  check_preprocessing(config, checkpoints.read_config(config.init_from))
+  check_preprocessing(config, read_config(config.init_from))
   other = checkpoints.manager(config.init_from)
-  wanted = checkpoints.worth_starting_from(config.init_from, structure.shapes)
+  wanted = pretrained_shapes(config.init_from, structure.shapes)
   loaded = checkpoints.restore_matching(other, wanted, placement)
   other.close()
   fresh = sorted(set(arrays) - set(loaded))
   if fresh:
     logging.info(
-      "%d arrays are not in %s and start afresh, from %s", len(fresh), config.init_from, fresh[0]
+      "%d arrays are not in %s and start from random values, %s first",
+      *(len(fresh), config.init_from, fresh[0]),
     )
   if config.model.backbone.frozen and any(n.startswith("backbone.") for n in fresh):
     logging.warning(
-      "the backbone is frozen, and a part of it is not in %s: --config.model.backbone.frozen=False "
+      "the backbone is frozen, and a part of it is not in %s; --config.model.backbone.frozen=False "
       "trains it",
       config.init_from,
     )
@@ -190,15 +197,18 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
 
 
 def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
-  """Raises UserError where the weights of `config.init_from` want images prepared otherwise.
+  """Checks that a run prepares images as the weights that it starts from need them.
 
   Args:
-    config: of the run.
-    other: of the folder that `config.init_from` names.
+    config: config of the run.
+    other: config in the folder that `config.init_from` names.
+
+  Raises:
+    UserError: mean, standard deviation, channel order or strides differ.
   """
   theirs = preprocessing(other.model)
   for field, value in preprocessing(config.model).items():
-    wanted = theirs.get(field, value)  # runs from before a field existed do not tell
+    wanted = theirs.get(field, value)  # earlier versions did not write every field
     same = value == wanted if isinstance(value, str) else np.allclose(value, wanted, atol=1e-4)
     if not same:
       raise UserError(
@@ -208,10 +218,10 @@ def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
 
 
 def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:
-  """The newest of the steps' losses.
+  """Fetches the losses of pending steps and returns those of the newest.
 
   Raises:
-    UserError: the loss of a step is not finite.
+    UserError: a loss is not finite.
   """
   fetched = jax.device_get(pending)
   for done, losses in fetched:
@@ -219,14 +229,9 @@ def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, 
       bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
       raise UserError(
         f"step {done}: {bad} is not finite; lower config.optim.learning_rate or set "
-        "config.optim.clip_norm, and start again: checkpoints before this step are intact"
+        "config.optim.clip_norm, and run the command again; checkpoints before this step are intact"
       )
   return {name: float(value) for name, value in fetched[-1][1].items()}
-
-
-def was_evaluated(workdir: str, step: int, metric: str) -> bool:
-  """Whether `metrics.jsonl` has this step's figure of a metric: a crash may have come between."""
-  return any(e["step"] == step and metric in e for e in read_metrics(workdir))
 
 
 class StopSignal:
@@ -247,6 +252,6 @@ class StopSignal:
 
   def _remember(self, number, frame):
     del frame
-    logging.warning("signal %d: saving after this step; again to stop at once", number)
+    logging.warning("signal %d: saving after this step; send it again to stop at once", number)
     self.asked = True
     signal.signal(number, self._before[number])

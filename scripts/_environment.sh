@@ -1,5 +1,5 @@
-# Sourced by the other scripts: `use_environment FILE` makes .venv in the repository, installs FILE into it
-# where it changed since, and leaves its interpreter in $python.
+# Sourced by the other scripts. `use_environment FILE` creates .venv in the repository root, installs the
+# requirements FILE into it if they have changed since the last call, and sets $python to its interpreter.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
@@ -9,7 +9,7 @@ use_environment() {
   python="$root/.venv/bin/python"
   if [ ! -x "$python" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-      echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2
+      echo "error: Python 3.11 or newer is required; set PYTHON=/path/to/python3.11" >&2
       exit 2
     }
     "${PYTHON:-python3}" -m venv "$root/.venv"

@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# The whole test suite: bash scripts/test.sh [PYTEST ARGUMENTS], such as -m 'not slow'
+# All checks and tests: bash scripts/test.sh [PYTEST ARGUMENTS], for example -m 'not slow'.
+# The checks run in seconds to a minute, before the tests; the first one that fails ends the script.
 set -euo pipefail
 
 source "$(dirname "$0")/_environment.sh"
 use_environment requirements-test.txt
 
+site="$(mktemp -d)"
+trap 'rm -rf "$site"' EXIT
+export JAX_PLATFORMS=cpu
+
 "$python" -m ruff check .
-# a worker a core; files stay whole, for their tests share what is slow to make
-JAX_PLATFORMS=cpu "$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"
+"$python" -m ruff format --check .
+"$root/.venv/bin/lint-imports"
+"$python" -m mypy
+"$python" -m mkdocs build --quiet --strict --site-dir "$site"
+# --dist=loadfile: the tests of a file run in one process because they share expensive fixtures.
+"$python" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"

@@ -1,4 +1,10 @@
-"""Every test raises on silent rank promotion and shares one compilation cache."""
+"""Fixtures for all tests. Silent rank promotion raises, and all tests share one compilation cache.
+
+Environment variables:
+  FPT_REAL_DATA: folder of real images; tests that read it are skipped if the variable is not set.
+  FPT_REQUIRE_REAL_DATA: "1" makes those tests fail instead.
+  FPT_TEST_CACHE: folder of the compilation cache, by default in the system's temporary folder.
+"""
 
 import os
 import pathlib
@@ -11,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 
+pytest_plugins = ["tests.data_sets"]
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(
   "jax_compilation_cache_dir",
@@ -19,12 +27,11 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-REAL_DATA = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-  """For tests of whole runs: programs compiled in half the time, and slower to run."""
+  """Halves the compilation time of tests of whole runs; the programs are slower."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
@@ -37,10 +44,16 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
-  """The folder of real images; absent: skipped, or failed where FPT_REQUIRE_REAL_DATA=1."""
-  if not REAL_DATA.is_dir():
-    message = f"no real data at {REAL_DATA}"
+  """The folder of real images.
+
+  Without FPT_REAL_DATA the test is skipped, or fails if FPT_REQUIRE_REAL_DATA is 1.
+  """
+  folder = os.environ.get("FPT_REAL_DATA", "")
+  if not folder:
+    message = "FPT_REAL_DATA, the folder of real images, is not set"
     if os.environ.get("FPT_REQUIRE_REAL_DATA") == "1":
-      pytest.fail(message + ", and FPT_REQUIRE_REAL_DATA=1 asks for it")
+      pytest.fail(f"{message}, but FPT_REQUIRE_REAL_DATA is 1")
     pytest.skip(message)
-  return REAL_DATA
+  if not os.path.isdir(folder):
+    pytest.fail(f"FPT_REAL_DATA={folder} is not a folder")
+  return pathlib.Path(folder)

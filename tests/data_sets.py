@@ -1,4 +1,4 @@
-"""A hand-written data set in COCO's format, small enough to check by eye."""
+"""Data sets for tests: a small one in COCO's format, and fixtures of prepared ones."""
 
 import json
 import pathlib
@@ -55,7 +55,7 @@ def write_coco(root: pathlib.Path) -> dict:
         "image_id": 5,
         "category_id": 3,
         "bbox": [2, 0, 10, 20],
-        # the same runs, compressed: 5 bits a character, from "0", bit 6 says that more follow
+        # the same runs, compressed: 5 bits per character from "0"; bit 6 marks that more follow
         "segmentation": {"size": [HEIGHT, WIDTH], "counts": "X1X6`a0"},
         "iscrowd": 0,
       },
@@ -75,54 +75,53 @@ def write_coco(root: pathlib.Path) -> dict:
   return content
 
 
-def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collections.ConfigDict:
-  """Returns the `data` part of a config."""
-  defaults = {
-    "name": name,
+def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
+  both_tasks = {
     "source": "",
-    "data_dir": str(data_dir),
     "train_split": "train",
     "eval_split": "val",
-    "short_edge": 20,
-    "long_edge": 40,
-    "buckets": ((20, 40), (40, 20)),
-    "max_instances": 4,
+    "train_sizes": (),
     "flip": True,
-    "skip_bad": False,
-    "num_workers": 2,
-    "prefetch": 2,
-    "builder": {},
-  }
-  return ml_collections.ConfigDict(defaults | fields)
-
-
-def label_config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collections.ConfigDict:
-  """Returns the `data` part of a config of segmentation."""
-  defaults = {
-    "name": name,
-    "source": "",
-    "data_dir": str(data_dir),
-    "train_split": "train",
-    "eval_split": "val",
-    "crop": (24, 32),
-    "scale_min": 0.5,
-    "scale_max": 2.0,
-    "short_edges": (),
-    "flip": True,
-    "short_edge": 0,
-    "buckets": (),
     "canvas_multiple": 32,
     "skip_bad": False,
     "num_workers": 2,
     "prefetch": 2,
     "builder": {},
   }
-  return ml_collections.ConfigDict(defaults | fields)
+  return ml_collections.ConfigDict(both_tasks | fields)
+
+
+def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collections.ConfigDict:
+  """Returns the `data` of a config for detection."""
+  defaults = {
+    "name": name,
+    "data_dir": str(data_dir),
+    "annotations": "",
+    "images": "",
+    "short_edge": 20,
+    "long_edge": 40,
+    "buckets": ((20, 40), (40, 20)),
+    "max_instances": 4,
+  }
+  return _data(defaults | fields)
+
+
+def label_config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collections.ConfigDict:
+  """Returns the `data` of a config for segmentation."""
+  defaults = {
+    "name": name,
+    "data_dir": str(data_dir),
+    "crop": (24, 32),
+    "scale": (0.5, 2.0),
+    "short_edge": 0,
+    "buckets": (),
+  }
+  return _data(defaults | fields)
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
-  """Context Shapes, 23 + 5 images, prepared."""
+  """Context Shapes with 23 + 5 images, prepared."""
   shapes = config(
     "context_shapes",
     tmp_path_factory.mktemp("shapes"),

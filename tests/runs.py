@@ -123,11 +123,11 @@ def importer(*flags: str) -> subprocess.CompletedProcess:
 
 
 def host_devices(count: int) -> dict[str, str]:
-  """The environment of a process that sees the CPU as `count` devices.
+  """The environment of a process in which the CPU appears as `count` devices.
 
   XLA's concurrent schedule lets two devices start different collectives, each of which then waits for
-  the other device: where there are few cores, such a process stands still before long. In the
-  sequential schedule all devices meet the collectives in one order.
+  the other device: on few cores, such a process soon deadlocks. In the sequential schedule all devices
+  reach the collectives in the same order.
   """
   flags = {
     "xla_force_host_platform_device_count": count,
@@ -141,20 +141,20 @@ def host_devices(count: int) -> dict[str, str]:
 
 
 def succeed(process: subprocess.Popen, timeout: float = 400) -> None:
-  """Waits for the end, which must be a good one: no error told, no signal, exit code 0."""
+  """Waits for the end of a process that must succeed: no stack trace, no signal, exit code 0."""
   _, text = process.communicate(timeout=timeout)
   assert process.returncode == 0, f"exit code {process.returncode}: {text[-3000:]}"
   assert "Traceback" not in text, text[-3000:]
 
 
 def error_lines(process: subprocess.Popen, timeout: float = 400) -> list[str]:
-  """Waits for the end; the lines of standard error that tell of an error or show a stack trace."""
+  """Waits for the end of a process; returns its lines of standard error that report an error."""
   _, text = process.communicate(timeout=timeout)
   return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
 
 
 def losses_by_step(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
-  """The losses in metrics.jsonl; fails if a step is told twice."""
+  """The losses in metrics.jsonl; fails if a step is written twice."""
   losses = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     entry = json.loads(line)

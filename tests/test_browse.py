@@ -1,4 +1,4 @@
-"""Pictures of what a detector is fed: the objects of the batch, and anchors as the RPN samples them."""
+"""Pictures of training batches: their objects, and the anchors that the RPN samples."""
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from fpt_jax import models
 from fpt_jax.browse import browse
 from fpt_jax.models.heads.rpn import anchors_of_canvas
 from fpt_jax.tasks import detection, pictures
+from fpt_jax.tasks.detection.draw import draw_anchors
 from tests.runs import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,7 +54,7 @@ def test_anchors_are_those_of_the_model(canvas):
 def test_anchors_have_their_objects_colors():
   image_HWC = np.zeros((400, 500, 3), np.uint8)
   boxes_G4 = np.array([[10.0, 10, 60, 60], [300, 200, 400, 300]])
-  drawn = pictures.draw_anchors(
+  drawn = draw_anchors(
     image_HWC,
     boxes_G4,
     ["ant", "bee"],

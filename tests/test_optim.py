@@ -69,15 +69,15 @@ def test_a_frozen_backbone_is_not_trained():
   config.optim.frozen = ("backbone", "rpn.conv.bias")
   assert optim.trainable(config, names) == {"fpt.fuse.0.kernel"}
   config.optim.frozen = ("fpt.fus",)
-  with pytest.raises(UserError, match="with which no parameter begins"):
+  with pytest.raises(UserError, match="and no parameter begins with it"):
     optim.trainable(config, names)
 
 
 def test_poly_schedule():
-  """Paper, 4.2: the rate falls with the 0.9th power of the share of steps that is left."""
+  """Paper, 4.2: the rate falls with the 0.9th power of the remaining share of the steps."""
   config = cityscapes.get_config()
   total = optim.total_steps(config)
-  assert total == 44_625  # 120 epochs of 2975 images, 8 a step
+  assert total == 44_625  # 120 epochs of 2975 images, 8 per step
   rate = optim.schedule(config)
   for step in (0, 1, 1000, 44_000, total):
     assert rate(step) == pytest.approx(0.01 * (1 - step / total) ** 0.9, rel=1e-4, abs=1e-9)

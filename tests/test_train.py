@@ -1,4 +1,4 @@
-"""Training leaves what it promises, resumes exactly, compiles once, and tells what went wrong."""
+"""Training writes what it promises, resumes exactly, compiles once, and reports what went wrong."""
 
 import json
 import logging
@@ -69,7 +69,7 @@ def test_what_a_run_leaves_behind(finished):
   )
 
 
-def test_one_compilation_an_input_shape(finished):
+def test_one_compilation_per_input_shape(finished):
   _, _, records = finished
   compiled = [m for m in records if re.match(r"Finished XLA compilation of jit\(train_step\)", m)]
   assert len(compiled) == 1, compiled
@@ -92,7 +92,7 @@ def test_restore_predicts_on_images_of_any_size(finished, rng):
     assert (low >= -1e-3).all() and (high <= np.array([width, height]) + 1e-3).all()
   with pytest.raises(ValueError, match=r"image 0 must be a uint8 array .*float64 \(4, 4, 3\)"):
     restored.predict([np.zeros((4, 4, 3))])
-  with pytest.raises(UserError, match=r"holds no step 5; it holds \[2, 4, 6\]"):
+  with pytest.raises(UserError, match=r"has no step 5; its steps are \[2, 4, 6\]"):
     fpt_jax.restore(str(workdir), step=5)
 
 
@@ -199,6 +199,6 @@ def test_a_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path):
   lines = [line for line in error_lines(process) if line.startswith("error:")]
   assert process.returncode == 2
   assert (
-    len(lines) == 1 and "could not be written" in lines[0] and "complete are [2, 4]" in lines[0]
+    len(lines) == 1 and "could not be written" in lines[0] and "the complete ones are [2, 4]" in lines[0]
   )
   assert fpt_jax.restore(str(workdir)).step == 4

@@ -1,0 +1,22 @@
+"""What the benchmarks share, and the benchmarks themselves.
+
+`base`, `detection` and `segmentation` hold every field with its default; `variants` is the language
+behind the colon of `--config=FILE:WORDS`; `tables` are the rows of the paper's tables. Each benchmark
+is a module too: `from fpt_jax.configs import coco_mask`. In a checkout the benchmarks are the files in
+`configs/`; an installed package contains them here.
+"""
+
+import pathlib
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "configs").is_dir():
+  __path__.append(str(_CHECKOUT / "configs"))
+
+SHARED = ("__init__", "base", "detection", "segmentation", "tables", "variants")
+
+
+def benchmarks() -> dict[str, pathlib.Path]:
+  """Returns the file of each benchmark by its name, such as "coco_mask"."""
+  files = sorted(file for folder in __path__ for file in pathlib.Path(folder).glob("*.py"))
+  return {file.stem: file for file in files if file.stem not in SHARED}

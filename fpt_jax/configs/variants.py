@@ -1,86 +1,139 @@
-"""The part of a config behind its file's colon: words and settings, separated by commas."""
+"""The words and settings behind the colon of `--config=FILE:WORDS`, in any order.
 
-from collections.abc import Callable
+A benchmark's size comes first, then its settings, then words that depend on the size, whatever the
+order in which they are written: the same words always give the same config.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 
 from ml_collections import ConfigDict
 
+from fpt_jax.errors import UserError
+from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
+
+Change = Callable[[ConfigDict], None]
+Setting = Callable[[ConfigDict, str], None]
+
 
 def apply(
-  config: ConfigDict, arg: str, words: dict[str, Callable], settings: dict[str, Callable]
+  config: ConfigDict,
+  arg: str,
+  *,
+  sizes: Mapping[str, Change],
+  settings: Mapping[str, Setting],
+  words: Mapping[str, Change],
+  replaces: Mapping[str, Iterable[str]] | None = None,
 ) -> ConfigDict:
-  """The config as `arg` asks.
+  """Changes a config as `arg` asks and returns it.
 
   Args:
-    config: where to start.
-    arg: such as "small,fpt=st+gt".
-    words: what each word does, config -> config.
-    settings: what each setting does, (config, value) -> config.
+    config: the benchmark's config; it is changed in place.
+    arg: words and settings, separated by commas, such as "small,fpt=st+gt".
+    sizes: words that exclude each other; applied first.
+    settings: by name, functions of the config and the value.
+    words: other words; applied last.
+    replaces: settings that a setting takes the place of, so that they exclude each other.
 
   Raises:
-    ValueError: a word, a setting or its value does not exist.
+    UserError: a word, a setting or its value does not exist, is given twice, or two words exclude
+      each other.
   """
-  for part in filter(None, arg.split(",")):
+  known = {**sizes, **words}
+  chosen: dict[str, str] = {}
+  for part in filter(None, (part.strip() for part in arg.split(","))):
     name, is_setting, value = part.partition("=")
-    known = settings if is_setting else words
-    if name not in known:
-      kind = "setting" if is_setting else "variant"
-      raise ValueError(f"{kind} {name!r} does not exist; choose one of {', '.join(known)}")
-    config = known[name](config, value) if is_setting else known[name](config)
+    choices: Iterable[str] = settings if is_setting else known
+    if name not in choices:
+      kind = "setting" if is_setting else "word"
+      raise UserError(f"the {kind} {name!r} does not exist; choose one of {', '.join(choices)}")
+    if chosen.get(name, value) != value:
+      raise UserError(f"{name}={chosen[name]} and {name}={value} exclude each other; keep one")
+    chosen[name] = value
+  exclusive = [name for name in chosen if name in sizes]
+  if len(exclusive) > 1:
+    raise UserError(f"the words {' and '.join(exclusive)} exclude each other; keep one")
+  for name, others in (replaces or {}).items():
+    for other in others:
+      if name in chosen and other in chosen:
+        raise UserError(f"the settings {name} and {other} exclude each other; keep one")
+  for name in exclusive:
+    sizes[name](config)
+  for name in settings:
+    if name in chosen:
+      settings[name](config, chosen[name])
+  for name in words:
+    if name in chosen:
+      words[name](config)
   return config
 
 
-def choice(setting: str, value: str, key: str, choices: dict):
-  """`choices[key]`, or a ValueError that tells what there is."""
-  if key not in choices:
-    raise ValueError(
-      f"{setting}={value} does not exist: {key!r} is none of {', '.join(k or 'nothing' for k in choices)}"
-    )
-  return choices[key]
+def choice(setting: str, value: str, choices: Iterable[str]):
+  """Returns `value` if it is one of `choices`, or what a mapping has under it.
+
+  Raises:
+    UserError: the choice does not exist.
+  """
+  if value not in choices:
+    known = ", ".join(choices)
+    raise UserError(f"{setting}={value} does not exist; choose one of {known}")
+  return choices[value] if isinstance(choices, Mapping) else value
 
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = (*RESNETS, "efficientnet_lite0")
 CONTEXTS = {
   "": "none",
   "nl": "non_local",
   "gc": "global_context",
   "aa": "attention_augmented",
 }
+FPT_NAMES = ("none", "st", "gt", "lgt", "rt")
+SCOPES = ("all", "adjacent")
+SBN = {"on": "sync_bn", "off": "bn"}
+DROPBLOCK = {"on": 0.9, "off": 1.0}
 
 
-def set_backbone(config: ConfigDict, value: str) -> ConfigDict:
-  """A name of `models.backbones`, for a ResNet perhaps with `_nl`, `_gc` or `_aa` behind it."""
-  name, _, context = value.partition("_") if value.startswith("resnet") else (value, "", "")
-  config.model.backbone.name = name
-  config.optim.frozen = ()  # parts of another backbone
-  config.model.backbone.context = choice("backbone", value, context, CONTEXTS)
-  if name == "efficientnet_lite0":  # small, and there for its weights
-    config.model.pixel_mean, config.model.pixel_std = (127 / 255,) * 3, (128 / 255,) * 3
-    config.model.backbone.update(dict(norm="frozen_bn", frozen=True))
-  return config
+def set_backbone(config: ConfigDict, value: str) -> None:
+  """Sets a backbone and everything that belongs to its weights.
+
+  These are the mean and standard deviation of its images. A network of another family (ResNet,
+  EfficientNet) starts from frozen pretrained weights; of the same family it keeps the norm, and whether
+  it is frozen, as the benchmark's size has them.
+
+  Args:
+    config: a whole config.
+    value: a name of `BACKBONES`; for a ResNet perhaps followed by `_nl`, `_gc` or `_aa`.
+  """
+  backbone = config.model.backbone
+  name, _, suffix = value.partition("_") if value.startswith("resnet") else (value, "", "")
+  with_suffixes = [f"{n}_{c}" if c else n for n in RESNETS for c in CONTEXTS]
+  choice("backbone", value, (*with_suffixes, "efficientnet_lite0"))
+  if (name, CONTEXTS[suffix]) == (backbone.name, backbone.context):
+    return
+  images = IMAGENET if name in RESNETS else EFFICIENTNET_LITE
+  config.model.pixel_mean, config.model.pixel_std = images.pixel_mean, images.pixel_std
+  if (name in RESNETS) != (backbone.name in RESNETS):
+    backbone.update(dict(norm="frozen_bn", frozen=True))
+  backbone.name, backbone.context = name, CONTEXTS[suffix]
+  config.optim.frozen = ()  # names of another backbone's parts
 
 
-def set_pyramid(config: ConfigDict, value: str) -> ConfigDict:
-  config.model.pyramid.name = value
-  return config
+def set_fpt(config: ConfigDict, value: str) -> None:
+  """Sets the transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or `none`."""
+  names = [choice("fpt", name, FPT_NAMES) for name in value.split("+")]
+  if ("none" in names and len(names) > 1) or {"gt", "lgt"} <= set(names):
+    raise UserError(f"fpt={value}: its parts exclude each other; choose such as st+gt+rt, or none")
+  fpt = config.model.fpt
+  fpt.enabled = names != ["none"]
+  fpt.self_transformer = "st" in names
+  fpt.grounding_transformer = "gt" in names or "lgt" in names
+  fpt.rendering_transformer = "rt" in names
+  fpt.window = 5 if "lgt" in names else None
 
 
-def set_fpt(config: ConfigDict, value: str) -> ConfigDict:
-  """The transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or `none`."""
-  names = [] if value == "none" else value.split("+")
-  for name in names:
-    choice("fpt", value, name, dict.fromkeys(("st", "gt", "lgt", "rt")))
-  config.model.fpt.enabled = bool(names)
-  config.model.fpt.self_transformer = "st" in names
-  config.model.fpt.grounding_transformer = "gt" in names or "lgt" in names
-  config.model.fpt.rendering_transformer = "rt" in names
-  config.model.fpt.window = 5 if "lgt" in names else None
-  return config
+def set_scope(config: ConfigDict, value: str) -> None:
+  config.model.fpt.scope = choice("scope", value, SCOPES)
 
 
-def set_scope(config: ConfigDict, value: str) -> ConfigDict:
-  config.model.fpt.scope = choice("scope", value, value, {"all": "all", "adjacent": "adjacent"})
-  return config
-
-
-def set_dropblock(config: ConfigDict, value: str) -> ConfigDict:
-  config.model.fpt.keep_probability = choice("dropblock", value, value, {"on": 0.9, "off": 1.0})
-  return config
+def set_dropblock(config: ConfigDict, value: str) -> None:
+  config.model.fpt.keep_probability = choice("dropblock", value, DROPBLOCK)

@@ -1,26 +1,16 @@
-"""Data sets: prepared once as records, read as batches.
-
-The functions here are detection's; `segmentation` has those of the same names for label maps.
-`prepare`, `is_prepared` and `info` serve both.
-"""
+"""Data sets: prepared once as records, read at random, and assembled into batches."""
 
 from fpt_jax.data.loader import Batches
-from fpt_jax.data.prepared import DatasetInfo, info, is_prepared, num_images, prepare
+from fpt_jax.data.prepared import DatasetInfo, Reader, info, is_prepared, num_images, prepare
 from fpt_jax.data.records.label_map import VOID
-from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, images, train_batches
-from fpt_jax.tasks.segmentation import batches
 
 __all__ = [
   "VOID",
   "Batches",
   "DatasetInfo",
-  "coco_ground_truth",
-  "eval_batches",
-  "images",
+  "Reader",
   "info",
   "is_prepared",
   "num_images",
   "prepare",
-  "segmentation",
-  "train_batches",
 ]

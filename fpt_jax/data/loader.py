@@ -1,4 +1,4 @@
-"""From a plan of images to batches: read, decode and augment in the background.
+"""Batches from a plan of images: images are read, decoded and augmented in the background.
 
 B images of this host.
 """
@@ -6,7 +6,7 @@ B images of this host.
 import atexit
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import ml_collections
@@ -17,13 +17,18 @@ from fpt_jax.data.prepared import Reader
 
 
 class Batches:
-  """An iterator over batches; close it, or use it as a context, to end its threads."""
+  """An iterator over batches; close it, or use it as a context, to end its threads.
+
+  Args:
+    dataset: batches as dicts of tensors.
+    reader: the reader of the records; closed with the batches.
+    failures: exceptions raised while images were loaded; the first one is raised again here.
+  """
 
   _open: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
   def __init__(self, dataset: tf.data.Dataset, reader: Reader, failures: list[Exception]):
-    """Args: dicts of batched tensors, where the records come from, and why an image failed."""
-    self._iterator = dataset.as_numpy_iterator()
+    self._iterator: Iterator | None = dataset.as_numpy_iterator()
     self._reader, self._failures = reader, failures
     Batches._open.add(self)
 
@@ -60,7 +65,7 @@ class Batches:
 
 @atexit.register
 def _close_all() -> None:
-  # an iterator that outlives the interpreter's shutdown hangs it
+  # an iterator that is still open when the interpreter exits makes it hang
   for batches in list(Batches._open):
     batches.close()
 
@@ -75,25 +80,26 @@ def assemble(
   finish: Callable[[dict[str, tf.Tensor], tf.Tensor], dict[str, tf.Tensor]],
   share: int,
 ) -> Batches:
-  """Turns steps into this host's batches: plan, then load and finish image by image.
+  """Returns this host's batches of steps: each is planned, then loaded and finished per image.
 
   Args:
     data: the config's `data`.
-    reader: where the records come from; closed with the batches.
+    reader: the reader of the records; closed with the batches.
     steps: int64 scalars.
-    plan: of a step, this host's (position in the run, index of the record, valid, bucket), a column
-      each, int64 and bool.
+    plan: function from a step to (position, index, valid, bucket) of this host's images: positions in
+      the run, indices of records and buckets, int64 [B], and validity, bool [B].
     fields: dtype and shape of each array that `load` returns.
-    load: of position, index and valid, an image's arrays.
-    finish: of these as tensors and the bucket, the image's part of the batch, all of one shape.
-    share: images of this host.
+    load: function from position, index and validity to the arrays of an image.
+    finish: function from these arrays as tensors, and the bucket, to the image's part of the batch;
+      all images of a batch have the same shapes.
+    share: number of images of this host per batch.
   """
-  failures = []
+  failures: list[Exception] = []
 
   def guarded(position: np.int64, index: np.int64, valid: np.bool_) -> list[np.ndarray]:
     try:
       example = load(int(position), int(index), bool(valid))
-    except Exception as error:  # carried around TensorFlow, which would keep its text alone
+    except Exception as error:  # kept for Batches: TensorFlow passes on its text only
       failures.append(error)
       raise
     return [example[name] for name in fields]
@@ -110,7 +116,7 @@ def assemble(
     return finish(example, bucket)
 
   dtypes = [tf.int64, tf.int64, tf.bool, tf.int64]
-  workers = data.get("num_workers", 0) or os.cpu_count()
+  workers = data.num_workers or os.cpu_count()
   options = tf.data.Options()
   options.autotune.enabled = False
   options.threading.private_threadpool_size = workers
@@ -123,7 +129,7 @@ def assemble(
     .unbatch()
     .map(element, num_parallel_calls=workers, deterministic=True)
     .batch(share, drop_remainder=True)
-    .prefetch(data.get("prefetch", 2))
+    .prefetch(data.prefetch)
     .with_options(options)
   )
   return Batches(dataset, reader, failures)

@@ -1,11 +1,11 @@
 """Which images make up which batch: pure functions of the seed and the step.
 
-A batch holds images of one bucket (one canvas size). A bucket's images form an endless stream of
-epochs, each a permutation of its own, so within an epoch no image is repeated or left out. Which
-bucket a step takes follows a low-discrepancy sequence, in proportion to the buckets' images.
-Nothing depends on what was read before, so starting at any step costs nothing, and all hosts agree.
+A batch holds images of one bucket (one canvas size). The images of a bucket form an endless stream of
+epochs, each with another permutation, so that within an epoch no image is repeated or left out. The
+bucket of a step follows a low-discrepancy sequence, in proportion to the buckets' numbers of images.
+Nothing depends on earlier steps, so that starting at any step is free, and all hosts agree.
 
-N images of the split, B images of a global batch.
+N images of the split, B images of a global batch, K buckets, S steps.
 """
 
 import functools
@@ -14,47 +14,54 @@ import numpy as np
 
 from fpt_jax.errors import UserError
 
-_ORDER = 0x0DE5  # keeps these streams apart from others drawn from the same seed
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: steps spread evenly over [0, 2**64)
+_ORDER = 0x0DE5  # separates these random numbers from others of the same seed
+_GOLDEN = np.uint64(
+  0x9E3779B97F4A7C15
+)  # 2**64 / golden ratio: spreads steps evenly over [0, 2**64)
 
 
 def assign_buckets(sizes_N2: np.ndarray, buckets: tuple[tuple[int, int], ...]) -> np.ndarray:
   """Finds for each image the smallest bucket that holds it.
 
   Args:
-    sizes_N2: int (height, width) after the resize.
-    buckets: (height, width) of each canvas.
+    sizes_N2: (height, width) of each image after the resize in pixels, int [N, 2].
+    buckets: (height, width) of each canvas in pixels.
 
   Returns:
-    int [N], index into `buckets`.
+    Indices into `buckets`, int [N].
 
   Raises:
     UserError: an image fits no bucket.
   """
   buckets_K2 = np.asarray(buckets).reshape(-1, 2)
-  fits_NK = (sizes_N2[:, None, :] <= buckets_K2[None, :, :]).all(-1)
-  unfit = np.flatnonzero(~fits_NK.any(1))
+  fits_NK = np.all(sizes_N2[:, None, :] <= buckets_K2[None, :, :], axis=-1)
+  unfit = np.flatnonzero(~np.any(fits_NK, axis=1))
   if unfit.size:
     height, width = sizes_N2[unfit[0]]
     raise UserError(
       f"data.buckets: an image resized to {height}x{width} (height x width) fits none of "
-      f"{[tuple(map(int, b)) for b in buckets_K2]}; add a larger bucket or resize to less"
+      f"{[tuple(map(int, b)) for b in buckets_K2]}; add a larger bucket, or resize to a smaller size"
     )
   areas_1K = np.where(fits_NK, buckets_K2.prod(1)[None, :], np.iinfo(np.int64).max)
   return areas_1K.argmin(1)
 
 
 class TrainOrder:
-  """The endless order of training images."""
+  """The endless order of training images.
+
+  Args:
+    bucket_N: bucket of each image, int [N].
+    seed: seed of the run.
+    batch_size: number of images of a global batch.
+  """
 
   def __init__(self, bucket_N: np.ndarray, *, seed: int, batch_size: int):
-    """Args: the bucket of each image, the seed, and the number of images of a global batch."""
     if len(bucket_N) == 0:
       raise ValueError("an order needs at least one image, got none")
     self._seed, self._batch_size = seed, batch_size
     self._members = [np.flatnonzero(bucket_N == k) for k in range(bucket_N.max() + 1)]
     counts = [len(members) for members in self._members]
-    # integers, so that 64 bits are enough for any step; the last bound is 2**64, left out
+    # integers, so that 64 bits are enough for any step; the last bound, 2**64, is left out
     self._bounds = np.array(
       [int(c) * 2**64 // sum(counts) for c in np.cumsum(counts)[:-1]], np.uint64
     )
@@ -62,7 +69,7 @@ class TrainOrder:
     self._permutation = functools.lru_cache(maxsize=16)(self._make_permutation)
 
   def batch(self, step: int) -> tuple[np.ndarray, int]:
-    """Returns the global batch of a step: int [B], indices of images, and their bucket."""
+    """Returns the global batch of a step: indices of images, int [B], and their bucket."""
     bucket_S, rank_S = self._table(max(4096, 1 << int(step).bit_length()))
     bucket = int(bucket_S[step])
     members = self._members[bucket]
@@ -75,7 +82,7 @@ class TrainOrder:
     return np.array(indices_B), bucket
 
   def _make_table(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for steps 0..steps-1, the bucket and how many earlier steps had the same one."""
+    """Returns, for steps 0..steps-1, the bucket and the number of earlier steps with the same one."""
     with np.errstate(over="ignore"):
       points_S = np.arange(steps, dtype=np.uint64) * _GOLDEN
     bucket_S = np.searchsorted(self._bounds, points_S, side="right")
@@ -86,7 +93,7 @@ class TrainOrder:
     return bucket_S.astype(np.int32), rank_S
 
   def _make_permutation(self, bucket: int, epoch: int) -> np.ndarray:
-    # sorting raw bits: NumPy keeps them the same in every version, unlike Generator.permutation
+    # NumPy keeps raw bits the same in every version, unlike Generator.permutation
     bits = np.random.Philox(np.random.SeedSequence((self._seed, _ORDER, bucket, epoch)))
     return np.argsort(bits.random_raw(len(self._members[bucket])), kind="stable")
 
@@ -94,14 +101,14 @@ class TrainOrder:
 def eval_order(
   bucket_N: np.ndarray, *, batch_size: int
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-  """Lists the batches of one pass over a split, every image exactly once.
+  """Returns the batches of one pass over a split, with every image exactly once.
 
   Args:
-    bucket_N: the bucket of each image.
-    batch_size: images of a global batch.
+    bucket_N: bucket of each image, int [N].
+    batch_size: number of images of a global batch.
 
   Returns:
-    a (indices_B, valid_B, bucket) for each batch; a bucket's last batch is filled up by repeating
+    (indices_B, valid_B, bucket) of each batch. The last batch of a bucket is filled up by repeating
     an image, with valid_B False.
   """
   batches = []
@@ -117,12 +124,18 @@ def eval_order(
 def host_share(batch_size: int, process_index: int, process_count: int) -> slice:
   """Returns the contiguous part of a global batch that a host reads.
 
+  Args:
+    batch_size: number of images of a global batch.
+    process_index: index of the host.
+    process_count: number of hosts.
+
   Raises:
-    UserError: the hosts cannot share the batch evenly.
+    UserError: the batch cannot be divided evenly among the hosts.
   """
   if batch_size % process_count:
     raise UserError(
-      f"batch_size={batch_size} cannot be shared by {process_count} hosts; make it a multiple"
+      f"batch_size={batch_size} cannot be shared by {process_count} hosts; make it a multiple of "
+      f"{process_count}"
     )
   share = batch_size // process_count
   return slice(process_index * share, (process_index + 1) * share)

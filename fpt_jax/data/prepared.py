@@ -1,8 +1,7 @@
-"""Data sets on disk: prepared once as records, then read at random."""
+"""Data sets on disk: prepared once as records, then read with random access."""
 
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 
@@ -11,33 +10,26 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data.datasets import ade20k, camvid, cityscapes, image_folder, lip, voc2012
-from fpt_jax.data.datasets.coco import CocoInstances
-from fpt_jax.data.datasets.context_shapes import ContextShapes
-from fpt_jax.data.datasets.label_maps import LabelMaps
+from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS
+from fpt_jax.data.datasets.checks import absolute
 from fpt_jax.data.records import instances, label_map
+from fpt_jax.data.records.images import decode_image, one_line
 from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError
-
-_LABEL_MAPS = {
-  layout.name: functools.partial(LabelMaps, layout)
-  for layout in (ade20k.LAYOUT, camvid.LAYOUT, cityscapes.LAYOUT, lip.LAYOUT, voc2012.LAYOUT)
-} | {"image_folder": image_folder.builder}
-_INSTANCES = {"coco": CocoInstances, "context_shapes": ContextShapes}
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """What a prepared data set holds.
+  """Description of a prepared data set.
 
   Attributes:
-    category_names: name of an instance's label 1, 2, ...; empty where there are no instances.
-    category_ids: the data set's own id of label 1, 2, ...
-    num_images: images of each split.
-    class_names: name of a label map's class 0, 1, ...; empty where there are no label maps.
-    palette: RGB of class 0, 1, ...
+    category_names: names of the instances' labels 1, 2, ...; () if there are no instances.
+    category_ids: ids of the labels 1, 2, ... in the data set.
+    num_images: number of images of each split.
+    class_names: names of the label maps' classes 0, 1, ...; () if there are no label maps.
+    palette: RGB colors of the classes 0, 1, ...
     swaps: pairs of classes that a mirrored image exchanges, such as the left and the right arm.
-    has_masks: whether instances have masks; without, those of the records are the whole boxes.
+    has_masks: whether instances have masks; if not, the masks in the records are the whole boxes.
   """
 
   category_names: tuple[str, ...]
@@ -50,29 +42,29 @@ class DatasetInfo:
 
   @property
   def num_classes(self) -> int:
-    """Classes of a label map; `label_map.VOID` is none of them."""
+    """Number of classes of a label map, without `VOID`."""
     return len(self.class_names)
 
 
 def prepare(data: ml_collections.ConfigDict) -> None:
-  """Writes the records of a data set, once: what is there already is left alone.
+  """Writes the records of a data set, unless they exist already.
 
   Args:
     data: the config's `data`.
 
   Raises:
-    UserError: the source lacks or spoils something; nothing is left behind then.
+    UserError: something in the source is missing or bad; no files are left behind.
   """
   builder = _builder(data)
   if builder.is_prepared():
     _check_source(data, builder)
-    logging.info("already prepared: %s; delete the folder to prepare it anew", builder.data_dir)
+    logging.info("already prepared: %s; delete the folder to prepare it again", builder.data_dir)
     return
   if os.path.exists(builder.data_dir):
     raise UserError(f"data.data_dir: {builder.data_dir} is incomplete; delete it and prepare again")
   tfds.disable_progress_bar()
   logging.info("preparing %s in %s", data.name, builder.data_dir)
-  with contextlib.redirect_stdout(io.StringIO()):  # our log tells it better
+  with contextlib.redirect_stdout(io.StringIO()):  # the log says the same
     builder.download_and_prepare()
   for split in builder.info.splits.values():
     logging.info("prepared %s: %d images", split.name, split.num_examples)
@@ -87,7 +79,7 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
   """Describes a prepared data set.
 
   Raises:
-    UserError: it is not prepared.
+    UserError: the data set is not prepared.
   """
   builder = _prepared_builder(data)
   metadata = builder.info.metadata
@@ -103,10 +95,14 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
 
 
 def num_images(data: ml_collections.ConfigDict, split: str) -> int:
-  """Counts the images of a split in TFDS syntax.
+  """Returns the number of images of a split.
+
+  Args:
+    data: the config's `data`.
+    split: a split in TFDS syntax, such as "val" or "train[:8]".
 
   Raises:
-    UserError: the data are not prepared, or have no such split.
+    UserError: the data set is not prepared, or does not have the split.
   """
   reader = Reader(data, split)
   reader.close()
@@ -114,7 +110,18 @@ def num_images(data: ml_collections.ConfigDict, split: str) -> int:
 
 
 class Reader:
-  """Random access to the records of a split."""
+  """Random access to the records of a split.
+
+  Args:
+    data: the config's `data`.
+    split: a split in TFDS syntax, such as "val" or "train[:8]".
+
+  Attributes:
+    sizes_N2: (height, width) of each image file in pixels, int [N, 2].
+
+  Raises:
+    UserError: the data set is not prepared, or does not have the split.
+  """
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
     builder = _prepared_builder(data)
@@ -124,12 +131,12 @@ class Reader:
       self._records = builder.as_data_source(split).data_source
     except (ValueError, KeyError, AssertionError) as error:
       raise UserError(
-        f"split {split!r} cannot be read from {builder.data_dir}; it holds {sorted(splits)}, "
-        'and parts of them such as "train[:8]"'
+        f"split {split!r} cannot be read from {builder.data_dir}; choose one of "
+        f"{sorted(splits)}, or a part such as 'train[:8]'"
       ) from error
-    self._parse = label_map.parse if data.name in _LABEL_MAPS else instances.parse
+    self._parse = label_map.parse if data.name in LABEL_MAPS else instances.parse
     self._folder = builder.data_dir
-    # the split and place of each record, so that an error can name it
+    # the split and the place in it of each record, for messages
     self._places = [
       (part.splitname, i)
       for part in parts
@@ -141,24 +148,24 @@ class Reader:
     return len(self._places)
 
   def name(self, index: int) -> str:
-    """Returns what a record is called in messages."""
+    """Returns a description of a record for messages: its place, split and folder."""
     split, place = self._places[index]
     return f"record {place} of split {split} in {self._folder}"
 
   def read(self, index: int) -> instances.Record | LabelRecord:
-    """Reads and parses one record, which is a `LabelRecord` where the data set has no instances."""
+    """Reads and parses one record: a `LabelRecord` if the data set has no instances."""
     try:
       return self._parse(self._records[index])
     except (ValueError, RuntimeError, IndexError, OSError) as error:
-      reason = str(error).replace("\n", " ")
       raise UserError(
-        f"{self.name(index)} cannot be read ({reason}); delete the folder and run --mode=prepare"
+        f"{self.name(index)} cannot be read ({one_line(error)}); delete the folder and run "
+        "--mode=prepare"
       ) from error
 
   def decode(self, index: int, record: instances.Record | LabelRecord) -> np.ndarray:
-    """Returns the record's image, uint8 RGB."""
+    """Returns the record's image, uint8 RGB [height, width, 3]."""
     try:
-      return instances.decode_image(record.image)
+      return decode_image(record.image)
     except ValueError as error:
       raise UserError(
         f"{self.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
@@ -171,24 +178,27 @@ class Reader:
 
 
 def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
-  builders = _INSTANCES | _LABEL_MAPS
-  if data.name not in builders:
-    raise UserError(f"data.name={data.name!r} is no data set; known are {sorted(builders)}")
+  if data.name not in BUILDERS:
+    raise UserError(f"data.name={data.name!r} is not a data set; choose one of {sorted(BUILDERS)}")
   directory = os.path.expanduser(data.data_dir)
   if "://" in directory:
     raise UserError(
       f"data.data_dir={data.data_dir}: records are read from a file system; mount the bucket, or "
       "prepare on the local disk"
     )
-  arguments = {name: v for name, v in data.get("builder", {}).items() if v is not None}
+  arguments = {name: v for name, v in data.builder.items() if v is not None}
   if data.name != "context_shapes":  # it is drawn, not read
-    arguments |= {"source": data.source, "skip_bad": data.get("skip_bad", False)}
-  own = {field: data[field] for field in ("annotations", "images") if data.get(field, "")}
-  if own and data.name != "coco":
-    raise UserError(f"data.{next(iter(own))} is of data.name='coco', not of {data.name!r}")
-  arguments |= own
+    arguments |= {"source": data.source, "skip_bad": data.skip_bad}
+  if "annotations" in data:
+    paths = {field: data[field] for field in ("annotations", "images") if data[field]}
+    if paths and data.name != "coco":
+      field = next(iter(paths))
+      raise UserError(
+        f"data.{field} is for data.name='coco', not for {data.name!r}; leave it empty"
+      )
+    arguments |= paths
   try:
-    return builders[data.name](data_dir=directory, **arguments)
+    return BUILDERS[data.name](data_dir=directory, **arguments)
   except TypeError as error:
     raise UserError(f"data.builder: {error}") from error
 
@@ -196,7 +206,7 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
 def _prepared_builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
   builder = _builder(data)
   if not builder.is_prepared():
-    raise UserError(f"data.data_dir: {builder.data_dir} is not prepared; run with --mode=prepare")
+    raise UserError(f"data.data_dir: {builder.data_dir} is not prepared; run --mode=prepare")
   _check_source(data, builder)
   return builder
 
@@ -205,9 +215,9 @@ def _check_source(
   data: ml_collections.ConfigDict, builder: tfds.core.GeneratorBasedBuilder
 ) -> None:
   made_from = builder.info.metadata["source"]
-  asked = os.path.abspath(os.path.expanduser(data.source)) if data.source else ""
-  if asked and asked != made_from:
+  source = absolute(data.source)
+  if source and source != made_from:
     raise UserError(
       f"data.data_dir: {builder.data_dir} was prepared from {made_from}, not from "
-      f"data.source={asked}; choose another data.data_dir"
+      f"data.source={source}; choose another data.data_dir"
     )

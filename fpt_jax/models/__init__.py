@@ -1,41 +1,55 @@
-"""Models from configs."""
+"""Models, and the function that builds one from a config.
+
+Importing this package needs jax and flax only, so that `FeaturePyramidTransformer` can be used inside
+any other model.
+"""
 
 from flax import nnx
-from ml_collections import FrozenConfigDict
 
 from fpt_jax.errors import UserError
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.fpt import FeaturePyramidTransformer
+from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.rcnn import RCNN
 from fpt_jax.models.segmenter import Segmenter
 from fpt_jax.models.state import Skeleton, skeleton
 
 MODELS = {"rcnn": RCNN, "segmenter": Segmenter}
 
-__all__ = ["FeaturePyramidTransformer", "build", "structure_of"]
+__all__ = ["MODELS", "FeaturePyramidTransformer", "build", "structure_of"]
 
 
 def build(config, rngs: nnx.Rngs) -> nnx.Module:
-  """The model a config describes, with initial weights.
+  """Builds the model that a config describes, with initial weights.
 
   Args:
-    config: a whole config, see `configs/common.py`; only its `model` part is read.
-    rngs: for the initial weights.
+    config: whole config, see `fpt_jax.configs`; only its `model` part is read.
+    rngs: source of the initial weights.
+
+  Returns:
+    The model. Its `config` is a frozen copy of the `model` part, with the full name of the dtype.
 
   Raises:
-    ValueError: a part the config names does not exist.
+    ValueError: a part that the config names does not exist, or does not fit another.
   """
-  if config.model.name not in MODELS:
-    raise ValueError(
-      f"model {config.model.name!r} does not exist; choose one of {', '.join(MODELS)}"
-    )
-  return MODELS[config.model.name](FrozenConfigDict(config.model), rngs=rngs)
+  # Imported here because the rest of this package works without ml_collections.
+  from ml_collections import ConfigDict, FrozenConfigDict
+
+  check_choice("model", config.model.name, MODELS)
+  check_choice("dtype", config.model.dtype, DTYPES)
+  model = ConfigDict(config.model)
+  model.dtype = DTYPES[model.dtype]
+  return MODELS[model.name](FrozenConfigDict(model), rngs=rngs)
 
 
 def structure_of(config) -> Skeleton:
-  """The skeleton of the model a config describes.
+  """Returns the structure of the model that a config describes, without its weights.
+
+  Args:
+    config: whole config, as for `build`.
 
   Raises:
-    UserError: a part the config names does not exist, or does not fit another.
+    UserError: a part that the config names does not exist, or does not fit another.
   """
   try:
     return skeleton(lambda: build(config, nnx.Rngs(0)))

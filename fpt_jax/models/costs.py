@@ -1,21 +1,21 @@
 """Parameters, multiply-adds and activation memory, module by module, without running the model.
 
-The model is traced on shapes alone; the equations of what it would compute are counted:
+The model is traced with shapes only, and the equations of the trace are counted:
 
-- multiply-adds: those of convolutions and matrix products; interpolation (RoIAlign, means over bins,
-  enlargement), suppression and everything element by element are left out, as in the counts of papers.
-- attention: the products inside `ops.mos_attention` and `ops.local_attention`, apart from the others
-  and whatever their implementation. Of Q queries, K keys (window^2 of them where the attention is
-  local), C channels and M parts the formula written out (eq. 2 to 5 of the FPT paper) has Q K C for the
-  scores of all parts, Q K M to mix them and Q K C for the values; distances K C more for the keys'
-  norms, where K is the whole map. Relative positions (attention-augmented convolutions) count as the
-  products they are computed by: a row's and a column's positions are channels of the keys.
-- parameters: what a gradient may change, frozen backbones included; running statistics and frozen
-  normalisations, which torch counts as buffers, are not.
-- activations: bytes of what the counted operations put out, in the dtype they compute in. Of an
-  attention and of an interpolation it is the result: scores and samples are never all in memory.
+- multiply-adds: those of convolutions and matrix products. Interpolation (RoIAlign, means over bins,
+  upsampling), non-maximum suppression and element-wise operations are not counted, as in papers.
+- attention: the products inside `ops.mos_attention` and `ops.local_attention`, counted separately and
+  independently of their implementation. For Q queries, K keys (window^2 of them for local attention), C
+  channels and M parts, the literal formula (eq. 2 to 5 of the FPT paper) has Q K C for the scores of all
+  parts, Q K M to mix them and Q K C for the values; distances add K C for the norms of the keys, where K
+  is the whole map. Relative positions (attention-augmented convolutions) count as the products that
+  compute them: the positions of a row and a column are channels of the keys.
+- parameters: the trainable arrays, including those of frozen backbones; running statistics and frozen
+  normalisations, which torch counts as buffers, are not included.
+- activations: bytes of the outputs of the counted operations, in the dtype of the computation. For
+  attention and interpolation, only the result counts: scores and samples are never all in memory.
 
-Names are the beginnings of the parameters' names.
+Modules are named by the beginnings of their parameters' names.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.state import Skeleton, within
 from fpt_jax.ops.mos_attention import written_out
 
-ATTENTION = "attention"  # the scope of what is counted apart
-INTERPOLATIONS = ("roi_align", "bins", "upsample")  # scopes of what is not counted
-ELSEWHERE = "elsewhere"  # what no scope names
+ATTENTION = "attention"  # scope of attention, which is counted separately
+INTERPOLATIONS = ("roi_align", "bins", "upsample")  # scopes that are not counted
+ELSEWHERE = "elsewhere"  # name for equations outside all scopes
 
 
 @dataclasses.dataclass
 class Cost:
-  """What a module has and does for one image.
+  """The cost of a module for the inputs that were traced.
 
   Attributes:
-    parameters: numbers that may be trained.
-    multiply_adds: of convolutions and matrix products, without attention's.
+    parameters: number of trainable parameters.
+    multiply_adds: multiply-adds of convolutions and matrix products, without attention.
     attention: multiply-adds of attention.
-    activation_bytes: of the outputs of all these.
+    activation_bytes: bytes of the outputs of all these operations.
   """
 
   parameters: int = 0
@@ -65,18 +65,18 @@ class Cost:
 
 
 def count(run: Callable, structure: Skeleton, *inputs: jax.ShapeDtypeStruct) -> dict[str, Cost]:
-  """The cost of `run(arrays, *inputs)` by module.
+  """Counts the cost of `run(arrays, *inputs)` by module.
 
   Args:
-    run: computes with a model's numbers.
-    structure: the model.
-    inputs: shapes and dtypes of the rest.
+    run: function of a model's arrays and the inputs.
+    structure: structure of the model.
+    inputs: shapes and dtypes of the inputs.
 
   Returns:
-    Cost by name of the module, in the order of the computation.
+    Costs by name of the module, in the order of the computation.
 
   Raises:
-    UserError: a loop whose length only the data tells holds a product.
+    UserError: there is a product inside a loop whose length depends on the data.
   """
   with written_out():
     jaxpr = jax.make_jaxpr(run)(structure.shapes, *inputs).jaxpr
@@ -96,13 +96,13 @@ def count(run: Callable, structure: Skeleton, *inputs: jax.ShapeDtypeStruct) -> 
 
 
 def _owner(parameter: str, modules: Mapping[str, Cost]) -> str:
-  """The longest of the modules' names that a parameter's begins with, or its first part."""
+  """Returns the longest module name that a parameter's name begins with, or the name's first part."""
   owners = [m for m in modules if within(parameter, m)]
   return max(owners, key=len) if owners else parameter.split(".")[0]
 
 
 def _module_of(scopes: tuple[str, ...], beginnings: set[str]) -> str:
-  """The module an equation belongs to: as many of its scopes as are the beginning of a parameter's name."""
+  """Returns the module of an equation: its longest run of scopes that begins a parameter's name."""
   for interpolation in INTERPOLATIONS:
     if interpolation in scopes:
       return interpolation
@@ -116,7 +116,7 @@ def _module_of(scopes: tuple[str, ...], beginnings: set[str]) -> str:
 
 
 def _scopes(equation) -> tuple[str, ...]:
-  # vmap writes its name around the scopes inside it
+  # vmap writes its name around the scopes inside it: "vmap(scope)".
   text = re.sub(r"\w+\(|\)", "", str(equation.source_info.name_stack))
   return tuple(filter(None, text.split("/")))
 
@@ -124,14 +124,14 @@ def _scopes(equation) -> tuple[str, ...]:
 def _count_equations(
   jaxpr: Jaxpr, outside: tuple[str, ...], times: int, module_of: Callable, costs: dict[str, Cost]
 ) -> None:
-  """Adds what a jaxpr counts to `costs`.
+  """Adds the costs of a jaxpr to `costs`.
 
   Args:
-    jaxpr: equations, with others inside.
-    outside: the scopes it is in.
-    times: it is run.
-    module_of: of scopes.
-    costs: by module.
+    jaxpr: jaxpr to count, including those inside its equations.
+    outside: scopes around the jaxpr.
+    times: how often the jaxpr is run.
+    module_of: function from scopes to the name of the module.
+    costs: costs by module, updated in place.
   """
   kept = _left_behind(jaxpr, outside)
   for equation in jaxpr.eqns:
@@ -156,26 +156,26 @@ def _count_inside(equation, scopes, times, module_of, costs) -> None:
     case "scan":
       times *= equation.params["length"]
     case "cond":
-      # Places for regions that stay empty are passed over: what is told is the most there can be.
+      # Blocks without a valid region are skipped; the count is an upper bound.
       branches = []
       for jaxpr in inner:
         _count_equations(jaxpr, scopes, times, module_of, branch := {})
         branches.append(branch)
-      dearest = max(
+      most_expensive = max(
         branches, key=lambda branch: sum(c.multiply_adds + c.attention for c in branch.values())
       )
-      for module, cost in dearest.items():
+      for module, cost in most_expensive.items():
         costs[module] = costs.get(module, Cost()) + cost
       return
     case "while":
-      # NMS: nothing to count. A count that depends on the data would be a guess.
+      # The loop of NMS contains nothing to count. A count that depends on the data would be a guess.
       counted: dict[str, Cost] = {}
       for jaxpr in inner:
         _count_equations(jaxpr, scopes, times, module_of, counted)
       if counted:
         raise UserError(
           f"{', '.join(counted)}: products inside a {equation.primitive.name} cannot be counted, "
-          "how often they run is known from the data only"
+          "because the number of iterations depends on the data"
         )
       return
   for jaxpr in inner:
@@ -192,7 +192,7 @@ def _inner_jaxprs(equation) -> Iterable[Jaxpr]:
 
 
 def _left_behind(jaxpr: Jaxpr, outside: tuple[str, ...]) -> set[Var]:
-  """What leaves an attention or an interpolation that begins in this jaxpr."""
+  """Returns the outputs of the attentions and interpolations that begin in this jaxpr."""
   if _hides(outside):
     return set()
   made = {v for e in jaxpr.eqns if _hides(_scopes(e)) for v in e.outvars}
@@ -205,12 +205,12 @@ def _hides(scopes: tuple[str, ...]) -> bool:
 
 
 def _multiply_adds(equation) -> int:
-  """Of a convolution or a matrix product; 0 of anything else."""
+  """Returns the multiply-adds of a convolution or a matrix product; 0 for anything else."""
   match equation.primitive.name:
     case "conv_general_dilated":
       kernel = equation.invars[1].aval.shape
       outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-      # a transposed convolution multiplies one in prod(lhs_dilation): the rest are zeros in between
+      # In a transposed convolution, only one input in prod(lhs_dilation) is not an inserted zero.
       zeros = math.prod(equation.params["lhs_dilation"])
       return equation.outvars[0].aval.size * math.prod(kernel) // outputs // zeros
     case "dot_general":

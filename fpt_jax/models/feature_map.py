@@ -1,4 +1,4 @@
-"""Feature maps that know which of their positions lie on the image.
+"""Feature maps that mark which of their positions lie on the image.
 
 Shapes: B batch, H W rows and columns, C channels.
 """
@@ -22,7 +22,7 @@ class FeatureMap:
   Attributes:
     values_BHWC: [B, H, W, C] features.
     valid_BHW: [B, H, W] bool, True where the position lies on the image, not on its padding.
-    stride: pixels of the image between two neighbouring positions.
+    stride: pixels of the image between neighbouring positions.
   """
 
   values_BHWC: jax.Array
@@ -31,6 +31,7 @@ class FeatureMap:
 
   @property
   def size(self) -> tuple[int, int]:
+    """(rows, columns)."""
     return self.values_BHWC.shape[1:3]
 
   @property
@@ -38,10 +39,11 @@ class FeatureMap:
     return self.values_BHWC.shape[-1]
 
   def with_values(self, values_BHWC: jax.Array) -> "FeatureMap":
+    """Returns a map with other values at the same positions."""
     return dataclasses.replace(self, values_BHWC=values_BHWC)
 
   def masked(self) -> jax.Array:
-    """[B, H, W, C] values, zero on padding: what a convolution at the image's border must see."""
+    """[B, H, W, C] values with zeros on padding, for a convolution that must not see the padding."""
     return jnp.where(self.valid_BHW[..., None], self.values_BHWC, 0)
 
 
@@ -49,9 +51,14 @@ Pyramid = tuple[FeatureMap, ...]  # fine to coarse
 
 
 def valid_positions(size_B2: jax.Array, height: int, width: int) -> jax.Array:
-  """[B, H, W] bool: the positions of a height x width canvas covered by images of (h, w) `size_B2`.
+  """Marks the positions of a canvas that images cover.
 
-  Images sit in the canvas's upper left corner.
+  Args:
+    size_B2: [B, 2] int, height and width of each image, in the upper left corner of the canvas.
+    height, width: size of the canvas.
+
+  Returns:
+    [B, H, W] bool.
   """
   rows_H, columns_W = jnp.arange(height), jnp.arange(width)
   return (rows_H[None, :, None] < size_B2[:, 0, None, None]) & (
@@ -60,12 +67,12 @@ def valid_positions(size_B2: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def downsample_valid(valid_BHW: jax.Array, factor: int) -> jax.Array:
-  """[B, ceil(H/f), ceil(W/f)]: a strided convolution's output position i is centred on input i*f."""
+  """[B, ceil(H/f), ceil(W/f)]: output position i of a strided convolution is centred on input i*f."""
   return valid_BHW[:, ::factor, ::factor]
 
 
 def subsample(level: FeatureMap, factor: int = 2) -> FeatureMap:
-  """Every `factor`-th position: how FPN makes P6 for the RPN (Lin et al. 2017)."""
+  """Returns every `factor`-th position, as FPN makes P6 for the RPN (Lin et al. 2017)."""
   return FeatureMap(
     level.values_BHWC[:, ::factor, ::factor],
     downsample_valid(level.valid_BHW, factor),
@@ -73,20 +80,42 @@ def subsample(level: FeatureMap, factor: int = 2) -> FeatureMap:
   )
 
 
+def average_pool(x: FeatureMap) -> FeatureMap:
+  """[B, ceil(H / 2), ceil(W / 2), C]: 3x3 means over valid positions, with stride 2."""
+
+  def window_sums(y_BHWC):
+    return jax.lax.reduce_window(
+      y_BHWC, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+
+  count_BHW1 = window_sums(x.valid_BHW[..., None].astype(jnp.float32))
+  mean_BHWC = window_sums(x.masked().astype(jnp.float32)) / jnp.maximum(count_BHW1, 1)
+  return FeatureMap(
+    mean_BHWC.astype(x.values_BHWC.dtype), downsample_valid(x.valid_BHW, 2), x.stride * 2
+  )
+
+
 def mean_over_valid(level: FeatureMap) -> jax.Array:
-  """[B, C] global average pooling over the positions on the image, in float32."""
+  """[B, C] float32: the mean over the positions on the image (global average pooling)."""
   count_B1 = jnp.maximum(jnp.sum(level.valid_BHW, axis=(1, 2), dtype=jnp.float32), 1)[:, None]
   return jnp.sum(level.masked().astype(jnp.float32), axis=(1, 2)) / count_B1
 
 
 def as_pyramid(maps) -> Pyramid:
-  """A Pyramid from plain [B, H, W, C] arrays, all positions valid, or from a Pyramid itself.
+  """Makes a Pyramid of plain arrays.
 
-  Plain arrays have no image behind them: strides are taken relative to the finest map.
+  Args:
+    maps: [B, H, W, C] arrays, fine to coarse; or `FeatureMap`s, which are returned unchanged.
+
+  Returns:
+    `FeatureMap`s. Of plain arrays, all positions are valid, and strides are relative to the finest map.
+
+  Raises:
+    ValueError: there is no map, a map does not have four axes, or the sizes do not form a pyramid.
   """
   maps = tuple(maps)
   if not maps:
-    raise ValueError("a pyramid needs at least one feature map, got none")
+    raise ValueError("a pyramid needs at least one feature map")
   if all(isinstance(m, FeatureMap) for m in maps):
     return maps
   for i, m in enumerate(maps):
@@ -102,10 +131,15 @@ def as_pyramid(maps) -> Pyramid:
 
 
 def stride_between(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
-  """How many positions of a map lie between two neighbours of a coarser one.
+  """Infers the stride between two levels from their sizes.
 
-  Sizes may be rounded up, as padded convolutions do, or down. Where several strides would do (9 to 3
-  positions), a power of two is more likely.
+  Args:
+    fine, coarse: (rows, columns) of the two maps.
+
+  Returns:
+    Positions of the fine map between neighbouring positions of the coarse map. Sizes may be rounded up,
+    as by padded convolutions, or down. Where several strides fit (9 to 3 positions), a power of two is
+    preferred.
 
   Raises:
     ValueError: no stride leads from one size to the other.
@@ -116,6 +150,6 @@ def stride_between(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
       if all(rounding(f, stride) == c for f, c in zip(fine, coarse, strict=True)):
         return stride
   raise ValueError(
-    f"a map of {fine} positions and one of {coarse} are no levels of one pyramid: their sizes must be "
+    f"maps of {fine} and {coarse} positions are not levels of one pyramid: their sizes must be "
     "(rounded) multiples of each other"
   )

@@ -1,18 +1,46 @@
-"""Convolution, normalisation and dropping, as every part of the models uses them.
+"""Convolution, normalisation, dropout and resizing, shared by all parts of the models.
 
 Shapes: B batch, H W rows and columns, C channels, N groups of images, b images of a group.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap
 
 NORMS = ("sync_bn", "bn", "frozen_bn", "group_norm", "none")
+# Accepted spellings of the dtype of the computation, and JAX's name of each.
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
 def conv(
+  in_channels: int,
+  out_channels: int,
+  kernel: int | tuple[int, int],
+  *,
+  dtype=jnp.float32,
+  rngs: nnx.Rngs,
+  **options,
+) -> nnx.Conv:
+  """Builds a convolution whose output has ceil(H / stride) rows.
+
+  Args:
+    in_channels, out_channels, kernel, options: see `conv_arguments`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+
+  Returns:
+    An `nnx.Conv`.
+  """
+  arguments = conv_arguments(in_channels, out_channels, kernel, **options)
+  return nnx.Conv(**arguments, dtype=dtype, rngs=rngs)
+
+
+def conv_arguments(
   in_channels: int,
   out_channels: int,
   kernel: int | tuple[int, int],
@@ -22,15 +50,18 @@ def conv(
   bias: bool = True,
   kernel_init=None,
   in_control_flow: bool = False,
-  dtype=jnp.float32,
-  rngs: nnx.Rngs,
-) -> nnx.Conv:
-  """A convolution padded by k // 2 times the dilation on every side, so stride s gives ceil(H / s).
+) -> dict[str, Any]:
+  """Returns the arguments of an `nnx.Conv` padded by k // 2 times the dilation on every side.
 
-  `kernel` is the side of a square, or (rows, columns). Weights start from He's normal distribution
-  over the fan-out unless `kernel_init` says otherwise. `in_control_flow` is for one that runs inside
-  `lax.scan` or `lax.cond`: there XLA on CPUs takes sixty times as long for a convolution as outside, and
-  for a matrix product it does not.
+  Args:
+    in_channels, out_channels: channels of the input and the output.
+    kernel: side of the kernel k, or (rows, columns).
+    stride: stride of both axes.
+    dilation: dilation of both axes.
+    bias: whether to add a bias.
+    kernel_init: initializer of the kernel; None for He's normal distribution over the fan-out.
+    in_control_flow: whether the convolution runs inside `lax.scan` or `lax.cond`. There, XLA on CPUs
+      takes sixty times as long for a convolution as outside, but not for a matrix product.
   """
   sides = (kernel, kernel) if isinstance(kernel, int) else kernel
   pads = [dilation * (side // 2) for side in sides]
@@ -39,23 +70,21 @@ def conv(
     convolution = pointwise
   elif in_control_flow and stride == dilation == 1 and jax.default_backend() == "cpu":
     convolution = unfolded
-  return nnx.Conv(
-    in_channels,
-    out_channels,
-    sides,
+  return dict(
+    in_features=in_channels,
+    out_features=out_channels,
+    kernel_size=sides,
     strides=stride,
     padding=tuple((pad, pad) for pad in pads),
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=kernel_init or nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
     conv_general_dilated=convolution,
-    dtype=dtype,
-    rngs=rngs,
   )
 
 
 def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.Array:
-  """A 1x1 convolution as a matrix product, whose gradients XLA on CPUs finds four times as fast."""
+  """A 1x1 convolution as a matrix product, whose gradients XLA computes four times as fast on CPUs."""
   del padding  # a 1x1 kernel has none
   x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
   return jax.lax.dot_general(
@@ -64,12 +93,12 @@ def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.A
 
 
 def unfolded(x_BHWC, kernel_hwCD, strides, padding, *, precision, **_) -> jax.Array:
-  """A convolution of stride 1 as one matrix product of all windows, nine times the input for a 3x3."""
+  """A convolution with stride 1 as one matrix product of all windows, nine times the input for 3x3."""
   del strides
   height, width = x_BHWC.shape[1:3]
   rows, columns, channels, out_channels = kernel_hwCD.shape
 
-  @jax.checkpoint  # its gradient unfolds again: windows kept for it would be nine times the input
+  @jax.checkpoint  # The gradient unfolds again: saved windows would be nine times the input.
   def product(x_BHWC, kernel_hwCD):
     padded = jnp.pad(x_BHWC, [(0, 0), *padding, (0, 0)])
     windows_BHWE = jnp.concatenate(
@@ -85,11 +114,17 @@ def unfolded(x_BHWC, kernel_hwCD, strides, padding, *, precision, **_) -> jax.Ar
 
 
 class FrozenVariable(nnx.Variable):
-  """A number that comes with pretrained weights and is never trained."""
+  """A variable that comes with pretrained weights and is never trained."""
 
 
 class FrozenBatchNorm(nnx.Module):
-  """BatchNorm with stored statistics and no trainable part: an affine map per channel."""
+  """BatchNorm with stored statistics and nothing to train: an affine map per channel.
+
+  Args:
+    channels: channels C.
+    epsilon: added to the variance.
+    dtype: dtype of the computation; variables are float32.
+  """
 
   def __init__(self, channels: int, *, epsilon: float = 1e-5, dtype=jnp.float32):
     self.epsilon = epsilon
@@ -111,10 +146,17 @@ class FrozenBatchNorm(nnx.Module):
 class BatchNorm(nnx.Module):
   """Batch normalisation (Ioffe & Szegedy 2015) with statistics over valid positions only.
 
-  Synchronised (SBN: Zhang et al. 2018, the paper's [40]), statistics are those of the whole global
-  batch. Otherwise they are those of the images of one device, as where every device runs a program of
-  its own: the batch lies on the devices in order, so the images of a device are neighbours, and no
-  device waits for another. Running statistics are the mean of the devices'.
+  If synchronised (SBN: Zhang et al. 2018, reference [40] of the paper), statistics are those of the
+  global batch. Otherwise they are those of the images of one device, as if every device ran its own
+  program: the batch is divided among the devices in order, so the images of a device are consecutive, and
+  no device waits for another. Running statistics are the mean over the devices.
+
+  Args:
+    channels: channels C.
+    synchronised: whether statistics are those of all devices.
+    momentum: share of the running statistics that an update keeps.
+    epsilon: added to the variance.
+    dtype: dtype of the result; variables and statistics are float32.
   """
 
   def __init__(
@@ -132,10 +174,18 @@ class BatchNorm(nnx.Module):
   def __call__(
     self, x_BHWC: jax.Array, *, valid_BHW: jax.Array | None = None, train: bool
   ) -> jax.Array:
-    """[B, H, W, C]; `train`: by the batch's statistics, which also move the running ones.
+    """Normalises features.
+
+    Args:
+      x_BHWC: [B, H, W, C] features.
+      valid_BHW: [B, H, W] bool, the positions that statistics are over; None for all.
+      train: use the statistics of the batch and update the running ones; otherwise use the running ones.
+
+    Returns:
+      [B, H, W, C].
 
     Raises:
-      ValueError: the devices cannot share the batch evenly.
+      ValueError: the batch cannot be divided evenly among the devices.
     """
     if not train:
       mean_BC, var_BC = self.mean[...][None], self.var[...][None]
@@ -156,7 +206,10 @@ class BatchNorm(nnx.Module):
     batch, height, width, channels = x_BHWC.shape
     groups = 1 if self.synchronised else jax.device_count()
     if batch % groups:
-      raise ValueError(f"norm='bn': a batch of {batch} cannot be shared by {groups} devices")
+      raise ValueError(
+        f"norm 'bn' needs the same number of images on every device, got {batch} images for "
+        f"{groups} devices"
+      )
     x_NbHWC = x_BHWC.astype(jnp.float32).reshape(groups, -1, height, width, channels)
     if valid_BHW is None:
       valid_BHW = jnp.ones(x_BHWC.shape[:3], bool)
@@ -171,14 +224,25 @@ class BatchNorm(nnx.Module):
 
 
 class Norm(nnx.Module):
-  """The normalisation that `kind` names; statistics are over valid positions only.
+  """The normalisation that `kind` names, with statistics over valid positions only.
 
-  "sync_bn" and "bn" are `BatchNorm`, synchronised or not; "frozen_bn" has stored statistics.
+  Args:
+    kind: "sync_bn" or "bn" for `BatchNorm`, synchronised or not; "frozen_bn" for `FrozenBatchNorm`;
+      "group_norm" for GroupNorm (Wu & He 2018) with 32 groups, or fewer so that a group has at least 4
+      channels; "none" for the identity.
+    channels: channels C.
+    epsilon: added to the variance.
+    dtype: dtype of the computation; variables are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: the normalisation does not exist.
   """
 
   def __init__(
     self, kind: str, channels: int, *, epsilon: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs
   ):
+    check_choice("norm", kind, NORMS)
     self.kind = kind
     if kind == "frozen_bn":
       self.norm = FrozenBatchNorm(channels, epsilon=epsilon, dtype=dtype)
@@ -192,14 +256,13 @@ class Norm(nnx.Module):
       self.norm = nnx.GroupNorm(
         channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs
       )
-    elif kind == "none":
-      self.norm = None
     else:
-      raise ValueError(f"norm={kind!r} does not exist; choose one of {', '.join(NORMS)}")
+      self.norm = None
 
   def __call__(
     self, x_BHWC: jax.Array, *, valid_BHW: jax.Array | None = None, train: bool = False
   ) -> jax.Array:
+    """Normalises [B, H, W, C] features; arguments as for `BatchNorm`."""
     if self.kind == "none":
       return x_BHWC
     if self.kind == "frozen_bn":
@@ -211,12 +274,14 @@ class Norm(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-  """A convolution, a normalisation and a ReLU on a feature map, whose padding is seen as zeros.
+  """A convolution, a normalisation and a ReLU on a feature map, whose padding counts as zeros.
 
   Args:
-    in_channels, out_channels, kernel, dilation: of the convolution, see `conv`.
-    relu: False leaves the ReLU away.
-    norm: see `Norm`; without one the convolution has a bias.
+    in_channels, out_channels, kernel, dilation: see `conv_arguments`.
+    relu: whether to apply the ReLU.
+    norm: normalisation, see `Norm`; "none" for a bias.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -244,12 +309,15 @@ class ConvNorm(nnx.Module):
 
 
 def drop_channels(x_BHWC: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-  """Dropout of whole channels (Tompson et al. 2015, SpatialDropout), as segmentation heads have it.
+  """Drops whole channels (Tompson et al. 2015, SpatialDropout).
 
   Args:
     x_BHWC: [B, H, W, C] features.
-    key: PRNG key; None to infer, which changes nothing.
+    key: PRNG key for training; None for inference, which drops nothing.
     rate: expected share of dropped channels, in [0, 1).
+
+  Returns:
+    [B, H, W, C]; the channels that are kept are divided by 1 - rate.
   """
   if key is None or not rate:
     return x_BHWC
@@ -265,17 +333,17 @@ def drop_block(
   keep_probability: float,
   valid_BHW: jax.Array | None = None,
 ) -> jax.Array:
-  """DropBlock (Ghiasi et al. 2018, algorithm 1): square blocks of every channel become zero.
+  """Sets square blocks of every channel to zero: DropBlock (Ghiasi et al. 2018, algorithm 1).
 
   Args:
     x_BHWC: [B, H, W, C] features.
     key: PRNG key.
-    block_size: side of a dropped square; on smaller maps, the map's shorter side.
+    block_size: side of a dropped square, positions; on smaller maps, the shorter side of the map.
     keep_probability: expected share of kept values, in (0, 1].
-    valid_BHW: [B, H, W] bool; the rescaling counts these positions only.
+    valid_BHW: [B, H, W] bool, the positions that the rescaling counts; None for all.
 
   Returns:
-    [B, H, W, C], scaled image by image so that the kept values make up for the dropped ones.
+    [B, H, W, C], with the kept values of each image scaled to compensate for the dropped ones.
   """
   if keep_probability == 1.0:
     return x_BHWC
@@ -302,10 +370,10 @@ def drop_block(
 
 
 def resize_nearest(x_BHWC: jax.Array, height: int, width: int) -> jax.Array:
-  """Nearest neighbour by floor(i * in / out), as torch.nn.functional.interpolate does."""
+  """Resizes [B, H, W, C] by nearest neighbour, floor(i * in / out), as torch's `interpolate`."""
 
   def resize_axis(x, size, axis):
-    if -(-size // 2) == x.shape[axis]:  # a pyramid's case: doubling needs no gather
+    if -(-size // 2) == x.shape[axis]:  # the case of pyramids: doubling needs no gather
       return jax.lax.slice_in_dim(jnp.repeat(x, 2, axis), 0, size, axis=axis)
     return jnp.take(x, jnp.arange(size) * x.shape[axis] // size, axis)
 

@@ -18,7 +18,7 @@ from fpt_jax.models.heads import build_heads
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
 from fpt_jax.models.layers import Norm
 from fpt_jax.models.preprocess import normalize
-from fpt_jax.models.pyramids import PYRAMIDS
+from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, build_pyramid
 from fpt_jax.ops import boxes, losses, sampling
 from fpt_jax.ops.masks import mask_targets
 from fpt_jax.ops.nms import batched_nms
@@ -26,15 +26,18 @@ from fpt_jax.ops.roi_align import multilevel_roi_align
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_DETECTION_SIDE = 1e-2
-MASK_BLOCK = 10  # regions of an image whose masks are looked at together
+MASK_BLOCK = 10  # regions of an image whose masks are computed together
 
 
 class RCNN(nnx.Module):
   """A detector of boxes and, with a mask head, of instance masks.
 
   Args:
-    config: the `model` part of a config, see `configs/common.py`.
-    rngs: for the initial weights.
+    config: `model` part of a config, see `fpt_jax.configs.detection`.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: a part that the config names does not exist, or does not fit another.
   """
 
   def __init__(self, config, *, rngs: nnx.Rngs):
@@ -42,19 +45,12 @@ class RCNN(nnx.Module):
     dtype = jnp.dtype(config.dtype)
     options = dict(dtype=dtype, rngs=rngs)
     self.backbone = build_backbone(config.backbone, **options)
-    if config.pyramid.name not in PYRAMIDS:
-      raise ValueError(
-        f"pyramid {config.pyramid.name!r} does not exist; choose one of {', '.join(PYRAMIDS)}"
-      )
-    channels = config.pyramid.channels
     self.level_norms = nnx.List(
       [Norm(config.pyramid.level_norm, c, **options) for c in self.backbone.channels]
     )
-    self.pyramid = PYRAMIDS[config.pyramid.name](
-      self.backbone.channels, channels=channels, **options
-    )
+    self.pyramid = build_pyramid(config, DETECTION_PYRAMIDS, self.backbone.channels, rngs=rngs)
     self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
-    self.rpn = RegionProposalNetwork(channels, config.rpn, **options)
+    self.rpn = RegionProposalNetwork(config.pyramid.channels, config.rpn, **options)
     self.box_head, self.mask_head = build_heads(
       config, levels=len(self.backbone.channels), **options
     )
@@ -62,24 +58,33 @@ class RCNN(nnx.Module):
   def features(
     self, image_BHWC: jax.Array, size_B2: jax.Array, *, key: jax.Array | None = None
   ) -> Pyramid:
-    """P2..P6 of a batch.
+    """Computes P2..P6 of a batch.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
-      size_B2: [B, 2] int32, height and width of each image on the canvas.
-      key: a PRNG key to train; None to infer.
+      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
+      key: PRNG key for training (DropBlock, batch statistics); None for inference.
 
     Returns:
-      The levels of the pyramid and a subsampled last one, on which only the RPN looks.
+      The levels of the pyramid, and the last one subsampled, which only the RPN uses.
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW)
     return self.features_of_normalized(normalized_BHWC, valid_BHW, key=key)
 
   def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None) -> Pyramid:
-    """As `features`, from images that are normalised already."""
+    """Computes P2..P6 of images that are already normalised.
+
+    Args:
+      image_BHWC: [B, H, W, 3] float32 normalised images, zero on padding.
+      valid_BHW: [B, H, W] bool, the positions on the image.
+      key: as for `features`.
+
+    Returns:
+      As `features`.
+    """
     train_backbone = key is not None and not self.config.backbone.frozen
-    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` go by them.
+    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("backbone"):
       levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
     with jax.named_scope("level_norms"):
@@ -88,25 +93,31 @@ class RCNN(nnx.Module):
         for level, norm in zip(levels, self.level_norms, strict=True)
       )
     with jax.named_scope("pyramid"):
-      levels = self.pyramid(levels)
+      levels = self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
         levels = self.fpt(levels, key=key)
     return *levels, subsample(levels[-1])
 
   def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    """The training losses of a batch by detectron2's names; their sum is what is minimised.
+    """Computes the training losses of a batch, whose sum is minimised.
 
     Args:
-      batch: see `fpt_jax.data`: image_BHWC, size_B2, gt_boxes_BG4, gt_labels_BG, gt_valid_BG and, with a
-        mask head, gt_masks_BGmm relative to the boxes (or to `gt_mask_boxes_BG4` where it is given).
-      key: a PRNG key.
+      batch: image_BHWC and size_B2 as for `features`; gt_boxes_BG4 float32 pixels, gt_labels_BG int32 in
+        1..num_classes and gt_valid_BG bool; with a mask head, gt_masks_BGmm relative to the boxes (or to
+        `gt_mask_boxes_BG4` where it is given).
+      key: PRNG key.
+
+    Returns:
+      Float32 scalars by detectron2's names: loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with
+      a mask head, loss_mask.
     """
     feature_key, rpn_key, roi_key = jax.random.split(key, 3)
     pyramid = self.features(batch["image_BHWC"], batch["size_B2"], key=feature_key)
     return self.losses_of_features(pyramid, batch, rpn_key, roi_key)
 
   def losses_of_features(self, pyramid, batch, rpn_key, roi_key) -> dict[str, jax.Array]:
+    """Computes the losses of P2..P6; arguments and result as for `losses`, with two PRNG keys."""
     canvas = batch["image_BHWC"].shape[1:3]
     logits, deltas = self.rpn(pyramid)
     anchors_LA4 = self.rpn.anchors(pyramid, canvas)
@@ -127,11 +138,17 @@ class RCNN(nnx.Module):
     return result
 
   def sample_regions(self, proposals_BN4, valid_BN, batch, key) -> dict[str, jax.Array]:
-    """The regions the heads train on: proposals and ground truth, positives first.
+    """Samples the regions that the heads are trained on from proposals and ground truth.
+
+    Args:
+      proposals_BN4: [B, N, 4] float32, pixels of the canvas.
+      valid_BN: [B, N] bool.
+      batch: as for `losses`.
+      key: PRNG key.
 
     Returns:
-      boxes_BR4, valid_BR, labels_BR (0 for background), matched_BR (ground truth of a positive),
-      targets_BR4 (box deltas).
+      boxes_BR4, valid_BR, labels_BR (0 for background), matched_BR (index of the ground truth of a
+      positive) and targets_BR4 (box deltas); positives first.
     """
     config = self.config.box_head
 
@@ -162,7 +179,7 @@ class RCNN(nnx.Module):
     return jax.lax.stop_gradient(jax.vmap(one_image)(proposals_BN4, valid_BN, *gt, keys_B))
 
   def mask_loss(self, pyramid, batch, rois) -> jax.Array:
-    """Over the positives, which are the first of the sampled regions of each image."""
+    """Computes the mask loss of the positives, which come first among the regions of each image."""
     config = self.config.box_head
     positives = min(int(config.samples * config.positive_fraction), rois["labels_BR"].shape[1])
     rois = {name: value[:, :positives] for name, value in rois.items()}
@@ -183,13 +200,21 @@ class RCNN(nnx.Module):
     return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 
   def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:
-    """[B, R, m, m]: of each region's own class."""
+    """[B, R, m, m] float32: mask logits of each region's class."""
     return self.mask_head(self.pool(pyramid, boxes_BR4, valid_BR, self.config.mask_head), labels_BR)
 
   def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config):
-    """[B, R, P, P, C]: RoIAlign of each region on the level of its size; P6 takes no part.
+    """Pools regions from the pyramid by RoIAlign; P6 is not used.
 
-    For augmented heads a tuple of such, one for each level, of every region.
+    Args:
+      pyramid: P2..P6.
+      boxes_BR4: [B, R, 4] float32, pixels of the canvas.
+      valid_BR: [B, R] bool; other regions give zeros.
+      config: `box_head` or `mask_head` part of the config.
+
+    Returns:
+      [B, R, P, P, C], each region from the level of its size. For augmented heads, a tuple with one
+      such array per level, each of every region.
     """
 
     def from_levels(levels):
@@ -209,16 +234,16 @@ class RCNN(nnx.Module):
       return jax.vmap(one_image)(features, boxes_BR4, valid_BR)
 
     levels = pyramid[:-1]
-    if self.config.head == "augmented":
+    if self.config.head.name == "augmented":
       return tuple(from_levels((level,)) for level in levels)
     return from_levels(levels)
 
   def detect(self, image_BHWC: jax.Array, size_B2: jax.Array) -> dict[str, jax.Array]:
-    """The `detections_per_image` best detections of each image.
+    """Finds the `detections_per_image` best detections of each image.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
-      size_B2: [B, 2] int32, height and width of each image on the canvas.
+      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
 
     Returns:
       boxes_BD4 (pixels of the canvas), scores_BD in descending order, labels_BD in 1..num_classes,
@@ -229,6 +254,7 @@ class RCNN(nnx.Module):
     )
 
   def detect_in_features(self, pyramid, size_B2, canvas) -> dict[str, jax.Array]:
+    """Detects in P2..P6; `canvas` is (height, width) of the padded images. Returns as `detect`."""
     candidates = self.candidates(pyramid, size_B2, canvas)
     detections = suppress(candidates, self.config.test)
     if self.mask_head is not None:
@@ -236,11 +262,16 @@ class RCNN(nnx.Module):
     return detections
 
   def candidates(self, pyramid, size_B2, canvas) -> dict[str, jax.Array]:
-    """The boxes of all classes that suppression has to choose from.
+    """Computes the boxes of all classes that non-maximum suppression chooses from.
+
+    Args:
+      pyramid: P2..P6.
+      size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
+      canvas: (height, width) of the padded images, pixels.
 
     Returns:
       boxes_BM4 (pixels of the canvas), scores_BM in descending order, -1 where there is no box, and
-      labels_BM; M = `max_candidates`, or all boxes there are where these are fewer.
+      labels_BM; M is `max_candidates`, or the number of all boxes if that is smaller.
     """
     logits, deltas = self.rpn(pyramid)
     proposals_BN4, _, valid_BN = self.rpn.propose(
@@ -254,7 +285,7 @@ class RCNN(nnx.Module):
     )
 
   def select_candidates(self, proposals_N4, valid_N, logits_NK, deltas_NK4, size_2):
-    """The `max_candidates` best boxes of one image with scores over the threshold."""
+    """Selects the `max_candidates` best boxes of one image with scores above the threshold."""
     config = self.config.test
     scores_NK = jax.nn.softmax(logits_NK)
     num, classes = scores_NK.shape
@@ -274,7 +305,7 @@ class RCNN(nnx.Module):
     }
 
   def masks(self, pyramid, detections: dict[str, jax.Array]) -> jax.Array:
-    """[B, D, m, m]: probabilities of the masks of detections, relative to their boxes."""
+    """[B, D, m, m]: mask probabilities of detections, relative to their boxes."""
     found = {k: detections[k] for k in ("boxes_BD4", "valid_BD", "labels_BD")}
 
     def probabilities(found):
@@ -289,18 +320,18 @@ class RCNN(nnx.Module):
 
 
 def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.Array) -> jax.Array:
-  """`function` of a few regions of each image at a time; blocks without a valid one give zeros, at once.
+  """Applies `function` to blocks of a few regions per image, and skips blocks without a valid region.
 
-  Few images fill the places there are for positives and for detections, and masks are the dearest part
-  of a region. Valid regions had better come first.
+  Most images have far fewer positives and detections than the arrays have room for, and masks are the
+  most expensive part of a region. Blocks are skipped only if valid regions come first.
 
   Args:
-    function: of arrays such as `regions`, with R = `MASK_BLOCK`, to one array.
-    regions: arrays [B, R, ...].
-    valid_BR: bool.
+    function: function from a dict like `regions`, with R = `MASK_BLOCK`, to one array.
+    regions: arrays [B, R, ...] by name.
+    valid_BR: [B, R] bool.
 
   Returns:
-    [blocks, ...]: the results.
+    [blocks, ...]: the result of each block; zeros for a block without a valid region.
   """
   blocks = -(-valid_BR.shape[1] // MASK_BLOCK)
 
@@ -324,11 +355,11 @@ def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.A
 
 
 def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:
-  """Class-wise suppression.
+  """Applies non-maximum suppression to the candidates of each class.
 
   Args:
-    candidates: boxes_BM4, scores_BM (at most 0 where there is no box) and labels_BM.
-    config: `nms_threshold` and `detections_per_image`.
+    candidates: boxes_BM4 in pixels, scores_BM (at most 0 where there is no box) and labels_BM.
+    config: `model.test` part of a config: `nms_threshold` (IoU) and `detections_per_image`.
 
   Returns:
     boxes_BD4, scores_BD in descending order, labels_BD and valid_BD; zeros where not valid.

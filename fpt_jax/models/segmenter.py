@@ -12,20 +12,20 @@ from fpt_jax.models.feature_map import FeatureMap, Pyramid, valid_positions
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.heads.semantic import SemanticHead
 from fpt_jax.models.preprocess import normalize
-from fpt_jax.models.pyramids import build_pixel_pyramid
+from fpt_jax.models.pyramids import SEGMENTATION_PYRAMIDS, build_pyramid
 from fpt_jax.ops.losses import segmentation_loss
 from fpt_jax.ops.resize import upsample_bilinear
 
 
 class Segmenter(nnx.Module):
-  """A network that gives every pixel a class.
+  """A network that predicts the class of every pixel.
 
   Args:
-    config: the `model` part of a config, see `configs/segmentation_common.py`.
-    rngs: for the initial weights.
+    config: `model` part of a config, see `fpt_jax.configs.segmentation`.
+    rngs: source of the initial weights.
 
   Raises:
-    ValueError: a part the config names does not exist, or does not fit another.
+    ValueError: a part that the config names does not exist, or does not fit another.
   """
 
   def __init__(self, config, *, rngs: nnx.Rngs):
@@ -34,11 +34,11 @@ class Segmenter(nnx.Module):
     output_stride = config.backbone.output_stride
     self.backbone = build_backbone(config.backbone, output_stride=output_stride, **options)
     *_, c4, c5 = self.backbone.channels
-    self.pyramid = build_pixel_pyramid(config, self.backbone.channels, rngs=rngs)
+    self.pyramid = build_pyramid(config, SEGMENTATION_PYRAMIDS, self.backbone.channels, rngs=rngs)
     levels = (c5,) if self.pyramid is None else self.pyramid.channels
     if config.fpt.enabled and len(levels) == 1:
       raise ValueError(
-        f"pyramid={config.pyramid.name!r} has one level, and fpt needs several; choose another pyramid"
+        f"pyramid {config.pyramid.name!r} has one level, and fpt needs several; choose another pyramid"
       )
     self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
     head = dict(
@@ -48,7 +48,7 @@ class Segmenter(nnx.Module):
       norm=config.norm,
       **options,
     )
-    self.head = SemanticHead(levels, hidden=config.head.hidden, context=config.head.context, **head)
+    self.head = SemanticHead(levels, hidden=config.head.hidden, name=config.head.name, **head)
     self.auxiliary = (
       SemanticHead((c4,), hidden=config.auxiliary.hidden, **head)
       if config.auxiliary.weight
@@ -58,11 +58,11 @@ class Segmenter(nnx.Module):
   def backbone_levels(
     self, image_BHWC: jax.Array, size_B2: jax.Array, *, train: bool = False
   ) -> Pyramid:
-    """C2 to C5 of a batch, none coarser than the backbone's output stride.
+    """Computes C2..C5 of a batch, none coarser than the backbone's output stride.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
-      size_B2: [B, 2] int32, height and width of each image on the canvas.
+      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       train: use and update batch statistics, unless the backbone is frozen.
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
@@ -72,9 +72,17 @@ class Segmenter(nnx.Module):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
   def logits_of_levels(self, levels: Pyramid, *, key: jax.Array | None = None) -> FeatureMap:
-    """The logits of C2 to C5 at the backbone's output stride; a PRNG key trains, None infers."""
+    """Computes the logits of C2..C5.
+
+    Args:
+      levels: levels of the backbone, fine to coarse.
+      key: PRNG key for training (dropout, DropBlock, batch statistics); None for inference.
+
+    Returns:
+      [B, H, W, K] logits at the backbone's output stride.
+    """
     fpt_key, head_key = (None, None) if key is None else jax.random.split(key)
-    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` go by them.
+    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("pyramid"):
       levels = levels[-1:] if self.pyramid is None else self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
@@ -84,15 +92,16 @@ class Segmenter(nnx.Module):
       return self.head(levels, key=head_key)
 
   def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    """The training losses of a batch; their sum is what is minimised.
+    """Computes the training losses of a batch, whose sum is minimised.
 
     Args:
-      batch: see `fpt_jax.data.segmentation`: image_BHWC, size_B2, and label_BHW, int32 with `VOID`
-        where there is no class.
-      key: a PRNG key.
+      batch: image_BHWC and size_B2 as for `backbone_levels`, and label_BHW, [B, H, W] int32 with a value
+        outside 0..K-1 where a pixel has no class.
+      key: PRNG key.
 
     Returns:
-      loss_seg and, where its weight is not 0, loss_aux of the auxiliary head on C4, weighted.
+      Float32 scalars: loss_seg and, where its weight is not 0, loss_aux of the auxiliary head on C4,
+      multiplied by the weight.
     """
     main_key, auxiliary_key = jax.random.split(key)
     levels = self.backbone_levels(batch["image_BHWC"], batch["size_B2"], train=True)
@@ -109,16 +118,19 @@ class Segmenter(nnx.Module):
     return result
 
   def logits(self, image_BHWC: jax.Array, size_B2: jax.Array) -> jax.Array:
-    """[B, H, W, K] float32 at the canvas's resolution; 0 where nothing of an image is near.
+    """Computes the logits of every pixel.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32, 0..255, zero-padded at the right and the bottom.
-      size_B2: [B, 2] int32, height and width of each image on the canvas.
+      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
+
+    Returns:
+      [B, H, W, K] float32 at the canvas's resolution; 0 far from the image.
     """
     levels = self.backbone_levels(image_BHWC, size_B2)
     return enlarged(self.logits_of_levels(levels), image_BHWC.shape[1:3])
 
 
 def enlarged(logits: FeatureMap, size: tuple[int, int]) -> jax.Array:
-  """[B, H, W, K] float32: one vector of logits a pixel."""
+  """[B, H, W, K] float32: the logits of every pixel of a canvas of this size."""
   return upsample_bilinear(logits.values_BHWC, logits.valid_BHW, logits.stride, *size)

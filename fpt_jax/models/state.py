@@ -1,7 +1,7 @@
-"""A model as a flat dictionary of named arrays: what is trained, sharded, saved and imported.
+"""A model as a flat dictionary of named arrays, which are trained, sharded, saved and imported.
 
-Names are paths, "backbone.stages.0.1.conv2.kernel". A jitted function takes the dictionary; the
-structure (`Skeleton`) is static and holds no numbers.
+Names are paths, such as "backbone.stages.0.1.conv2.kernel". Jitted functions take the dictionary as an
+argument; the structure of the model (`Skeleton`) is static and holds no arrays.
 """
 
 import dataclasses
@@ -14,30 +14,36 @@ Arrays = dict[str, jax.Array]
 
 
 def within(name: str, beginning: str) -> bool:
-  """Whether a dotted name is `beginning` or begins with it."""
+  """Returns whether a dotted name is `beginning` or lies below it."""
   return name == beginning or name.startswith(f"{beginning}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-  """A model without its numbers."""
+  """The structure of a model, without its arrays.
+
+  Attributes:
+    graphdef: graph of the modules.
+    variables: for every name, its path and a variable with an abstract value.
+  """
 
   graphdef: nnx.GraphDef
-  variables: dict[str, tuple[tuple, nnx.Variable]]  # name -> path and variable of an abstract value
+  variables: dict[str, tuple[tuple, nnx.Variable]]
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array by name."""
     return {
       name: jax.ShapeDtypeStruct(variable.shape, variable.dtype)
       for name, (_, variable) in self.variables.items()
     }
 
   def parameters(self) -> set[str]:
-    """Names of what gradients may change; the rest are batch statistics and frozen numbers."""
+    """Returns the names of the trainable arrays; the others are batch statistics and frozen variables."""
     return {name for name, (_, v) in self.variables.items() if isinstance(v, nnx.Param)}
 
   def fill(self, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-    """The model with these numbers."""
+    """Returns the model with these arrays, given by name."""
     state = nnx.from_flat_state(
       [(path, v.replace(arrays[name])) for name, (path, v) in self.variables.items()]
     )
@@ -45,18 +51,18 @@ class Skeleton:
 
 
 def skeleton(build: Callable[[], nnx.Module]) -> Skeleton:
-  """The structure of what `build` returns, without computing a single weight."""
+  """Returns the structure of the model that `build` returns, without computing any weight."""
   graphdef, state = nnx.split(nnx.eval_shape(build))
   flat = nnx.to_flat_state(state)
   return Skeleton(graphdef, {".".join(map(str, path)): (path, v) for path, v in flat})
 
 
 def arrays_of(model: nnx.Module) -> Arrays:
-  """The model's numbers by name."""
+  """Returns the arrays of a model by name."""
   flat = nnx.to_flat_state(nnx.state(model))
   return {".".join(map(str, path)): variable[...] for path, variable in flat}
 
 
 def initial_arrays(build: Callable[[], nnx.Module]) -> Arrays:
-  """Initial weights, computed in one compiled program."""
+  """Returns the arrays of the model that `build` returns, computed in one compiled program."""
   return jax.jit(lambda: arrays_of(build()))()

@@ -9,12 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pycocotools import mask as coco_mask
 
 Segmentation = list | dict | np.ndarray  # polygons, RLE (compressed or not), or a bitmap [H, W]
 
 
-_REACH = 100  # box sizes
+# Corners of a polygon are clipped to this many box sides: pycocotools' memory grows with the outline.
+_REACH = 100
+
+
+def _coco_mask():
+  """pycocotools' functions on masks, imported here because models use this module without them."""
+  from pycocotools import mask
+
+  return mask
 
 
 def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
@@ -48,8 +55,8 @@ def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray
           f"RLE counts add up to {sum(segmentation['counts'])}, "
           f"not to {height} x {width} = {height * width} pixels"
         )
-      segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(segmentation).astype(bool)
+      segmentation = _coco_mask().frPyObjects(segmentation, height, width)
+    return _coco_mask().decode(segmentation).astype(bool)
   return _fill(_polygons(segmentation), height, width)
 
 
@@ -65,8 +72,8 @@ def _polygons(segmentation: list) -> list[np.ndarray]:
 
 def _fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
   """The union of polygons [points, 2] as a bitmap [H, W] bool."""
-  rles = coco_mask.frPyObjects([p.ravel().tolist() for p in polygons], height, width)
-  return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+  rles = _coco_mask().frPyObjects([p.ravel().tolist() for p in polygons], height, width)
+  return _coco_mask().decode(_coco_mask().merge(rles)).astype(bool)
 
 
 def box_bitmap(
@@ -95,7 +102,6 @@ def box_bitmap(
     raise ValueError(f"a box x0 < x1, y0 < y1 expected, got {box_xyxy!r}")
   if isinstance(segmentation, list):
     scale = size / (box[2:] - box[:2])
-    # corners far beyond a tiny box are pulled in: pycocotools' memory grows with the outline
     framed = [
       np.clip((polygon - box[:2]) * scale, -_REACH * size, _REACH * size)
       for polygon in _polygons(segmentation)
@@ -119,7 +125,7 @@ def _cover(start: float, stop: float, pixels: int, cells: int) -> np.ndarray:
 
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
   """Compresses a bitmap [H, W] to COCO's RLE, with `counts` a string that JSON can hold."""
-  rle = coco_mask.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+  rle = _coco_mask().encode(np.asfortranarray(mask_HW, dtype=np.uint8))
   return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 

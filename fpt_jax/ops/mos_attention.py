@@ -15,15 +15,17 @@ than two numbers a row, from which it computes W again.
 import contextlib
 import contextvars
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax import lax
 
 from fpt_jax.ops.mos_attention_tpu import mos_attention_tpu
+
+logger = logging.getLogger(__name__)
 
 Similarity = Literal["dot", "euclidean"]
 Implementation = Literal["auto", "naive", "chunked", "pallas"]
@@ -132,13 +134,13 @@ def _choose(scores: int) -> Implementation:
     choice = "pallas"
   else:
     choice = "naive" if scores <= _NAIVE_MAX_SCORES else "chunked"
-  _say_once(choice, jax.default_backend())
+  _log_once(choice, jax.default_backend())
   return choice
 
 
 @functools.cache
-def _say_once(choice, backend):
-  logging.info("mos_attention runs as %r on %s", choice, backend)
+def _log_once(choice, backend):
+  logger.info("mos_attention runs as %r on %s", choice, backend)
 
 
 def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation):

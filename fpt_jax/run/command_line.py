@@ -1,35 +1,46 @@
-"""What every command shares: quiet logs, and mistakes told in one line."""
+"""What every command shares: the config flag, quiet logs, and errors in one line."""
 
-import argparse
 import difflib
 import logging as python_logging
 import os
+import pathlib
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from fpt_jax.errors import UserError
+from fpt_jax.run.config_upgrade import RENAMED, new_name
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
-def run(command: Callable[[], None]) -> None:
-  """Parses the flags and runs a command; a `UserError` ends it with one line and status 2."""
+def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> None:
+  """Parses the flags and runs a command; a `UserError` ends it with one line and status 2.
+
+  Args:
+    command: the command, without arguments.
+    benchmarks: config file of each benchmark by name. `--config=configs/NAME.py` finds them where no
+      such file exists.
+  """
 
   def main(argv: list[str]) -> None:
     quiet_log()
     try:
       if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is no flag; flags begin with --")
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
       command()
     except UserError as error:
-      tell_and_exit(error)
+      report_and_exit(error)
 
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=lambda argv: parse_flags(find_config(argv, benchmarks)))
 
 
 def quiet_log() -> None:
-  """Our own lines and everybody's warnings, with the time and without the rest of absl's prefix."""
+  """Logs our own lines and all warnings, with the time and without the rest of absl's prefix."""
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -37,73 +48,150 @@ def quiet_log() -> None:
 
 
 def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
-  # These log what they also raise, or what is none of the user's business.
+  # these packages log what they also raise
   if "orbax" in record.pathname or "tensorflow_datasets" in record.pathname:
     return False
-  ours = (os.path.dirname(__file__) + os.sep, os.path.abspath(sys.argv[0]))
+  ours = (str(PACKAGE) + os.sep, os.path.abspath(sys.argv[0]))
   return record.levelno >= python_logging.WARNING or os.path.abspath(record.pathname).startswith(
     ours
   )
 
 
+def find_config(argv: list[str], benchmarks: Mapping[str, pathlib.Path]) -> list[str]:
+  """Replaces `--config=configs/NAME.py` by the benchmark of that name where the file does not exist."""
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.partition("=")
+    if flag not in ("--config", "-config"):
+      continue
+    if not equals and i + 1 < len(argv):
+      value = argv[i + 1]
+    file, colon, words = value.partition(":")
+    path = pathlib.PurePath(file)
+    known = path.suffix == ".py" and path.parts[:-1] == ("configs",) and path.stem in benchmarks
+    if known and not os.path.exists(file):
+      value = f"{benchmarks[path.stem]}{colon}{words}"
+      found[i if equals else i + 1] = f"{flag}={value}" if equals else value
+  return found
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with the mistakes in a config or its overrides told in one line."""
+  """absl's parser; mistakes in a config file or in its overrides are reported in one line."""
   try:
-    rest = flags.FLAGS(argv)
-    if "config" in flags.FLAGS and flags.FLAGS.is_parsed():
-      _check_config_file()
-    return rest
-  except (flags.Error, ValueError, OSError, UserError) as error:
-    tell_and_exit(error)
-  except (AttributeError, KeyError, TypeError) as error:
-    tell_and_exit(UserError(_explained(error, argv)))
+    _check_config(argv)
+    return flags.FLAGS(argv)
+  except (flags.Error, ValueError, OSError, UserError, AttributeError, KeyError, TypeError) as error:
+    report_and_exit(error)
+    raise
 
 
-def _explained(error: Exception, argv: list[str]) -> str:
-  """What an error says that came of the config's file or of an override of its fields."""
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  parser.add_argument("--config")
-  options, others = parser.parse_known_args(argv)
-  if options.config is None:
-    return str(error)
+def _check_config(argv: list[str]) -> None:
+  """Raises UserError unless the config file can be loaded and has every field that is set."""
+  file, overrides = None, []
+  for i, argument in enumerate(argv):
+    flag, equals, value = argument.lstrip("-").partition("=")
+    if not argument.startswith("-"):
+      continue
+    if flag == "config":
+      file = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    elif flag.startswith(("config.", "noconfig.")):
+      overrides.append((flag.partition(".")[2], value if equals else None))
+  if file is None or "config" not in flags.FLAGS:
+    return
+  config = load_config(file)
+  for path, value in overrides:
+    check_field(config, path, value)
+
+
+def load_config(file: str) -> ConfigDict:
+  """Loads a config file as `--config` does.
+
+  Args:
+    file: path of the file, perhaps followed by a colon and words.
+
+  Raises:
+    UserError: the file does not exist, has no `get_config`, or raises an error.
+  """
+  path = file.partition(":")[0]
+  if not os.path.exists(path):
+    raise UserError(f"--config={file}: {path} does not exist")
   try:
-    config = flags.FLAGS["config"].parser.parse(options.config)
-  except type(error):
-    return f"--config={options.config}: {type(error).__name__}: {error}"
-  overrides = [a.removeprefix("--config.") for a in others if a.startswith("--config.")]
-  complaints = (_complaint(config, override.split("=")[0]) for override in overrides)
-  return next(filter(None, complaints), str(error))
+    return flags.FLAGS["config"].parser.parse(file)
+  except UserError as error:
+    raise UserError(f"--config={file}: {error}") from error
+  except Exception as error:  # whatever a user's file raises
+    raise UserError(f"--config={file}: {_explain(error, path)}") from error
 
 
-def _complaint(config: ConfigDict, path: str) -> str | None:
-  """Why a config has no field at `path`, names with dots between them; None where it has."""
+def _explain(error: Exception, path: str) -> str:
+  """What went wrong in a config file, with the line."""
+  if isinstance(error, SyntaxError):
+    return f"line {error.lineno}: {error.msg}"
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if os.path.abspath(frame.filename) == os.path.abspath(path)
+  ]
+  where = f"line {lines[-1]}: " if lines else ""
+  text = " ".join(str(error.args[0] if error.args else error).split())
+  if missing := re.search(r"Key \"(\w+)\" does not exist", text):
+    field = missing[1]
+    if renamed := new_name(field):
+      return f"{where}the field {field} is now config.{renamed}"
+    hint = re.search(r"Did you mean \"(\w+)\"", text)
+    return f"{where}the config has no field {field}" + (
+      f"; did you mean {hint[1]}?" if hint else ""
+    )
+  if isinstance(error, ImportError | NameError | AttributeError | UserError):
+    return f"{where}{text}"
+  return f"{where}{type(error).__name__}: {text}"
+
+
+def check_field(config: ConfigDict, path: str, value: str | None) -> None:
+  """Checks that a config has a field that can be set.
+
+  Args:
+    config: a whole config.
+    path: names of the field with dots between them.
+    value: the value to set, as text; None for a flag without a value.
+
+  Raises:
+    UserError: the field does not exist, was renamed, or is a group.
+  """
+  if path in RENAMED and not _is_value(config, path):
+    raise UserError(f"--config.{path} is now --config.{RENAMED[path]}")
   group, passed = config, []
   for field in path.split("."):
     if not isinstance(group, ConfigDict):
-      return f"--config.{path}: {'.'.join(passed)} is a value and has no fields"
+      raise UserError(f"--config.{path}: {'.'.join(passed)} is a value and has no fields")
     passed.append(field)
     if field not in group:
       begun = [name for name in group if name.startswith(field) or field.startswith(name)]
       likely = begun or difflib.get_close_matches(field, group)
-      hint = f"did you mean {' or '.join(likely)}?" if likely else f"there are {', '.join(group)}"
-      return f"--config has no field {'.'.join(passed)}; {hint}"
+      hint = (
+        f"did you mean {' or '.join(likely)}?" if likely else f"its fields are {', '.join(group)}"
+      )
+      raise UserError(f"--config has no field {'.'.join(passed)}; {hint}")
     group = group[field]
-  return None
+  if isinstance(group, ConfigDict) and value is not None:
+    raise UserError(f"--config.{path} is a group; set one of its fields: {', '.join(group)}")
 
 
-def _check_config_file() -> None:
-  """Raises UserError if the config's file does not exist: the flag itself stays silent until used."""
-  if flags.FLAGS["config"].present:
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    if file and not os.path.exists(file.rsplit(":", 1)[0]):
-      raise UserError(f"--config={file} does not exist")
+def _is_value(config: ConfigDict, path: str) -> bool:
+  """Whether the config has a field of this name that is not a group."""
+  group = config
+  for field in path.split("."):
+    if not isinstance(group, ConfigDict) or field not in group:
+      return False
+    group = group[field]
+  return not isinstance(group, ConfigDict)
 
 
-def tell_and_exit(error: BaseException) -> None:
-  """Prints one line and exits; of a stack trace that a library put in its message, the last line."""
+def report_and_exit(error: BaseException) -> None:
+  """Prints an error in one line to standard error and exits with status 2."""
   message = str(error)
   if "Traceback (most recent call last)" in message:
-    flag, trace = message.split("Error whilst parsing config file", 1)
+    flag, _, trace = message.partition("Error whilst parsing config file")
     message = flag + trace.strip().splitlines()[-1]
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
   sys.exit(2)

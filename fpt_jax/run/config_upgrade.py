@@ -1,37 +1,133 @@
-"""Configs of runs that an earlier version wrote: what they lack is set to what that version did."""
+"""Configs written by earlier versions, in the terms of this one.
+
+A field that was renamed moves to its new name; a field that did not exist yet gets the value that
+describes what the earlier version did.
+"""
+
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-_BOTH = {"optim.frozen": ()}
+# Old name of a field, or of a part of one, and its new name; for messages and for `upgrade`.
+RENAMED = {
+  "images": "train_images",
+  "data.short_edge_min": "data.train_sizes",
+  "data.short_edges": "data.train_sizes",
+  "data.scale_min": "data.scale",
+  "data.scale_max": "data.scale",
+  "model.head": "model.head.name",
+  "model.head.context": "model.head.name",
+  "model.test.short_edges": "eval.short_edges",
+  "model.test.flip": "eval.flip",
+}
+_BOTH = {
+  "data.builder": ConfigDict(),
+  "data.num_workers": 0,
+  "data.prefetch": 2,
+  "data.train_sizes": (),
+  "optim.frozen": (),
+  "optim.decay_at": (0.75,),
+  "optim.decay_factor": 0.1,
+  "optim.power": 0.9,
+  "eval.flip": False,
+}
 _LATER_FIELDS = {  # by model
-  "rcnn": _BOTH
-  | {
+  "rcnn": {
     "data.annotations": "",
     "data.images": "",
-    "data.short_edge_min": 0,
     "data.canvas_multiple": 32,
     "model.aligned": True,
     "model.canonical_size": 224.0,
     "model.channel_order": "rgb",
-    "model.head": "standard",
+    "model.head": ConfigDict({"name": "standard"}),
     "model.backbone.context": "none",
     "model.backbone.stride_in": "3x3",
     "model.pyramid.level_norm": "none",
+    "model.pyramid.norm": "none",
     "model.fpt.scale": None,
     "model.fpt.window": None,
-    "model.test.short_edges": (),
-    "model.test.flip": False,
+    "eval.short_edges": (),
   },
-  "segmenter": _BOTH | {"model.swaps": (), "model.class_weights": ()},
+  "segmenter": {
+    "model.swaps": (),
+    "model.class_weights": (),
+    "model.head.name": "fcn",
+    "data.scale": (1.0, 1.0),
+  },
 }
 
 
-def complete(config: ConfigDict) -> None:
-  """Adds the fields that the config of an earlier version's run does not have."""
-  for path, value in _LATER_FIELDS.get(config.model.name, {}).items():
-    *groups, field = path.split(".")
-    group = config
-    for name in groups:
-      group = group[name]
+def upgrade(config: ConfigDict) -> ConfigDict:
+  """Returns a config, perhaps written by an earlier version, with the fields of this version.
+
+  Args:
+    config: a whole config; it is changed in place.
+  """
+  _rename(config)
+  _UPGRADES.get(config.model.name, lambda _: None)(config)
+  for path, value in (_BOTH | _LATER_FIELDS.get(config.model.name, {})).items():
+    group, field = _group(config, path)
     if field not in group:
-      group[field] = value
+      group[field] = ConfigDict(value) if isinstance(value, ConfigDict) else value
+  return config
+
+
+def _rename(config: ConfigDict) -> None:
+  if "images" in config:
+    config.train_images = config.images
+    del config.images
+
+
+def _upgrade_rcnn(config: ConfigDict) -> None:
+  data, model = config.data, config.model
+  if "short_edge_min" in data:
+    low = data.short_edge_min
+    data.train_sizes = (low, data.short_edge) if low else ()
+    del data.short_edge_min
+  if isinstance(model.get("head"), str):
+    name = model.head
+    del model.head
+    model.head = ConfigDict({"name": name})
+  for field in ("short_edges", "flip"):
+    if field in model.test:
+      config.eval[field] = model.test[field]
+      del model.test[field]
+
+
+def _upgrade_segmenter(config: ConfigDict) -> None:
+  data, head = config.data, config.model.head
+  if "scale_min" in data:
+    data.scale = (data.scale_min, data.scale_max)
+    del data.scale_min, data.scale_max
+  if "short_edges" in data:
+    sizes = tuple(data.short_edges)
+    # one of a list was drawn; of two numbers, this version draws any size between them
+    data.train_sizes = sizes * 2 if len(sizes) == 2 else sizes
+    del data.short_edges
+  if "context" in head:
+    head.name = "fcn" if head.context == "none" else head.context
+    del head.context
+
+
+_UPGRADES: dict[str, Callable[[ConfigDict], None]] = {
+  "rcnn": _upgrade_rcnn,
+  "segmenter": _upgrade_segmenter,
+}
+
+
+def new_name(path: str) -> str | None:
+  """The name that a field of earlier versions has now; None if it was not renamed.
+
+  Args:
+    path: the field's names with dots between them, or its last name alone.
+  """
+  if path in RENAMED:
+    return RENAMED[path]
+  return next((new for old, new in RENAMED.items() if old.split(".")[-1] == path), None)
+
+
+def _group(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
+  *groups, field = path.split(".")
+  for name in groups:
+    config = config[name]
+  return config, field

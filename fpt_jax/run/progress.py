@@ -1,35 +1,136 @@
-"""How far the preparation of a data set is, told in the log."""
+"""How far long work has come: a progress bar on a terminal, lines in a log elsewhere."""
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator, Mapping
 
+import rich.console
+import rich.progress
 from absl import logging
 
-_EVERY_SECONDS = 10.0
+LOG_SECONDS = 15.0
 
 
 class Progress:
-  """Logs images done, images a second and the time left, every ten seconds and at the end."""
+  """Shows how many of a number of items are done, how fast, and the time left.
 
-  def __init__(self, split: str, total: int):
-    """Args: the split's name and its number of images."""
-    self._split, self._total, self._done = split, total, 0
-    self._start = self._told = time.monotonic()
+  On a terminal it is a progress bar; elsewhere a line is logged every `LOG_SECONDS` and at the end.
+  Use it as a context.
 
-  def step(self) -> None:
-    """Counts one image."""
-    self._done += 1
-    now = time.monotonic()
-    if now - self._told < _EVERY_SECONDS and self._done < self._total:
+  Args:
+    title: of the work, such as "prepare train".
+    total: number of items.
+    unit: what the items are.
+  """
+
+  def __init__(self, title: str, total: int, unit: str = "images"):
+    self._title, self._total, self._unit = title, total, unit
+    self._done = 0
+    self._start = self._logged = time.monotonic()
+    self._bar: rich.progress.Progress | None = None
+    if sys.stderr.isatty():
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn(unit),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=rich.console.Console(stderr=True),
+      )
+      self._task = self._bar.add_task(title, total=total)
+
+  def __enter__(self) -> "Progress":
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def advance(self, count: int = 1) -> None:
+    """Counts items that are done."""
+    self._done += count
+    if self._bar:
+      self._bar.update(self._task, completed=self._done)
       return
-    self._told = now
+    now = time.monotonic()
+    if now - self._logged < LOG_SECONDS and self._done < self._total:
+      return
+    self._logged = now
     rate = self._done / max(now - self._start, 1e-9)
-    left = (self._total - self._done) / rate
+    left = round((self._total - self._done) / max(rate, 1e-9))
     logging.info(
-      "prepare %s: %d/%d images, %.0f/s, %d:%02d left",
-      self._split,
-      self._done,
-      self._total,
-      rate,
-      left // 60,
-      left % 60,
+      "%s: %d of %d %s, %.3g per second, %s left",
+      *(self._title, self._done, self._total, self._unit, rate, duration(left)),
     )
+
+
+class Clock:
+  """Measures images per second, the share of time spent waiting for data, and the time left.
+
+  Speeds are averages since the last call of `figures` or `restart`; the time inside `paused` does not
+  count.
+  """
+
+  def __init__(self, start_step: int, total_steps: int, batch_size: int):
+    self._total_steps, self._batch_size = total_steps, batch_size
+    self._since = (start_step, time.perf_counter())
+    self._waited = self._paused = 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Context of the wait for the next batch."""
+    begun = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - begun
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Context of work that is not training."""
+    begun = time.perf_counter()
+    yield
+    self._paused += time.perf_counter() - begun
+
+  def restart(self, step: int) -> float:
+    """Discards the time until now, which went into compilation; returns it in seconds."""
+    seconds = time.perf_counter() - self._since[1]
+    self._since, self._waited, self._paused = (step, time.perf_counter()), 0.0, 0.0
+    return seconds
+
+  def figures(self, step: int) -> dict[str, float]:
+    """`images_per_second`, `data_wait` (share of the time), `eta_seconds`; {} before a whole step."""
+    last_step, last_time = self._since
+    if step == last_step:
+      return {}
+    now = time.perf_counter()
+    seconds = max(now - last_time - self._paused, 1e-9)
+    per_step = seconds / (step - last_step)
+    waited = self._waited / seconds
+    self._since, self._waited, self._paused = (step, now), 0.0, 0.0
+    return {
+      "images_per_second": self._batch_size / per_step,
+      "data_wait": waited,
+      "eta_seconds": per_step * (self._total_steps - step),
+    }
+
+  def line(self, step: int, losses: Mapping[str, float], figures: Mapping[str, float]) -> str:
+    """One line for the log."""
+    parts = [
+      f"step {step}/{self._total_steps}",
+      " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items()),
+    ]
+    if figures:
+      parts += [
+        f"{figures['images_per_second']:.3g} images/s",
+        f"data wait {figures['data_wait']:.0%}",
+        f"{duration(round(figures['eta_seconds']))} left",
+      ]
+    return " | ".join(parts)
+
+
+def duration(seconds: int) -> str:
+  """A number of seconds as hours, minutes and seconds, "1:02:03"."""
+  return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -23,6 +23,11 @@ def initialize() -> None:
     jax.distributed.initialize()
 
 
+def this_host() -> dict[str, int]:
+  """The index of this process among the hosts, and their number, as keyword arguments."""
+  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
 def mesh(batch_size: int) -> Mesh:
   """All devices along one axis, "data".
 

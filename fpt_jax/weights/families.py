@@ -1,4 +1,4 @@
-"""Weights of others: which family a state dict is of, and how images are prepared for it."""
+"""Families of pretrained weights: how to recognise a state dict, and the images it was trained on."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from fpt_jax.errors import UserError
+from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
 from fpt_jax.weights.efficientnet import from_efficientnet
 from fpt_jax.weights.torchvision import from_torchvision
 
-# Fields of a config's `model` that a network's weights go with.
+# Fields of a config's `model` that depend on the pretrained weights.
 PREPROCESSING = ("pixel_mean", "pixel_std", "channel_order", "backbone.stride_in")
 
 
@@ -18,11 +19,12 @@ class Family:
   """A kind of state dict.
 
   Attributes:
-    title: for messages.
-    mark: how the name of a tensor starts that only this family has.
-    backbones: how the names of the backbones start that it fills.
-    convert: (state_dict, shapes) -> our arrays.
-    pixel_mean, pixel_std: of RGB in 0..1, where nothing else is said.
+    title: name for messages.
+    mark: beginning of a tensor's name that only this family has.
+    backbones: beginning of the names of the backbones that the weights fit.
+    convert: function (state_dict, shapes) -> our arrays by name.
+    pixel_mean, pixel_std: mean and standard deviation that the weights expect, of RGB in 0..1, unless the
+      user gives others.
   """
 
   title: str
@@ -33,7 +35,6 @@ class Family:
   pixel_std: tuple[float, ...]
 
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FAMILIES = (
   Family("a torchvision detector", "backbone.body.", "resnet", from_torchvision, *IMAGENET),
   Family("a ResNet", "layer1.0.", "resnet", from_torchvision, *IMAGENET),
@@ -42,17 +43,19 @@ FAMILIES = (
     "_conv_stem.",
     "efficientnet_lite0",
     from_efficientnet,
-    (127 / 255,) * 3,
-    (128 / 255,) * 3,
+    *EFFICIENTNET_LITE,
   ),
 )
 
 
 def family_of(state_dict: Mapping[str, np.ndarray]) -> Family:
-  """The family whose mark is among the names.
+  """Returns the family of a state dict.
+
+  Args:
+    state_dict: tensors by name.
 
   Raises:
-    UserError: there is none.
+    UserError: the names are not those of a known family.
   """
   for family in FAMILIES:
     if any(name.startswith(family.mark) for name in state_dict):
@@ -60,30 +63,40 @@ def family_of(state_dict: Mapping[str, np.ndarray]) -> Family:
   known = ", ".join(f"{f.title} ({f.mark}*)" for f in FAMILIES)
   names = ", ".join(list(state_dict)[:3]) or "none"
   raise UserError(
-    f"the weights are of no known family: there is {known}; the names are {names}, ..."
+    f"the names of the weights are not those of a known network; known are {known}, and the file has "
+    f"{names}, ..."
   )
 
 
 def check_family(family: Family, backbone: str) -> None:
-  """Raises UserError where the weights are of another network than the config's backbone."""
+  """Checks that weights fit a backbone.
+
+  Args:
+    family: family of the weights.
+    backbone: name of the config's backbone.
+
+  Raises:
+    UserError: the weights are those of another network.
+  """
   if not backbone.startswith(family.backbones):
     raise UserError(
-      f"the weights are of {family.title}, and the config's backbone is {backbone}; "
-      "choose the one or the other"
+      f"the weights are those of {family.title}, but the config's backbone is {backbone}; choose other "
+      "weights or another backbone"
     )
 
 
 def preprocessing(model) -> dict[str, str | tuple[float, ...]]:
-  """How a model's weights want images, and where the strides are, by field.
+  """Returns the values of a config's fields that depend on the pretrained weights.
 
   Args:
-    model: the `model` part of a config, perhaps as it comes back from JSON; fields that it does not
-      have are left out.
+    model: `model` part of a config.
+
+  Returns:
+    Values by name of the field, see `PREPROCESSING`.
   """
   values = {}
   for field in PREPROCESSING:
     part, _, key = field.rpartition(".")
-    value = (model[part] if part else model).get(key)
-    if value is not None:
-      values[field] = value if isinstance(value, str) else tuple(value)
+    value = (model[part] if part else model)[key]
+    values[field] = value if isinstance(value, str) else tuple(value)
   return values

@@ -1,7 +1,7 @@
 """Reads state dicts (.pth, .safetensors, .npz) into NumPy, without torch.
 
-A .pth file is a pickle, and a pickle may run any code. The unpickler here knows the few names that
-tensors are made of and refuses every other one.
+A .pth file is a pickle, and unpickling can run any code. The unpickler here accepts the few names that
+tensors consist of and refuses every other name.
 """
 
 import collections
@@ -35,28 +35,28 @@ _STORAGES = {
   "BoolStorage": np.dtype("?"),
 }
 
-# The first object of a file from before the zip format (torch 1.6).
+# First object of a file in the format before zip files (torch 1.6).
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The tensors of a file by name.
+  """Reads the tensors of a file.
 
   Args:
-    path: a .pth, .pt or .bin file (zip format or the older one), .safetensors or .npz.
+    path: .pth, .pt or .bin file (zip format or the older one), .safetensors or .npz file.
 
   Returns:
-    Arrays in the file's own dtypes (bfloat16 as ml_dtypes.bfloat16), contiguous and writable.
+    Arrays by name in the file's dtypes (bfloat16 as ml_dtypes.bfloat16), contiguous and writable.
 
   Raises:
-    UserError: the file is missing, damaged, of another kind, or holds more than tensors.
+    UserError: the file is missing, damaged, of another kind, or contains more than tensors.
   """
   path = pathlib.Path(path)
   suffix = path.suffix.lower()
   if suffix not in (*_TORCH_SUFFIXES, ".safetensors", ".npz"):
     raise UserError(
-      f"{path}: cannot read {suffix or 'a file without suffix'} as a state dict; "
+      f"{path}: cannot read {suffix or 'a file without a suffix'} as a state dict; "
       "give a .pth, .pt, .bin, .safetensors or .npz file"
     )
   if not path.is_file():
@@ -70,7 +70,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return _read_torch(path)
   except UserError:
     raise
-  # Damaged bytes can end in nearly any exception of the pickle machine, zip or NumPy.
+  # Damaged bytes can raise nearly any exception in pickle, zipfile or NumPy.
   except Exception as error:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise UserError(
@@ -79,7 +79,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 class _Storage(NamedTuple):
-  """A reference to a flat run of numbers that may not be read yet."""
+  """A reference to a flat array of numbers, which may not be read yet."""
 
   key: str
   dtype: np.dtype
@@ -96,7 +96,7 @@ class _Tensor(NamedTuple):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-  """Builds descriptions of tensors; `storages` collects what they refer to."""
+  """Builds descriptions of tensors; `storages` collects the storages that they refer to."""
 
   def __init__(self, file, path: pathlib.Path):
     super().__init__(file, encoding="utf-8")
@@ -113,7 +113,7 @@ class _TensorUnpickler(pickle.Unpickler):
     if module == "torch" and name in _STORAGES:
       return name
     raise UserError(
-      f"{self._path}: asks for {module}.{name}, and only tensors are read; "
+      f"{self._path}: contains {module}.{name}, but only tensors can be read; "
       "save `model.state_dict()` alone with torch.save"
     )
 
@@ -142,7 +142,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
       content, storages = _read_legacy(file, path)
   if not isinstance(content, dict):
     raise UserError(
-      f"{path}: holds an object of type {type(content).__name__}, not a dict of tensors"
+      f"{path}: contains an object of type {type(content).__name__}, not a dict of tensors"
     )
   for name, value in content.items():
     if not isinstance(name, str) or not isinstance(value, _Tensor):
@@ -150,7 +150,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         f"{path}: entry {name!r} is of type {type(value).__name__}, not a tensor; "
         "save `model.state_dict()` alone with torch.save"
       )
-  return {name: _materialise(tensor, storages) for name, tensor in content.items()}
+  return {name: _to_array(tensor, storages) for name, tensor in content.items()}
 
 
 def _read_zip(file, path):
@@ -158,7 +158,9 @@ def _read_zip(file, path):
     (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     root = pickled.removesuffix("data.pkl")
     if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
-      raise UserError(f"{path}: written on a big-endian machine; save it again on a usual one")
+      raise UserError(
+        f"{path}: written on a big-endian machine; save it again on a little-endian one"
+      )
     content = _TensorUnpickler(io.BytesIO(archive.read(pickled)), path).load()
     data = root + "data/"
     return content, {
@@ -175,7 +177,9 @@ def _read_legacy(file, path):
   if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
     raise pickle.UnpicklingError("no torch header")
   if not load()["little_endian"]:
-    raise UserError(f"{path}: written on a big-endian machine; save it again on a usual one")
+    raise UserError(
+      f"{path}: written on a big-endian machine; save it again on a little-endian one"
+    )
   unpickler = _TensorUnpickler(file, path)
   content = unpickler.load()
   storages = {}
@@ -185,7 +189,7 @@ def _read_legacy(file, path):
   return content, storages
 
 
-def _materialise(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
+def _to_array(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
   numel, dtype = tensor.storage.numel, tensor.storage.dtype
   flat = np.frombuffer(storages[tensor.storage.key], dtype, count=numel)
   if 0 in tensor.shape:
@@ -194,7 +198,7 @@ def _materialise(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
     (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
   )
   if min(tensor.offset, *tensor.strides, 0) < 0 or tensor.offset + reach >= numel:
-    raise ValueError(f"a tensor reaches beyond its {numel} numbers")
+    raise ValueError(f"a tensor exceeds its storage of {numel} numbers")
   strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
   view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides)
   return np.array(view, order="C")

@@ -1,11 +1,33 @@
-"""Arrays of ours from a state dict in torch's layouts, given how names translate."""
+"""Conversion of state dicts from torch's layouts to ours."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
 
 from fpt_jax.errors import UserError
+
+# (our pattern, torch's text) of normalisations and kernels
+NORM_NAMES = (
+  (r"\.norm\.scale$", ".weight"),
+  (r"\.norm\.bias$", ".bias"),
+  (r"\.norm\.mean$", ".running_mean"),
+  (r"\.norm\.var$", ".running_var"),
+  (r"\.kernel$", ".weight"),
+)
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+  """Applies regular expressions to a name, one after the other.
+
+  Args:
+    name: name of an array.
+    rules: pairs of a pattern and its replacement, as for `re.sub`.
+  """
+  for pattern, replacement in rules:
+    name = re.sub(pattern, replacement, name)
+  return name
 
 
 def fit(
@@ -14,44 +36,44 @@ def fit(
   their_name: Callable[[str], str],
   ignored: Callable[[str], bool],
 ) -> dict[str, np.ndarray]:
-  """Our arrays from a state dict; every one has exactly one counterpart.
+  """Converts a state dict to our arrays, each of which has exactly one tensor.
 
   Args:
-    state_dict: tensors in torch's layouts.
-    wanted: the shapes to fill, by our names.
-    their_name: the tensor's name of one of ours.
-    ignored: of a tensor's name, whether it may be left over.
+    state_dict: tensors by name, in torch's layouts.
+    wanted: shapes of our arrays by name.
+    their_name: function from our name to the tensor's name.
+    ignored: function from a tensor's name to whether it may remain unused.
 
   Returns:
     Arrays by our names.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; each is named.
+    UserError: tensors are missing, unused or of another shape; the message names them.
   """
-  arrays, used, complaints = {}, set(), []
+  arrays, used, problems = {}, set(), []
   for name, shape in wanted.items():
     theirs = their_name(name)
     if theirs not in state_dict:
-      complaints.append(f"{theirs} is missing")
+      problems.append(f"{theirs} is missing")
       continue
     used.add(theirs)
     array = to_our_layout(name)(np.asarray(state_dict[theirs]), shape.shape)
     if array is None:
-      complaints.append(
+      problems.append(
         f"{theirs} is {tuple(np.shape(state_dict[theirs]))} and does not fit {name} {shape.shape}"
       )
       continue
     arrays[name] = array.astype(shape.dtype)
-  left_over = [n for n in state_dict if n not in used and not ignored(n)]
-  complaints += [f"{name} has no place in the model" for name in left_over]
-  if complaints:
-    more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
-    raise UserError(f"the weights do not fit the config's model: {'; '.join(complaints[:8])}{more}")
+  unused = [n for n in state_dict if n not in used and not ignored(n)]
+  problems += [f"{name} has no place in the model" for name in unused]
+  if problems:
+    more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+    raise UserError(f"the weights do not fit the config's model: {'; '.join(problems[:8])}{more}")
   return arrays
 
 
 def to_our_layout(name: str) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray | None]:
-  """The function (torch's array, our shape) -> our array, or None where it does not fit."""
+  """Returns a function (torch's array, our shape) -> our array, or None if the shape does not fit."""
   if name.endswith("box_head.fc6.kernel"):
     return _flattened_linear
   if name.endswith("deconv.kernel"):
@@ -68,7 +90,7 @@ def _plain(array, shape):
 
 
 def _flattened_linear(array, shape):
-  """A layer on a flattened 7 x 7 map: torch flattens (C, 7, 7), we flatten (7, 7, C)."""
+  """Converts a layer on a flattened 7 x 7 map: torch flattens (C, 7, 7), we flatten (7, 7, C)."""
   hidden, inputs = array.shape
   if (inputs, hidden) != shape or inputs % 49:
     return None
@@ -76,7 +98,7 @@ def _flattened_linear(array, shape):
 
 
 def _deconvolution(array, shape):
-  """A transposed convolution [I, O, 2, 2] as a matrix [I, 2 * 2 * O]."""
+  """Converts a transposed convolution [I, O, 2, 2] to a matrix [I, 2 * 2 * O]."""
   if array.ndim != 4:
     return None
   array = array.transpose(0, 2, 3, 1).reshape(array.shape[0], -1)

@@ -1,4 +1,4 @@
-"""torchvision's names for the numbers of our models: ResNets and maskrcnn_resnet50_fpn.
+"""ResNets and maskrcnn_resnet50_fpn from torchvision.
 
 timm's plain ResNets have the same names. Our names are those of `models.state`.
 """
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.weights.layouts import fit
+from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed
 
-# (our name, torchvision's name); the first that matches counts
+# (our name, torchvision's name); the first one that matches is applied
 _DETECTOR = (
   (r"backbone\.(.*)", r"backbone.body.\1"),
   (r"pyramid\.lateral\.(\d+)\.(.*)", r"backbone.fpn.inner_blocks.\1.0.\2"),
@@ -27,49 +27,49 @@ _DETECTOR = (
   (r"mask_head\.deconv_bias", r"roi_heads.mask_predictor.conv5_mask.bias"),
   (r"mask_head\.logits\.(.*)", r"roi_heads.mask_predictor.mask_fcn_logits.\1"),
 )
+# (our pattern, torchvision's text), all applied in turn
 _RESNET = (
   (r"stages\.(\d+)\.", lambda match: f"layer{int(match[1]) + 1}."),
   (r"conv2\.conv\.", "conv2."),  # the convolution's part of an attention-augmented one
   (r"shortcut\.conv\.", "downsample.0."),
   (r"shortcut\.bn\.", "downsample.1."),
-  (r"\.norm\.scale$", ".weight"),
-  (r"\.norm\.bias$", ".bias"),
-  (r"\.norm\.mean$", ".running_mean"),
-  (r"\.norm\.var$", ".running_var"),
-  (r"\.kernel$", ".weight"),
+  *NORM_NAMES,
 )
-# without a counterpart in theirs: blocks of context, which start as the identity
+# Our arrays without a counterpart in torchvision: context blocks, which start as the identity.
 _CONTEXT = re.compile(r"(^|\.)context\.")
-# without a counterpart in ours: a counter, and the classifier that detectors leave behind
+# Tensors without a counterpart in our models: counters, and the classifier of a ResNet.
 _IGNORED = re.compile(r"num_batches_tracked$|^fc\.")
 
 
 def torchvision_name(name: str, *, detector: bool) -> str:
-  """torchvision's name for one of ours, in a detector's state dict or in a bare ResNet's."""
+  """Returns torchvision's name for one of our arrays.
+
+  Args:
+    name: our name.
+    detector: whether the state dict is that of a detector, or that of a ResNet alone.
+  """
   for pattern, replacement in _DETECTOR:
     if re.fullmatch(pattern, name):
       name = re.sub(pattern, replacement if detector else r"\1", name)
       break
-  for pattern, replacement in _RESNET:
-    name = re.sub(pattern, replacement, name)
-  return name
+  return renamed(name, _RESNET)
 
 
 def from_torchvision(
   state_dict: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
-  """Our arrays from a torchvision state dict.
+  """Converts a torchvision state dict to our arrays.
 
   Args:
-    state_dict: of a ResNet, or of a whole maskrcnn_resnet50_fpn, in torch's layouts.
-    shapes: the shapes of our model by name (`Skeleton.shapes`). From a ResNet's dict only the names
-      under "backbone.", or all where the model is a bare ResNet, are filled; blocks of context never.
+    state_dict: tensors of a ResNet or of a whole maskrcnn_resnet50_fpn by name, in torch's layouts.
+    shapes: shapes of our model by name (`Skeleton.shapes`). A ResNet's tensors fill the names under
+      "backbone.", or all names if the model is a ResNet alone; context blocks are never filled.
 
   Returns:
     Arrays by our names.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape; each is named.
+    UserError: tensors are missing, unused or of another shape; the message names them.
   """
   detector = any(name.startswith("backbone.body.") for name in state_dict)
   bare = not any(name.startswith("backbone.") for name in shapes)

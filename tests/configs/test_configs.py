@@ -7,12 +7,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from fpt_jax import models
-from fpt_jax.configs import coco_box, coco_mask, detection
+from fpt_jax.configs import coco_box, coco_mask, detection, segmentation, variants
 from fpt_jax.data import DatasetInfo
 from fpt_jax.data.transforms import smallest_canvas
 from fpt_jax.errors import UserError
-from fpt_jax.models.pyramids import PYRAMIDS
-from fpt_jax.tasks.detection.categories import label_table, take_categories
+from fpt_jax.models.backbones import BACKBONES
+from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, SEGMENTATION_PYRAMIDS
+from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 
 
 def parameters(shapes, prefix):
@@ -52,51 +53,53 @@ def test_parameters_of_the_papers_model():
 
 
 @pytest.mark.parametrize(
-  ("field", "value", "told"),
+  ("field", "value", "words"),
   [
     ("backbone.name", "vgg16", "backbone 'vgg16' does not exist"),
-    ("backbone.norm", "layer", "norm='layer' does not exist"),
+    ("backbone.norm", "layer", "norm 'layer' does not exist"),
     ("pyramid.name", "nas", "pyramid 'nas' does not exist"),
-    ("head", "panet", "head 'panet' does not exist"),
-    ("fpt.gate", "relu", "gate='relu' does not exist"),
-    ("fpt.scope", "near", "scope='near' does not exist"),
+    ("head.name", "panet", "head 'panet' does not exist"),
+    ("fpt.gate", "relu", "gate 'relu' does not exist"),
+    ("fpt.scope", "near", "scope 'near' does not exist"),
     ("fpt.grounding_parts", 5, "parts=5"),
     ("name", "yolo", "model 'yolo' does not exist"),
   ],
 )
-def test_parts_that_do_not_exist_are_told(field, value, told):
+def test_parts_that_do_not_exist_are_reported(field, value, words):
   config = coco_mask.get_config("demo")
   with config.unlocked():
     config.update_from_flattened_dict({f"model.{field}": value})
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=words):
     models.structure_of(config)
 
 
 def test_settings_name_the_pyramids_there_are():
-  assert tuple(PYRAMIDS) == detection.PYRAMIDS
-  for name in PYRAMIDS:
+  assert DETECTION_PYRAMIDS == detection.PYRAMIDS
+  assert SEGMENTATION_PYRAMIDS == segmentation.PYRAMIDS
+  assert tuple(BACKBONES) == variants.BACKBONES
+  for name in DETECTION_PYRAMIDS:
     config = coco_mask.get_config(f"pyramid={name},scope=adjacent,head=augmented").model
-    assert (config.pyramid.name, config.fpt.scope, config.head) == (name, "adjacent", "augmented")
+    assert (config.pyramid.name, config.fpt.scope, config.head.name) == (name, "adjacent", "augmented")
   for arg in ("pyramid=nas", "scope=near", "head=panet"):
-    with pytest.raises(ValueError, match=f"{arg} does not exist: .* is none of"):
+    with pytest.raises(UserError, match=f"{arg} does not exist; choose one of"):
       coco_mask.get_config(arg)
 
 
 def test_categories_with_gaps():
   dataset = DatasetInfo(("cat", "dog"), (7, 90), {"train": 1})
   config = coco_mask.get_config()
-  take_categories(config, dataset)
+  adopt_classes(config, dataset)
   assert config.model.num_classes == 2 and config.model.category_ids == (7, 90)
   assert label_table(config, dataset).tolist() == [0, 1, 2]
 
   config = coco_mask.get_config("torchvision")
-  take_categories(config, dataset)
+  adopt_classes(config, dataset)
   assert config.model.num_classes == 90
   assert config.model.category_names[6] == "cat" and config.model.category_names[0] == "1"
   assert label_table(config, dataset).tolist() == [0, 7, 90]
 
   config.model.category_ids = (7,)
-  with pytest.raises(UserError, match=r"categories \[90\] that the model has no class for"):
+  with pytest.raises(UserError, match=r"categories \[90\] that the model does not have"):
     label_table(config, dataset)
 
 

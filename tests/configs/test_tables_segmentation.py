@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax import models, optim
 from fpt_jax.configs import cityscapes, image_folder, tables
+from fpt_jax.errors import UserError
 from fpt_jax.train import train
 from tests.models.test_segmenter import tiny
 from tests.runs import losses_by_step
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def config_of(row):
-  return importlib.import_module(f"configs.{row.config}").get_config(row.arg)
+  return importlib.import_module(f"fpt_jax.configs.{row.config}").get_config(row.arg)
 
 
 def test_rows_have_the_papers_figures():
@@ -68,7 +69,7 @@ PLAIN = tuple(
 )
 def test_row_trains_and_evaluates(row, tmp_path):
   """Its file's `demo`, smaller still, for two steps; every data set's is the same network."""
-  config = tiny(row.arg, module=importlib.import_module(f"configs.{row.config}"))
+  config = tiny(row.arg, module=importlib.import_module(f"fpt_jax.configs.{row.config}"))
   config.data.builder = ConfigDict({"train_size": 24, "val_size": 4, "image_size": 64})
   config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
   config.data.update(dict(crop=(64, 64), buckets=((64, 64),), train_split="train[:4]"))
@@ -93,7 +94,7 @@ def test_data_sets_differ_in_classes_alone_and_have_the_papers_recipe():
     assert config.model.to_json() == other.model.to_json()
     o = config.optim
     recipes[row.config] = (config.data.crop[0], optim.total_steps(config), o.learning_rate)
-    recipes[row.config] += (o.weight_decay, config.data.scale_min, config.data.scale_max)
+    recipes[row.config] += (o.weight_decay, *config.data.scale)
   assert recipes == {
     "cityscapes": (969, 120 * 2975 // 8, 0.01, 5e-4, 0.5, 2.0),
     "ade20k": (569, 120 * 20_210 // 16, 0.02, 1e-4, 0.5, 2.0),
@@ -119,12 +120,12 @@ def test_words():
 @pytest.mark.parametrize(
   ("arg", "told"),
   [
-    ("head=hrnet", "head=hrnet: HRNetV2 is a backbone of its own and is not built here"),
-    ("head=gscnn", "head=gscnn: GSCNN .* is not built here"),
-    ("head=fancy", "head=fancy does not exist: 'fancy' is none of fcn, ocnet, cfnet, afnb"),
-    ("torchvision", "variant 'torchvision' does not exist; choose one of small, demo"),
+    ("head=hrnet", "head=hrnet: HRNetV2 is a backbone of its own, which does not exist here"),
+    ("head=gscnn", "head=gscnn: GSCNN .* does not exist here"),
+    ("head=fancy", "head=fancy does not exist; choose one of fcn, ocnet, cfnet, afnb"),
+    ("torchvision", "the word 'torchvision' does not exist; choose one of small, demo"),
   ],
 )
 def test_what_does_not_exist_is_told(arg, told):
-  with pytest.raises(ValueError, match=told):
+  with pytest.raises(UserError, match=told):
     cityscapes.get_config(arg)

@@ -1,4 +1,4 @@
-"""The order of images: a pure function of the step that neither repeats nor drops any."""
+"""The order of images is a pure function of the step and neither repeats nor drops images."""
 
 import numpy as np
 import pytest
@@ -39,9 +39,9 @@ def test_buckets_come_in_proportion_from_the_start():
     assert np.abs(np.cumsum(buckets == bucket) - expected).max() < 3
 
 
-def test_a_step_is_the_same_wherever_one_starts():
+def test_a_step_does_not_depend_on_the_first_step():
   stream = order.TrainOrder(BUCKET_N, seed=3, batch_size=3)
-  for step in (5000, 0, 4095, 4096, 17):  # 4096 is where the table of steps is redrawn
+  for step in (5000, 0, 4095, 4096, 17):  # at 4096 the table of steps is made again
     fresh = order.TrainOrder(BUCKET_N, seed=3, batch_size=3).batch(step)
     np.testing.assert_array_equal(fresh[0], stream.batch(step)[0])
     assert fresh[1] == stream.batch(step)[1]
@@ -54,7 +54,7 @@ def test_another_seed_gives_another_order():
   assert (one[0] != other[0]).mean() > 0.8
 
 
-def test_an_order_never_changes_with_the_library():
+def test_the_order_does_not_depend_on_the_version_of_numpy():
   # raw bits of Philox under SeedSequence(0, 0x0DE5, 0, 0), sorted: fixed by their definitions
   indices_B, _ = order.TrainOrder(np.zeros(8, int), seed=0, batch_size=8).batch(0)
   np.testing.assert_array_equal(indices_B, [4, 1, 3, 6, 0, 7, 2, 5])
@@ -68,8 +68,10 @@ def test_evaluation_reads_every_image_once():
   np.testing.assert_array_equal(np.sort(read), np.arange(13))
 
 
-def test_hosts_partition_a_batch():
+def test_hosts_divide_a_batch():
   shares = [np.arange(12)[order.host_share(12, i, 4)] for i in range(4)]
   np.testing.assert_array_equal(np.concatenate(shares), np.arange(12))
-  with pytest.raises(UserError, match="batch_size=12 cannot be shared by 5 hosts"):
+  with pytest.raises(
+    UserError, match="batch_size=12 cannot be shared by 5 hosts; make it a multiple of 5"
+  ):
     order.host_share(12, 0, 5)

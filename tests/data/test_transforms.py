@@ -1,8 +1,10 @@
 """Resizing as torchvision does it; boxes and bitmaps move with the image."""
 
 import numpy as np
+import pytest
 
 from fpt_jax.data import transforms
+from fpt_jax.errors import UserError
 from tests.conftest import GOLDEN
 
 
@@ -25,13 +27,13 @@ def test_resize_and_pad_equals_torchvision():
       image_HWC * np.float32(255), (height, width), batched_BHWC.shape[1:3]
     ).numpy()
     assert canvas.dtype == np.float32
-    normalised_HWC = (canvas[:height, :width].astype(float) / 255 - mean[None, None]) / std
-    np.testing.assert_allclose(normalised_HWC, expected_HWC[:height, :width], atol=2e-5)
+    normalized_HWC = (canvas[:height, :width].astype(float) / 255 - mean[None, None]) / std
+    np.testing.assert_allclose(normalized_HWC, expected_HWC[:height, :width], atol=2e-5)
     assert not canvas[height:].any() and not canvas[:, width:].any()
 
 
 def test_resize_of_a_hand_written_row():
-  # half-pixel centres at 2x: -0.25, 0.25, 0.75, 1.25 between the pixels 0 and 100
+  # half-pixel centers at 2x: -0.25, 0.25, 0.75, 1.25 between the pixels 0 and 100
   row = np.array([[[0], [100]]], np.uint8)
   canvas = transforms.resize_and_pad(row, (2, 4), (3, 5)).numpy()[..., 0]
   expected = [[0, 25, 75, 100, 0], [0, 25, 75, 100, 0], [0, 0, 0, 0, 0]]
@@ -54,17 +56,45 @@ def test_flip_moves_image_boxes_and_bitmaps_together():
   np.testing.assert_array_equal(image_HWC[1, :, 0], [0, 0, 0, 0, 0, 0, 1, 1, 0, 0])
 
 
-def test_flip_of_no_instance():
+def test_flip_without_instances():
   _, boxes_G4, bitmaps_Gmm = transforms.flip(
     np.zeros((2, 2, 3)), np.zeros((0, 4)), np.zeros((0, 112, 112))
   )
   assert boxes_G4.shape == (0, 4) and bitmaps_Gmm.shape == (0, 112, 112)
 
 
-def test_augmentation_covers_its_range_and_depends_on_nothing_else():
+def test_augmentation_covers_its_range_and_is_a_pure_function():
   draws = [transforms.draw_augmentation(0, i, (30, 33)) for i in range(400)]
   assert draws == [transforms.draw_augmentation(0, i, (30, 33)) for i in range(400)]
   shorts, flips = zip(*draws, strict=True)
   assert set(shorts) == {30, 31, 32, 33}
   assert 150 < sum(flips) < 250
   assert draws != [transforms.draw_augmentation(1, i, (30, 33)) for i in range(400)]
+
+
+def test_augmentation_never_changes():
+  # Philox under SeedSequence((0, 0x5CA1E, i)); a resumed run must draw the same numbers
+  sizes, flips = (30, 32, 31, 32, 32, 33), (True, False, False, True, True, False)
+  expected = list(zip(sizes, flips, strict=True))
+  assert [transforms.draw_augmentation(0, i, (30, 33)) for i in range(6)] == expected
+  expected = [(40, flip) for flip in flips]
+  assert [transforms.draw_augmentation(0, i, (40,)) for i in range(6)] == expected
+
+
+def test_train_sizes_are_one_a_range_or_a_list():
+  draw = transforms.draw_train_size
+  assert {draw(bits, (30,)) for bits in range(9)} == {30}
+  assert [draw(bits, (30, 33)) for bits in range(5)] == [30, 31, 32, 33, 30]
+  assert draw(2**64 - 1, (30, 30)) == 30
+  assert [draw(bits, (9, 30, 7)) for bits in range(4)] == [9, 30, 7, 9]
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (30, 30), (30, 33), (40, 30, 20)])
+def test_good_train_sizes(sizes):
+  transforms.check_train_sizes(sizes)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (-1, 30), (33, 30), (40, 0, 20)])
+def test_bad_train_sizes_raise(sizes):
+  with pytest.raises(UserError, match=r"data\.train_sizes=\("):
+    transforms.check_train_sizes(sizes)

@@ -167,14 +167,14 @@ def test_what_is_not_counted():
   assert costs == {"roi_align": Cost(activation_bytes=4 * 3 * 7 * 7 * 4)}
 
 
-def test_the_dearest_branch_counts():
+def test_the_most_expensive_branch_counts():
   def run(x_NN):
     return jax.lax.cond(jnp.sum(x_NN) > 0, lambda y: y @ y @ y, lambda y: y @ y, x_NN)
 
   assert count_of(run, shape(4, 4)) == {"elsewhere": Cost(0, 2 * 64, 0, 2 * 64)}
 
 
-def test_products_in_loops_of_unknown_length_are_told():
+def test_products_in_loops_of_unknown_length_are_refused():
   def run(x_NN):
     return jax.lax.while_loop(lambda y: jnp.sum(y) < 1, lambda y: y @ y, x_NN)
 

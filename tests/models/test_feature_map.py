@@ -13,7 +13,7 @@ from fpt_jax.models.feature_map import as_pyramid, downsample_valid, stride_betw
     ((8, 8), (8, 8), 1),
     ((8, 8), (4, 4), 2),
     ((9, 7), (5, 4), 2),
-    ((9, 7), (3, 2), 4),  # 3 would do for the rows alone
+    ((9, 7), (3, 2), 4),  # 3 would fit the rows alone
     ((25, 17), (12, 8), 2),  # rounded down
     ((12, 9), (4, 3), 3),
     ((64, 33), (8, 5), 8),
@@ -26,8 +26,8 @@ def test_stride_between(fine, coarse, stride):
 @pytest.mark.parametrize(
   ("fine", "coarse"), [((10, 10), (7, 7)), ((8, 8), (4, 3)), ((4, 4), (8, 8))]
 )
-def test_sizes_of_different_pyramids_are_told(fine, coarse):
-  with pytest.raises(ValueError, match="no levels of one pyramid"):
+def test_sizes_of_different_pyramids_are_refused(fine, coarse):
+  with pytest.raises(ValueError, match="not levels of one pyramid"):
     stride_between(fine, coarse)
 
 
@@ -35,7 +35,7 @@ def test_valid_positions_and_their_subsample():
   valid = valid_positions(jnp.array([[3, 5], [4, 1]], jnp.int32), 4, 6)
   np.testing.assert_array_equal(valid.sum((1, 2)), [15, 4])
   assert valid[0, 2, 4] and not valid[0, 3, 0] and not valid[0, 0, 5]
-  # a convolution of stride 2 looks at positions 0, 2, 4: half of 5 columns, rounded up, are valid
+  # a convolution of stride 2 is centred on positions 0, 2, 4: half of 5 columns, rounded up, are valid
   np.testing.assert_array_equal(downsample_valid(valid, 2).sum((1, 2)), [2 * 3, 2 * 1])
 
 

@@ -194,17 +194,17 @@ def test_switches_and_scope_decide_what_is_built():
   assert adjacent["fuse.1.kernel"].shape == (3, 3, 8 * 4, 8)
 
 
-def test_what_does_not_fit_is_told(rng):
-  with pytest.raises(ValueError, match="scope='near'"):
+def test_arguments_that_do_not_fit_are_refused(rng):
+  with pytest.raises(ValueError, match="scope 'near' does not exist"):
     FeaturePyramidTransformer((8,), channels=8, scope="near", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="parts=3"):
     FeaturePyramidTransformer((8,), channels=8, self_parts=3, rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="gate='relu'"):
+  with pytest.raises(ValueError, match="gate 'relu' does not exist"):
     FeaturePyramidTransformer((8, 8), channels=8, gate="relu", rngs=nnx.Rngs(0))
   module = FeaturePyramidTransformer((8, 8), channels=8, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="built for 2 levels, got 1"):
     module([jnp.zeros((1, 4, 4, 8))])
-  with pytest.raises(ValueError, match="level 1 was announced as 8 channels, got 4"):
+  with pytest.raises(ValueError, match="built for 8 channels at level 1, got 4"):
     module([jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 2, 2, 4))])
-  with pytest.raises(ValueError, match=r"\(10, 10\) positions and one of \(7, 7\)"):
+  with pytest.raises(ValueError, match=r"\(10, 10\) and \(7, 7\) positions are not levels"):
     module([jnp.zeros((1, 10, 10, 8)), jnp.zeros((1, 7, 7, 8))])

@@ -35,7 +35,7 @@ EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
 from flax import nnx
-from fpt_jax import sharding
+from fpt_jax.run import sharding
 from fpt_jax.models.layers import Norm
 from fpt_jax.models.state import arrays_of, skeleton
 
@@ -113,8 +113,8 @@ def test_frozen_bn_has_nothing_to_train(rng):
   np.testing.assert_allclose(norm(x, train=True), x / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
-def test_unknown_norm_is_told():
-  with pytest.raises(ValueError, match="norm='layer' does not exist; choose one of sync_bn"):
+def test_unknown_norm_is_refused():
+  with pytest.raises(ValueError, match="norm 'layer' does not exist; choose one of sync_bn"):
     Norm("layer", 4, rngs=nnx.Rngs(0))
 
 

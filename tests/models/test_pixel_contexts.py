@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
-from fpt_jax.models.heads.afnb import AsymmetricFusion, AsymmetricPyramid
+from fpt_jax.models.heads.apnb import AsymmetricPyramid
 from fpt_jax.models.heads.cfnet import AggregatedCoOccurrentFeature
 from fpt_jax.models.heads.object_context import (
   AtrousObjectContext,
   BaseObjectContext,
   PyramidObjectContext,
 )
+from fpt_jax.models.pyramids.afnb import AsymmetricFusion
 from fpt_jax.models.pyramids.aspp import AtrousSpatialPyramid
 from fpt_jax.models.pyramids.ppm import PyramidPooling
 from fpt_jax.models.state import skeleton
@@ -168,11 +169,11 @@ CASES = {
     aspp,
   ),
   "afnb": (lambda **o: AsymmetricFusion((IN, IN), channels=CHANNELS, **o), afnb),
-  "oc_base": (lambda **o: BaseObjectContext(IN, CHANNELS, output_stride=8, **o), oc_base),
-  "oc_pyramid": (lambda **o: PyramidObjectContext(IN, CHANNELS, output_stride=8, **o), oc_pyramid),
+  "oc_base": (lambda **o: BaseObjectContext(IN, CHANNELS, **o), oc_base),
+  "oc_pyramid": (lambda **o: PyramidObjectContext(IN, CHANNELS, **o), oc_pyramid),
   "oc_asp": (lambda **o: AtrousObjectContext(IN, CHANNELS, output_stride=32, **o), oc_asp),
-  "acf": (lambda **o: AggregatedCoOccurrentFeature(IN, CHANNELS, output_stride=8, **o), acf),
-  "apnb": (lambda **o: AsymmetricPyramid(IN, CHANNELS, output_stride=8, **o), apnb),
+  "acf": (lambda **o: AggregatedCoOccurrentFeature(IN, CHANNELS, **o), acf),
+  "apnb": (lambda **o: AsymmetricPyramid(IN, CHANNELS, **o), apnb),
 }
 
 

@@ -70,7 +70,7 @@ def test_parameters_of_ufp_by_hand():
   assert total == 2048 * 256 + 2 * 2 * (1 + 7 + 15 + 31) * 256**2 + 5 * 2 * 256
 
 
-def test_kernels_that_cannot_be_are_told():
+def test_impossible_kernels_are_refused():
   for kernels in ((1, 3, 6, 9), (1, 3, 5)):
     with pytest.raises(ValueError, match="must be 4 odd numbers"):
       UnscathedFeaturePyramid((8,), kernels=kernels, rngs=nnx.Rngs(0))

@@ -1,15 +1,16 @@
-"""Bottom-up path augmentation and bi-directional interaction against their formulas, image by image."""
+"""Pyramids of detection: two of them against their formulas, image by image; normalisation."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
-from fpt_jax.models.pyramids import PYRAMIDS
-from fpt_jax.models.state import skeleton
+from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, PYRAMIDS
+from fpt_jax.models.state import arrays_of, skeleton
 from tests.models.oracle import assert_equals_reference, randomised
 
 SIZES = np.array([[13, 9], [7, 6]])  # of two images on the finest level
@@ -33,7 +34,7 @@ def relu(x):
 
 
 def norm_relu(x_HWC, p, name):
-  """GroupNorm of at least four channels a group."""
+  """GroupNorm of at least four channels per group."""
   groups = max(1, x_HWC.shape[-1] // 4)
   x = x_HWC.reshape(-1, groups, x_HWC.shape[-1] // groups)
   mean, var = x.mean(axis=(0, 2), keepdims=True), x.var(axis=(0, 2), keepdims=True)
@@ -65,7 +66,7 @@ def bpa(levels, p):
 
 
 def bfi(levels, p):
-  """The two directions cross at first, then twice exchange what they have."""
+  """The two directions cross, and then exchange their features twice."""
   sizes = [x.shape[:2] for x in levels]
 
   def way(own, order, name, gated):
@@ -99,12 +100,13 @@ def bfi(levels, p):
   return [convolve(x, p, f"smooth.{i}") for i, x in enumerate(up)]
 
 
-def build(name, in_channels, channels):
-  return skeleton(lambda: PYRAMIDS[name](in_channels, channels=channels, rngs=nnx.Rngs(0)))
+def build(name, in_channels, channels, norm="none"):
+  constructor = PYRAMIDS[name]
+  return skeleton(lambda: constructor(in_channels, channels=channels, norm=norm, rngs=nnx.Rngs(0)))
 
 
-# What is tested, the channels it is given, and whether images on a canvas are as images alone. An
-# FPN, like torchvision's, sees on padding what its own layers put there.
+# The tested function, its formula, its input channels, and whether padding changes nothing. An FPN
+# without a norm, like torchvision's, sees on padding what its own layers put there.
 CASES = {
   "bpa": (PYRAMIDS["bpa"].__call__, bpa, IN_CHANNELS, False),
   "bpa, above the FPN": (PYRAMIDS["bpa"].augment, path_augmentation, (CHANNELS,) * 4, True),
@@ -124,7 +126,7 @@ def test_equals_formula(case, rng):
   valid = [
     np.asarray(valid_positions(jnp.asarray(size), *size.max(axis=0))) for size in level_sizes
   ]
-  # padding holds rubbish; whoever lets it in differs from the formula
+  # padding holds random values; a pyramid that reads them differs from the formula
   inputs = [
     rng.standard_normal((*v.shape, c)).astype(np.float32)
     for v, c in zip(valid, channels, strict=True)
@@ -176,3 +178,60 @@ def test_parameters_at_full_size():
   first = 3 * meet(C, half) + meet(half, half) + 2 * far * conv3x3(half, half)
   second = 3 * meet(half, C) + meet(C, C) + 2 * far * conv3x3(C, C)
   assert count("bfi") == crossing + first + second + 4 * conv3x3(C, C)
+
+
+def convolutions(name, norm="none"):
+  """Names of a pyramid's arrays, without those of the exchanges, which have a GroupNorm of their own."""
+  structure = build(name, IN_CHANNELS, CHANNELS, norm)
+  return {n for n in structure.shapes if ".of_up." not in n and ".of_down." not in n}
+
+
+@pytest.mark.parametrize("name", DETECTION_PYRAMIDS)
+def test_names_with_and_without_a_norm(name):
+  plain = convolutions(name)
+  kernels = {n for n in plain if n.endswith(".kernel")}
+  assert plain == kernels | {n.replace(".kernel", ".bias") for n in kernels}
+  assert {
+    f"fpn.lateral.{i}.kernel" if name == "bpa" else f"lateral.{i}.kernel" for i in range(4)
+  } <= kernels
+  leaves = ("scale", "bias", "mean", "var")
+  normed = {n.replace(".kernel", f".norm.norm.{leaf}") for n in kernels for leaf in leaves}
+  assert convolutions(name, "sync_bn") == kernels | normed
+
+
+@pytest.mark.parametrize("name", DETECTION_PYRAMIDS)
+def test_a_norm_is_over_valid_positions(name, rng):
+  """Padding changes neither the levels nor the running statistics, which training updates."""
+  structure = build(name, IN_CHANNELS, CHANNELS, "sync_bn")
+  zeros = {n: np.zeros(s.shape, s.dtype) for n, s in structure.shapes.items()}
+  arrays = randomised(structure.fill(zeros), rng)
+  sizes = [-(-SIZES[0] // 2**i) for i in range(4)]
+  images = [
+    rng.standard_normal((1, *size, c)).astype(np.float32)
+    for size, c in zip(sizes, IN_CHANNELS, strict=True)
+  ]
+
+  def run(margin):
+    levels = []
+    for i, (image, size) in enumerate(zip(images, sizes, strict=True)):
+      canvas = size + margin // 2**i
+      values = rng.standard_normal((1, *canvas, image.shape[-1])).astype(np.float32)
+      values[:, : size[0], : size[1]] = image
+      valid = valid_positions(jnp.asarray(size)[None], *map(int, canvas))
+      levels.append(FeatureMap(jnp.asarray(values), valid, 4 * 2**i))
+
+    @jax.jit
+    def call(arrays, levels):
+      module = structure.fill(arrays)
+      return [level.values_BHWC for level in module(levels, train=True)], arrays_of(module)
+
+    outputs, after = call(arrays, tuple(levels))
+    return [y[:, : s[0], : s[1]] for y, s in zip(outputs, sizes, strict=True)], after
+
+  (alone, after), (padded, after_padded) = run(0), run(16)
+  for ours, theirs in zip(padded, alone, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+  for array in arrays:
+    np.testing.assert_allclose(after_padded[array], after[array], rtol=1e-4, atol=1e-4)
+    is_running = array.endswith((".mean", ".var"))
+    assert np.any(after[array] != arrays[array]) == is_running

@@ -103,18 +103,19 @@ def test_without_auxiliary_loss_and_frozen(rng):
 
 
 @pytest.mark.parametrize(
-  ("field", "value", "told"),
+  ("field", "value", "message"),
   [
     ("pyramid.name", "fpn", "pyramid 'fpn' does not exist; choose one of ufp, .*none"),
-    ("pyramid.name", "none", "pyramid='none' has one level, and fpt needs several"),
+    ("pyramid.name", "none", "pyramid 'none' has one level, and fpt needs several"),
+    ("head.name", "standard", "head 'standard' does not exist; choose one of fcn, oc_base, "),
     ("pyramid.kernels", (1, 2, 3, 4), r"kernels=\(1, 2, 3, 4\) must be 4 odd numbers"),
-    ("norm", "layer", "norm='layer' does not exist"),
+    ("norm", "layer", "norm 'layer' does not exist"),
     ("backbone.output_stride", 4, "output_stride 4 does not exist; choose one of 32, 16, 8"),
   ],
 )
-def test_parts_that_do_not_exist_are_told(field, value, told):
+def test_parts_that_do_not_exist_are_refused(field, value, message):
   config = camvid.get_config()
   with config.unlocked():
     config.update_from_flattened_dict({f"model.{field}": value})
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     models.structure_of(config)

@@ -267,16 +267,16 @@ def run_sharded():
     assert_close(compiled(*arguments), oracle(*inputs, "dot", 1.0))
 
 
-def test_auto_chooses_by_size_and_says_so_once(caplog):
-  with caplog.at_level(logging.INFO, logger="absl"):
+def test_auto_chooses_by_size_and_logs_it_once(caplog):
+  with caplog.at_level(logging.INFO, logger="fpt_jax.ops.mos_attention"):
     for _ in range(2):
       small = jax.make_jaxpr(mos_attention)(*draw(1, 8, 8, 2, 4, 8)[:4])
       large = jax.make_jaxpr(mos_attention)(*draw(1, 1024, 1024, 2, 4, 8)[:4])
   assert "scan" not in str(small)
   assert "scan" in str(large)
   for choice in ("naive", "chunked"):
-    said = [r for r in caplog.records if f"runs as '{choice}'" in r.getMessage()]
-    assert len(said) <= 1
+    logged = [r for r in caplog.records if f"runs as '{choice}'" in r.getMessage()]
+    assert len(logged) <= 1
 
 
 @pytest.mark.parametrize(

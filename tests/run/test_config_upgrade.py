@@ -5,12 +5,12 @@ import json
 import pytest
 
 from fpt_jax.configs import cityscapes, coco_mask
-from fpt_jax.run import checkpoints
+from fpt_jax.run.config_file import read_config, write_config
 
 LATER = {
   coco_mask: (
     "data.canvas_multiple", "model.aligned", "model.canonical_size", "model.channel_order",
-    "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "model.test.flip",
+    "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
     "optim.frozen",
   ),
   cityscapes: ("model.swaps", "model.class_weights", "optim.frozen"),
@@ -28,12 +28,12 @@ def test_fields_of_later_versions(module, tmp_path):
       group = group[name]
     del group[field]
   (tmp_path / "config.json").write_text(json.dumps(older))
-  assert json.loads(checkpoints.read_config(str(tmp_path)).to_json()) == whole
+  assert json.loads(read_config(str(tmp_path)).to_json()) == whole
 
 
 def test_what_a_run_was_made_with_stays(tmp_path):
   config = coco_mask.get_config("small,backbone=efficientnet_lite0")
-  checkpoints.write_config(str(tmp_path), config)
-  read = checkpoints.read_config(str(tmp_path))
+  write_config(str(tmp_path), config)
+  read = read_config(str(tmp_path))
   assert read.model.pyramid.level_norm == "sync_bn"
   assert read.model.canonical_size == 84.0

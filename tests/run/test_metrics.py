@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from fpt_jax.run.metrics import Clock, MetricsWriter, read_metrics
+from fpt_jax.run.metrics import MetricsWriter, read_metrics
+from fpt_jax.run.progress import Clock
 
 
 def test_lines_beyond_the_step_resumed_from_are_taken_out(tmp_path):

@@ -116,7 +116,7 @@ class _Call:
 def test_names_that_are_no_tensors_are_refused(tmp_path, monkeypatch, content, name):
   monkeypatch.chdir(tmp_path)
   path = _save(tmp_path / "evil.pth", content)
-  with pytest.raises(UserError, match=rf"evil\.pth: asks for .*{name}"):
+  with pytest.raises(UserError, match=rf"evil\.pth: contains .*{name}"):
     read_state_dict(path)
   assert not (tmp_path / "harmed").exists()
 
@@ -124,7 +124,7 @@ def test_names_that_are_no_tensors_are_refused(tmp_path, monkeypatch, content, n
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ([1, 2], "holds an object of type list"),
+    ([1, 2], "contains an object of type list"),
     ({"epoch": 3}, "entry 'epoch' is of type int"),
     ({"model": collections.OrderedDict()}, "entry 'model' is of type OrderedDict"),
   ],

@@ -1,6 +1,6 @@
 """ADE20K scene parsing: images/{training,validation}/*.jpg and annotations/.../*.png.
 
-The label files hold 1..150, class + 1, and 0 where nothing is labelled.
+The label files hold class + 1, 1..150, and 0 for unlabeled pixels.
 Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017.
 """
 

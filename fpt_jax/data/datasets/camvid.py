@@ -1,8 +1,8 @@
 """CamVid with 11 classes: <split>/* and <split>annot/*.png, 11 = void.
 
-The lists beside the folders name the same files, with paths of another machine: they are not read.
+The lists next to the folders name the same files with the paths of another machine; they are not read.
 Brostow et al., "Semantic object classes in video: A high-definition ground truth database", 2009;
-the choice of classes and splits is that of Badrinarayanan et al., "SegNet", 2017.
+the classes and splits are those of Badrinarayanan et al., "SegNet", 2017.
 """
 
 import pathlib

@@ -8,8 +8,9 @@ import pathlib
 from fpt_jax.data.datasets import label_maps
 from fpt_jax.data.records.label_map import VOID
 
-NUM_IDS = 34  # 0..33 in the label files; most are not evaluated
-IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of each class
+# the number of each class in the label files, which hold 0..33; the others are not evaluated
+IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_NUM_IDS = 34
 _IMAGE, _LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
@@ -34,7 +35,7 @@ LAYOUT = label_maps.Layout(
     "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 "
     "00008e 000046 003c64 005064 0000e6 770b20"
   ),
-  class_of_id=dict.fromkeys(range(NUM_IDS), VOID) | {id_: i for i, id_ in enumerate(IDS)},
+  class_of_id=dict.fromkeys(range(_NUM_IDS), VOID) | {id_: i for i, id_ in enumerate(IDS)},
   splits=("train", "val"),
   pairs=_pairs,
 )

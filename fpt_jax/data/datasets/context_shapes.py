@@ -1,8 +1,8 @@
-"""Context Shapes: drawn images in which only a distant object tells what a small one is.
+"""Context Shapes: generated images in which the category of a small object depends on a distant one.
 
-Every image holds beacons, large circles or large squares but never both, and far from them small
-grey discs, the satellites. All satellites look alike: whether one is a satellite of a circle or of
-a square is written in the beacons alone. Triangles are large and tell nothing.
+Every image holds beacons, which are large circles or large squares but never both, and far from them
+small gray discs, the satellites. All satellites look the same: only the beacons determine whether one
+is a satellite of a circle or of a square. Triangles are large and carry no information.
 """
 
 import io
@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 
 from fpt_jax.data.datasets import label_maps
 from fpt_jax.data.records import instances
+from fpt_jax.data.records.examples import ordered_key
 from fpt_jax.errors import UserError
 from fpt_jax.run.progress import Progress
 
@@ -27,7 +28,18 @@ _OVERSAMPLING = 4
 
 
 class ContextShapes(tfds.core.GeneratorBasedBuilder):
-  """Draws the data set; the same seed gives the same images."""
+  """Draws the data set; the same seed gives the same images.
+
+  Args:
+    data_dir: folder of prepared data; each combination of the other arguments has a folder inside it.
+    train_size: number of images of the split "train".
+    val_size: number of images of the split "val".
+    image_size: height and width of the images in pixels, at least 64.
+    seed: seed of the drawing.
+
+  Raises:
+    UserError: a number is too small.
+  """
 
   VERSION = tfds.core.Version("1.1.0")
 
@@ -40,13 +52,6 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
     image_size: int = 128,
     seed: int = 0,
   ):
-    """Args:
-    data_dir: folder of prepared data; each combination of the others has one of its own in it.
-    train_size: images of the split "train".
-    val_size: images of the split "val".
-    image_size: pixels along an image's side, 64 or more.
-    seed: of the drawing.
-    """
     if image_size < 64 or min(train_size, val_size) < 1:
       raise UserError(
         f"data.builder: image_size={image_size} must be at least 64, train_size={train_size} and "
@@ -82,32 +87,31 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split: str, first_id: int) -> Iterator[tuple[int, dict]]:
     count = self._sizes[split]
-    progress = Progress(split, count)
-    for i in range(count):
-      example = draw_example(first_id + i, self._image_size, self._seed)
-      yield instances.ordered_key(i, count), example
-      progress.step()
+    with Progress(f"prepare {split}", count) as progress:
+      for i in range(count):
+        yield ordered_key(i, count), draw_example(first_id + i, self._image_size, self._seed)
+        progress.advance()
 
 
 def draw_example(image_id: int, size: int, seed: int) -> dict:
-  """Draws one image with its annotations, a pure function of its arguments.
+  """Draws one image with its annotations, as a pure function of the arguments.
 
   Args:
-    image_id: at least 1; no two images of a data set share one.
-    size: pixels along the image's side.
-    seed: of the data set.
+    image_id: id of the image, at least 1 and unique in the data set.
+    size: height and width of the image in pixels.
+    seed: seed of the data set.
 
   Returns:
-    a record in the form of `instances.features()`.
+    A record in the form of `instances.features()`.
   """
   rng = np.random.default_rng((seed, image_id))
   shapes = _place(rng, size)
   image_HW3 = _background(rng, size)
-  masks = []
+  masks: list[np.ndarray] = []
   for kind, box in shapes:
     coverage_HW = _coverage(kind, box, size, rng)
-    colour_HW3 = _texture(kind, size, rng)
-    image_HW3 += coverage_HW[..., None] * (colour_HW3 - image_HW3)
+    color_HW3 = _texture(kind, size, rng)
+    image_HW3 += coverage_HW[..., None] * (color_HW3 - image_HW3)
     mask_HW = coverage_HW >= 0.5
     masks = [below_HW & ~mask_HW for below_HW in masks] + [mask_HW]
   image_HW3 += 6 * rng.standard_normal(image_HW3.shape, np.float32)
@@ -147,14 +151,15 @@ def draw_example(image_id: int, size: int, seed: int) -> dict:
 def _place(rng: np.random.Generator, size: int) -> list[tuple[int, tuple[float, ...]]]:
   """Returns (kind, box) from bottom to top: 1-2 beacons, 0-2 triangles, 1-2 satellites.
 
-  A layout that does not fit is drawn anew, so that counts and places never tell the category.
+  A layout that does not fit is drawn again as a whole, so that counts and places carry no information
+  about the category.
   """
   beacon = int(rng.integers(_CIRCLE, _SQUARE + 1))
   while True:
     kinds = [beacon] * rng.integers(1, 3)
     kinds += [_TRIANGLE] * rng.integers(0, 3)
     kinds += [_SATELLITE] * rng.integers(1, 3)
-    shapes = []
+    shapes: list[tuple[int, tuple[float, ...]]] = []
     for kind in kinds:
       side = size * (rng.uniform(0.085, 0.125) if kind == _SATELLITE else rng.uniform(0.25, 0.38))
       x0, y0 = rng.uniform(1, size - 1 - side, 2)
@@ -164,7 +169,7 @@ def _place(rng: np.random.Generator, size: int) -> list[tuple[int, tuple[float, 
 
 
 def _compatible(a: tuple, b: tuple, size: int) -> bool:
-  """Large shapes may overlap a little, satellites touch nothing and stay far from beacons."""
+  """Whether two shapes fit: large ones may overlap a little, satellites are apart from all others."""
   (kind_a, (ax0, ay0, ax1, ay1)), (kind_b, (bx0, by0, bx1, by1)) = a, b
   gap_x, gap_y = max(ax0, bx0) - min(ax1, bx1), max(ay0, by0) - min(ay1, by1)
   kinds = {kind_a, kind_b}
@@ -176,7 +181,7 @@ def _compatible(a: tuple, b: tuple, size: int) -> bool:
 
 
 def _coverage(kind: int, box: tuple[float, ...], size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns float32 [size, size] in 0..1, the share of each pixel under the shape."""
+  """Returns the fraction of each pixel that the shape covers, float32 [size, size]."""
   canvas = PIL.Image.new("L", (size * _OVERSAMPLING,) * 2)
   draw = PIL.ImageDraw.Draw(canvas)
   x0, y0, x1, y1 = (v * _OVERSAMPLING for v in box)
@@ -191,21 +196,21 @@ def _coverage(kind: int, box: tuple[float, ...], size: int, rng: np.random.Gener
 
 
 def _texture(kind: int, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns float32 RGB [size, size, 3]: stripes of two colours, plain grey for satellites."""
+  """Returns float32 RGB [size, size, 3]: stripes of two colors, or plain gray for satellites."""
   if kind == _SATELLITE:
     return np.full((size, size, 3), rng.uniform(170, 215), np.float32)
   # the lighter stripe stands out from every background
-  colours = rng.uniform([[130], [20]], [[250], [235]], (2, 3)).astype(np.float32)
+  colors = rng.uniform([[130], [20]], [[250], [235]], (2, 3)).astype(np.float32)
   angle, phase = rng.uniform(0, 2 * np.pi, 2)
   steps_S = np.arange(size, dtype=np.float32) * np.float32(50 / size)
   across_SS = steps_S[None, :] * math.cos(angle) + steps_S[:, None] * math.sin(angle)
   wave_HW = np.sin(across_SS + np.float32(phase))
   mix_HW1 = (0.5 + 0.5 * wave_HW)[..., None]
-  return colours[0] * mix_HW1 + colours[1] * (1 - mix_HW1)
+  return colors[0] * mix_HW1 + colors[1] * (1 - mix_HW1)
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-  """Returns float32 RGB [size, size, 3]: a dark slope from one corner's colour to another's."""
+  """Returns float32 RGB [size, size, 3]: a gradient between dark colors of the four corners."""
   corners_223 = rng.uniform(40, 130, (2, 2, 3)).astype(np.float32)
   t = np.linspace(0, 1, size, dtype=np.float32)
   weights_2S = np.stack([1 - t, t])

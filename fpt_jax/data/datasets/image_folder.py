@@ -1,7 +1,8 @@
-"""Any data set of one's own: images/<split>/* and labels/<split>/*.png, 8 bits a pixel."""
+"""Any data set of the user's: images/<split>/* and labels/<split>/*.png, 8 bits per pixel."""
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from fpt_jax.data.datasets import label_maps
 from fpt_jax.data.records.label_map import VOID
@@ -17,27 +18,29 @@ def builder(
   num_classes: int = 0,
   class_names: Sequence[str] = (),
   void: int = VOID,
-  **arguments: object,
+  **arguments: Any,
 ) -> label_maps.LabelMaps:
-  """Returns the builder of a data set of the user's.
+  """Returns the builder of a user's data set.
 
   Args:
-    num_classes: the label files hold 0..num_classes-1; left out, as many as there are names.
-    class_names: name of class 0, 1, ...; left out, the classes are called by their numbers.
-    void: what the label files hold where there is no class; -1 for nothing of that kind.
-    **arguments: of `LabelMaps`.
+    num_classes: number of classes; the label files hold 0..num_classes-1. 0 to use the number of names.
+    class_names: names of the classes 0, 1, ...; () to name the classes by their numbers.
+    void: value that marks unlabeled pixels in the label files; -1 if every pixel is labeled.
+    **arguments: further arguments of `LabelMaps`.
 
   Raises:
-    UserError: the numbers do not fit each other.
+    UserError: the arguments contradict each other.
   """
   names = tuple(class_names) or tuple(map(str, range(num_classes)))
   if not 0 < len(names) < VOID or len(names) != (num_classes or len(names)):
     raise UserError(
-      f"data.builder: num_classes={num_classes} must be 1 to {VOID - 1}, and as many as "
-      f"class_names, which are {len(tuple(class_names))}"
+      f"data.builder: num_classes={num_classes} must be 1 to {VOID - 1}, and equal to the number of "
+      f"class_names, which is {len(tuple(class_names))}"
     )
   if void != -1 and not len(names) <= void <= 255:
-    raise UserError(f"data.builder.void={void} must lie beyond the classes, up to 255, or be -1")
+    raise UserError(
+      f"data.builder.void={void} must be -1, or from {len(names)} (the number of classes) to 255"
+    )
   layout = label_maps.Layout(
     name="image_folder",
     class_names=names,

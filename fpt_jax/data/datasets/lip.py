@@ -1,7 +1,7 @@
 """Look Into Person: <split>_images/*.jpg and <split>_segmentations/*.png.
 
-Either in the source itself, or in the folders TrainVal_images and TrainVal_parsing_annotations that
-the archives unpack to. Gong et al., "Look into Person", CVPR 2017. Left and right are the person's.
+Both lie in the source folder, or in its folders TrainVal_images and TrainVal_parsing_annotations, as the
+archives unpack. Gong et al., "Look into Person", CVPR 2017. Left and right are the person's.
 """
 
 import pathlib

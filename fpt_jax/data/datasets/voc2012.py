@@ -1,6 +1,6 @@
 """PASCAL VOC 2012: JPEGImages, SegmentationClass, and the lists in ImageSets/Segmentation.
 
-The source is the folder VOC2012 of the development kit. A split is a list, such as "trainval".
+The source is the folder VOC2012 of the development kit. Each list is a split, such as "trainval".
 Everingham et al., "The Pascal Visual Object Classes Challenge: A Retrospective", IJCV 2015.
 """
 

@@ -1,12 +1,14 @@
-"""Backbones by name: an image in, the levels C2 to C5 out."""
+"""Backbones by name: networks from an image to the levels C2..C5."""
 
 from flax import nnx
 
 from fpt_jax.models.backbones.efficientnet import EfficientNetLite0
-from fpt_jax.models.backbones.resnet import STAGE_BLOCKS, ResNet, check_choice
+from fpt_jax.models.backbones.resnet import STAGE_BLOCKS, ResNet
+from fpt_jax.models.choices import check_choice
 
 
 def resnet(config, **options) -> ResNet:
+  """Builds the ResNet that a config names; options are other arguments of `ResNet`."""
   return ResNet(
     config.name,
     width=config.width,
@@ -18,9 +20,11 @@ def resnet(config, **options) -> ResNet:
 
 
 def efficientnet_lite0(config, **options) -> EfficientNetLite0:
+  """Builds EfficientNet-Lite0; options are other arguments of `EfficientNetLite0`."""
   if config.context != "none":
     raise ValueError(
-      f"context {config.context!r} is for a ResNet, not for backbone {config.name!r}; set it to 'none'"
+      f"backbone {config.name!r} has no context blocks; set context={config.context!r} to 'none', or choose "
+      "a ResNet"
     )
   return EfficientNetLite0(norm=config.norm, **options)
 
@@ -29,19 +33,19 @@ BACKBONES = dict.fromkeys(STAGE_BLOCKS, resnet) | {"efficientnet_lite0": efficie
 
 
 def build_backbone(config, *, output_stride: int = 32, dtype, rngs: nnx.Rngs) -> nnx.Module:
-  """The backbone that the `model.backbone` part of a config names.
+  """Builds the backbone that a config names.
 
   Args:
-    config: that part.
-    output_stride: of the last level, 32, 16 or 8.
-    dtype: of the computation.
-    rngs: for the initial weights.
+    config: `model.backbone` part of a config.
+    output_stride: stride of the last level, pixels: 32, 16 or 8.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
 
   Returns:
-    A module (image_BHWC, valid_BHW, train) -> Pyramid, with `channels`, those of each level.
+    A module (image_BHWC, valid_BHW, *, train) -> Pyramid, with `channels`, the channels of each level.
 
   Raises:
-    ValueError: it, or a part of it, does not exist.
+    ValueError: the backbone or one of its options does not exist.
   """
   check_choice("backbone", config.name, tuple(BACKBONES))
   return BACKBONES[config.name](config, output_stride=output_stride, dtype=dtype, rngs=rngs)

@@ -1,26 +1,26 @@
-"""Context inside a ResNet: Non-local, Global Context, Attention-Augmented convolution.
+"""Context blocks inside a ResNet: Non-local, Global Context, Attention-Augmented convolution.
 
-A padded position is never attended to in any of them.
+Padded positions are never attended to.
 
 Shapes: B batch, H W rows and columns, C channels, N heads, D channels of a head's keys, Q = K = H W
-positions, X channels of a head's key and the H + W places where it can be, M = 1.
+positions, X channels of a head's keys plus the H + W rows and columns, M = 1.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.feature_map import FeatureMap, downsample_valid
+from fpt_jax.models.feature_map import FeatureMap, average_pool
 from fpt_jax.models.layers import Norm, conv
 from fpt_jax.ops.mos_attention import mos_attention
 
 CONTEXTS = ("none", "non_local", "global_context", "attention_augmented")
 
 HEADS = 8
-# Shares of an augmented convolution's channels, and the least channels a head's key has.
+# Shares of an augmented convolution's channels, and the smallest number of key channels per head.
 KEY_SHARE, VALUE_SHARE = 0.2, 0.1
 MIN_KEY_CHANNELS = 20
-# Relative positions are told apart up to here: no two positions of a map of 64 x 64 are farther apart.
+# Largest distance with its own embedding: the largest one on a map of 64 x 64 positions.
 MAX_DISTANCE = 63
 
 
@@ -29,14 +29,16 @@ class NonLocal(nnx.Module):
 
       z = x + BN(W_z softmax(theta(x) phi(x)^T / sqrt(C / 2)) g(x))
 
-  The paper writes no temperature; its release divides the logits by the root of the inner channels,
-  and so do we. It starts as the identity (section 4.1): the scale of a trained normalisation after
-  W_z starts at zero. Where the normalisation is not trained ("frozen_bn", "none") there is none, and
+  The paper has no temperature; its release divides the logits by the square root of the inner channels,
+  as we do. The block starts as the identity (section 4.1): the scale of a trained normalisation after W_z
+  starts at zero. Where the normalisation would not be trained ("frozen_bn", "none"), it is left out, and
   W_z itself starts at zero. Keys and values are not subsampled.
 
   Args:
-    channels: C, in and out; the inner ones are half of them (section 3.3).
-    norm: see `layers.Norm`.
+    channels: input and output channels C; there are half as many inner channels (section 3.3).
+    norm: normalisation, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(self, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -53,7 +55,7 @@ class NonLocal(nnx.Module):
       self.norm.norm.scale[...] = jnp.zeros(channels)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-    """The map with what all its valid positions say added to each of them."""
+    """Returns the map plus, at each position, the attention to all valid positions."""
     x_BHWC = x.values_BHWC
     B, H, W, _ = x_BHWC.shape
     q_BQMD, k_BKMD = (f(x_BHWC).reshape(B, H * W, 1, -1) for f in (self.theta, self.phi))
@@ -70,17 +72,18 @@ class NonLocal(nnx.Module):
 
 
 class GlobalContext(nnx.Module):
-  """The global context block (Cao et al. 2019, section 3.3, fig. 4d): what the whole image adds to
-  every position.
+  """The global context block (Cao et al. 2019, section 3.3, fig. 4d).
 
       z_i = x_i + W_v2 relu(LN(W_v1 sum_j softmax_j(W_k x_j) x_j))
 
-  W_v2 starts at zero, so that the block starts as the identity. W_k has no bias: a softmax would
-  not see it.
+  W_v2 starts at zero, so that the block starts as the identity. W_k has no bias, to which a softmax is
+  invariant.
 
   Args:
-    channels: C, in and out.
-    ratio: C over the channels of the bottleneck (16 in the paper's COCO models, section 4.1).
+    channels: input and output channels C.
+    ratio: C over the channels of the bottleneck, 16 in the paper's COCO models (section 4.1).
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(self, channels: int, *, ratio: int = 16, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -93,46 +96,53 @@ class GlobalContext(nnx.Module):
     self.expand = nnx.Linear(inner, channels, kernel_init=zeros, **options)
 
   def __call__(self, x_BHWC: jax.Array, *, valid_BHW: jax.Array) -> jax.Array:
-    """[B, H, W, C] of the same dtype; statistics of the softmax are float32."""
+    """Adds the context of the valid positions to [B, H, W, C]; the softmax is computed in float32."""
     logits_BHW = self.key(x_BHWC)[..., 0].astype(jnp.float32)
     logits_BHW = jnp.where(valid_BHW, logits_BHW, jnp.finfo(jnp.float32).min)
     share_BHW = jax.nn.softmax(logits_BHW, axis=(1, 2))
     share_BHW = jnp.where(valid_BHW, share_BHW, 0)
-    seen_BHWC = jnp.where(valid_BHW[..., None], x_BHWC, 0)
+    masked_BHWC = jnp.where(valid_BHW[..., None], x_BHWC, 0)
     context_BC = jnp.einsum(
-      "bhw,bhwc->bc", share_BHW.astype(x_BHWC.dtype), seen_BHWC, preferred_element_type=jnp.float32
+      "bhw,bhwc->bc",
+      share_BHW.astype(x_BHWC.dtype),
+      masked_BHWC,
+      preferred_element_type=jnp.float32,
     )
     hidden = nnx.relu(self.norm(self.squeeze(context_BC.astype(x_BHWC.dtype))))
     return x_BHWC + self.expand(hidden)[:, None, None]
 
 
 class AttentionAugmentedConv(nnx.Module):
-  """A 3x3 convolution, a part of whose channels are attention's (Bello et al. 2019, section 3).
+  """A 3x3 convolution with some channels replaced by attention (Bello et al. 2019, section 3).
 
       y = concat(conv(x), MHA(x)),   logits_ij = q_i (k_j + r_w[column_j - column_i]
                                                           + r_h[row_j - row_i]) / sqrt(D)
 
-  of 8 heads (eq. 1 to 5). Keys have 0.2 and values 0.1 of the output's channels, to the nearest
-  multiple of the heads, keys at least 20 a head (section 4). The embeddings r are shared by the heads.
+  MHA has 8 heads (eq. 1 to 5). Keys have 0.2 and values 0.1 of the output's channels, rounded to the
+  nearest multiple of the number of heads, and keys at least 20 channels per head (section 4). The heads
+  share the embeddings r.
 
-  The paper has one embedding for every distance on its one size of map. Images of detection have all
-  sizes: here are 127 for a direction, for -63 to 63, and what is farther apart counts as 63 apart.
+  The paper has one embedding for every distance on maps of one size. Images for detection have all sizes:
+  here there are 127 embeddings per direction, for distances from -63 to 63, and larger distances count
+  as 63.
 
-  The logits of relative positions are a dot product too, of the query's logits over all rows and
-  columns with a one in the key's own: so `mos_attention` computes everything and bounds the memory.
+  The logits of relative positions are a dot product too, of the query's logits over all rows and columns
+  with a one at the key's row and column. So `mos_attention` computes everything and bounds the memory.
 
   `downsample` attends on a coarser grid (section 3.3): 3x3 average pooling with stride 2 over valid
-  positions before, bilinear interpolation after. In a strided block, where the paper says nothing,
-  attention has the convolution's stride by the same pooling. Position i of a pooled map lies on
+  positions before, bilinear interpolation after. In a strided block, which the paper does not specify,
+  the same pooling gives attention the stride of the convolution. Position i of a pooled map lies on
   position 2i of the finer one, as with our convolutions, so interpolation is exact there.
 
   Args:
-    in_channels, out_channels: of the whole.
-    stride, dilation: of the convolution; a dilation does not change attention.
-    downsample: attend at half the output's resolution.
+    in_channels, out_channels: channels of the input and the output.
+    stride, dilation: stride and dilation of the convolution; attention has no dilation.
+    downsample: whether to attend at half the output's resolution.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
 
   Raises:
-    ValueError: too few channels to leave some to the convolution.
+    ValueError: attention would take all channels.
   """
 
   def __init__(
@@ -151,7 +161,7 @@ class AttentionAugmentedConv(nnx.Module):
     if self.value_channels >= out_channels:
       raise ValueError(
         f"an attention-augmented convolution needs more than {HEADS} channels, got {out_channels}; "
-        "widen the backbone"
+        "set a larger backbone.width"
       )
     self.poolings = (stride == 2) + downsample
     self.downsample = downsample
@@ -174,7 +184,15 @@ class AttentionAugmentedConv(nnx.Module):
     self.context.columns = nnx.Param(init(rngs.params(), shape, jnp.float32))
 
   def __call__(self, x_BHWC: jax.Array, *, valid_BHW: jax.Array) -> jax.Array:
-    """[B, ceil(H / stride), ceil(W / stride), out_channels], the convolution's channels first."""
+    """Convolves and attends.
+
+    Args:
+      x_BHWC: [B, H, W, in_channels] features.
+      valid_BHW: [B, H, W] bool, the positions that are attended to.
+
+    Returns:
+      [B, ceil(H / stride), ceil(W / stride), out_channels], the channels of the convolution first.
+    """
     convolved_BHWC = self.conv(x_BHWC)
     x = FeatureMap(x_BHWC, valid_BHW, 1)
     for _ in range(self.poolings):
@@ -185,7 +203,7 @@ class AttentionAugmentedConv(nnx.Module):
     return jnp.concatenate([convolved_BHWC, attended.values_BHWC], axis=-1)
 
   def attend(self, x: FeatureMap) -> jax.Array:
-    """[B, H, W, value_channels]: the heads side by side."""
+    """Returns the outputs of all heads, concatenated: [B, H, W, value_channels]."""
     B, H, W, _ = x.values_BHWC.shape
     K = self.key_channels
     qkv_BHWC = self.context.qkv(x.masked())
@@ -208,7 +226,7 @@ class AttentionAugmentedConv(nnx.Module):
     place_BHWNX = jnp.broadcast_to(place_HWX[None, :, :, None], (B, H, W, HEADS, H + W))
     k_BHWNX = jnp.concatenate([k_BHWND, place_BHWNX], axis=-1)
 
-    def by_head(y_BHWND):  # heads join the batch: they share nothing from here on
+    def by_head(y_BHWND):  # Heads become part of the batch: from here on, they share nothing.
       return jnp.moveaxis(y_BHWND, 3, 1).reshape(B * HEADS, H * W, -1)
 
     out_BQC = mos_attention(
@@ -223,31 +241,21 @@ class AttentionAugmentedConv(nnx.Module):
 
 
 def of_distance(table_RD: jax.Array, size: int) -> jax.Array:
-  """[size, size, D]: of query i and key j, the embedding of the distance j - i."""
+  """[size, size, D]: the embedding of the distance j - i, for query i and key j."""
   positions = jnp.arange(size)
   distance = positions[None, :] - positions[:, None]
   return table_RD[jnp.clip(distance, -MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE]
 
 
-def average_pool(x: FeatureMap) -> FeatureMap:
-  """3x3 means over valid positions, with stride 2: [B, ceil(H / 2), ceil(W / 2), C]."""
-
-  def window_sums(y_BHWC):
-    return jax.lax.reduce_window(
-      y_BHWC, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
-    )
-
-  count_BHW1 = window_sums(x.valid_BHW[..., None].astype(jnp.float32))
-  mean_BHWC = window_sums(x.masked().astype(jnp.float32)) / jnp.maximum(count_BHW1, 1)
-  return FeatureMap(
-    mean_BHWC.astype(x.values_BHWC.dtype), downsample_valid(x.valid_BHW, 2), x.stride * 2
-  )
-
-
 def interpolate(x: FeatureMap, height: int, width: int) -> FeatureMap:
-  """Bilinear, to twice the resolution: position i goes to 2i, between two valid ones lies their mean.
+  """Doubles the resolution of a map by bilinear interpolation over valid positions.
 
-  Beyond the last valid position of a row or a column, that one is repeated.
+  Position i becomes position 2i; a position between two valid ones is their mean. Behind the last valid
+  position of a row or a column, that position is repeated.
+
+  Args:
+    x: map to interpolate.
+    height, width: size of the result, at most twice that of the map.
   """
 
   def double(y, size, axis):

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan & Le 2019, and its Lite release: ReLU6, no squeeze-and-excitation).
 
-Padding is TensorFlow's "SAME", which the released weights were trained with: of an even map, a strided
-convolution pads more at the bottom and the right.
+Padding is TensorFlow's "SAME", which the released weights were trained with: on maps of even size, a
+strided convolution pads more at the bottom and the right.
 
 Shapes: B batch, H W rows and columns, C channels.
 """
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.backbones.resnet import OUTPUT_STRIDES, check_choice
+from fpt_jax.models.backbones.resnet import OUTPUT_STRIDES
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
 from fpt_jax.models.layers import Norm, pointwise
 from fpt_jax.ops.depthwise import depthwise
@@ -21,7 +22,16 @@ EPSILON = 1e-3  # of the normalisations, as in the release
 
 
 class Stage(NamedTuple):
-  """Blocks of one kind; the first has the stride. `level`: its last map belongs to the pyramid."""
+  """Consecutive blocks with the same options.
+
+  Attributes:
+    blocks: number of blocks.
+    kernel: side of the depthwise kernel.
+    stride: stride of the first block.
+    expansion: inner channels of a block over its input channels.
+    channels: output channels.
+    level: whether the output of the last block is a level of the pyramid.
+  """
 
   blocks: int
   kernel: int
@@ -44,7 +54,7 @@ STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
 
 
 def same_conv(in_channels, out_channels, kernel, *, stride=1, dilation=1, groups=1, options):
-  """A k x k convolution without bias, padded as TensorFlow's "SAME"."""
+  """Builds a k x k convolution without a bias, padded as TensorFlow's "SAME"."""
   convolution = jax.lax.conv_general_dilated
   if kernel == 1:
     convolution = pointwise
@@ -66,9 +76,16 @@ def same_conv(in_channels, out_channels, kernel, *, stride=1, dilation=1, groups
 
 
 class MBConv(nnx.Module):
-  """An inverted residual: 1x1 to more channels, depthwise k x k with the stride, 1x1 to few.
+  """An inverted residual block: 1x1 to more channels, depthwise k x k with the stride, 1x1 to fewer.
 
-  The last convolution has no activation; where the shape stays, the input is added.
+  The last convolution has no activation. The input is added where its shape is that of the output.
+
+  Args:
+    in_channels, out_channels: channels of the input and the output.
+    kernel, expansion: see `Stage`.
+    stride, dilation: stride and dilation of the depthwise convolution.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    options: `dtype` and `rngs` of the layers.
   """
 
   def __init__(
@@ -101,18 +118,18 @@ class MBConv(nnx.Module):
 
 
 class EfficientNetLite0(nnx.Module):
-  """The features of an image with strides 4, 8, 16, 32 and 24, 40, 112, 320 channels.
+  """EfficientNet-Lite0 with levels of strides 4, 8, 16, 32 and 24, 40, 112, 320 channels.
 
   Args:
-    norm: see `layers.Norm`; "frozen_bn" for pretrained backbones.
-    output_stride: of the last level, 32, 16 or 8; stages that would go beyond have dilations instead
-      of strides, as in `ResNet`.
-    classes: also build the ImageNet classifier with this many classes; 0 for none.
-    dtype: of the computation; parameters are float32.
-    rngs: for the initial weights.
+    norm: normalisation, see `layers.Norm`; "frozen_bn" for pretrained backbones.
+    output_stride: stride of the last level, pixels: 32, 16 or 8. Stages that would exceed it have
+      dilations instead of strides, as in `ResNet`.
+    classes: number of classes of an ImageNet classifier to build as well; 0 for none.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
 
   Raises:
-    ValueError: the output stride is none of these.
+    ValueError: the output stride does not exist.
   """
 
   channels = tuple(stage.channels for stage in STAGES if stage.level)
@@ -150,7 +167,7 @@ class EfficientNetLite0(nnx.Module):
         )
         blocks.append(block)
         in_channels = stage.channels
-        dilation *= missing  # from the next block on, as in `ResNet`
+        dilation *= missing  # for the blocks after this one, as in `ResNet`
     self.blocks = nnx.List(blocks)
     self.classes = classes
     if classes:
@@ -161,16 +178,16 @@ class EfficientNetLite0(nnx.Module):
   def __call__(
     self, image_BHWC: jax.Array, valid_BHW: jax.Array, *, train: bool = False
   ) -> Pyramid:
-    """Four levels of normalised images.
+    """Computes the features of normalised images.
 
     Args:
       image_BHWC: [B, H, W, 3] float, normalised, zero on padding.
-      valid_BHW: [B, H, W] bool.
+      valid_BHW: [B, H, W] bool, the positions on the image.
       train: use and update batch statistics where the norm has any.
 
     Returns:
-      Levels of strides 4, 8, 16, 32, none greater than the output stride, and `self.channels`
-      channels.
+      Four levels of strides 4, 8, 16, 32, or the output stride where that is smaller, with
+      `self.channels` channels.
     """
     valid = downsample_valid(valid_BHW, 2)
     y = nnx.relu6(self.stem_bn(self.stem(image_BHWC), valid_BHW=valid, train=train))
@@ -184,7 +201,11 @@ class EfficientNetLite0(nnx.Module):
     return tuple(levels)
 
   def classify(self, image_BHWC: jax.Array) -> jax.Array:
-    """[B, classes] ImageNet logits of normalised images without padding."""
+    """Returns the ImageNet logits, [B, classes], of normalised images without padding.
+
+    Raises:
+      ValueError: there is no classifier.
+    """
     if not self.classes:
       raise ValueError("this EfficientNet was built without a classifier (classes=0)")
     last = self(image_BHWC, jnp.ones(image_BHWC.shape[:3], bool))[-1]

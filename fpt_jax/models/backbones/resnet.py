@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2016), dilated and with blocks of context where asked for.
+"""ResNet (He et al. 2016), optionally dilated or with context blocks.
 
 Shapes: B batch, H W rows and columns, C channels.
 """
@@ -16,6 +16,7 @@ from fpt_jax.models.backbones.context_blocks import (
   GlobalContext,
   NonLocal,
 )
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
 from fpt_jax.models.layers import Norm, conv
 
@@ -30,7 +31,16 @@ OUTPUT_STRIDES = (32, 16, 8)
 
 
 class BasicBlock(nnx.Module):
-  """Two 3x3 convolutions around a shortcut; the first has the stride, the second may be augmented."""
+  """Two 3x3 convolutions with a shortcut; the first has the stride, the second may be augmented.
+
+  Args:
+    in_channels, width: channels of the input and the output.
+    stride: stride of the block.
+    dilations: dilations of the two convolutions.
+    context: context block, see `Context`.
+    norm: normalisation, see `layers.Norm`.
+    options: `dtype` and `rngs` of the layers.
+  """
 
   expansion = 1
 
@@ -56,7 +66,18 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3 and 1x1 convolutions around a shortcut; four times as wide outside."""
+  """1x1, 3x3 and 1x1 convolutions with a shortcut.
+
+  Args:
+    in_channels: channels of the input.
+    width: inner channels; the output has four times as many.
+    stride: stride of the block.
+    dilations: dilation of the 3x3 convolution if it has the stride, and if the first 1x1 one has it.
+    stride_in: convolution with the stride, "3x3" or "1x1".
+    context: context block, see `Context`.
+    norm: normalisation, see `layers.Norm`.
+    options: `dtype` and `rngs` of the layers.
+  """
 
   expansion = 4
 
@@ -88,14 +109,19 @@ class Bottleneck(nnx.Module):
 
 
 class Context(NamedTuple):
-  """What stands in a block: a name of `context_blocks.CONTEXTS`, and where attention is coarser."""
+  """The context in a residual block.
+
+  Attributes:
+    kind: one of `context_blocks.CONTEXTS`.
+    downsample: whether an augmented convolution attends at half the resolution.
+  """
 
   kind: str
   downsample: bool
 
 
 def convolution(in_channels, out_channels, stride, dilation, context: Context, options):
-  """The 3x3 convolution of a block, augmented with attention where the context is."""
+  """Builds the 3x3 convolution of a block, augmented with attention if the context says so."""
   if context.kind == "attention_augmented":
     return AttentionAugmentedConv(
       in_channels,
@@ -109,13 +135,20 @@ def convolution(in_channels, out_channels, stride, dilation, context: Context, o
 
 
 def convolve(convolution, x_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
+  """Applies a convolution built by `convolution`; only attention uses the valid positions."""
   if isinstance(convolution, AttentionAugmentedConv):
     return convolution(x_BHWC, valid_BHW=valid_BHW)
   return convolution(x_BHWC)
 
 
 class Shortcut(nnx.Module):
-  """The identity, or a strided 1x1 convolution where the shape changes."""
+  """The identity, or a strided 1x1 convolution where the shape changes.
+
+  Args:
+    in_channels, out_channels, stride: channels and stride of the block.
+    norm: normalisation behind the convolution, see `layers.Norm`.
+    options: `dtype` and `rngs` of the layers.
+  """
 
   def __init__(self, in_channels, out_channels, stride, *, norm, options):
     self.projects = stride != 1 or in_channels != out_channels
@@ -130,28 +163,28 @@ class Shortcut(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  """The features C2..C5 of an image.
+  """A ResNet with the levels C2..C5.
 
   Args:
     name: "resnet18", "resnet34", "resnet50" or "resnet101".
-    width: channels of the stem and of the first stage's inner convolutions (64 in the paper).
-    norm: see `layers.Norm`; "frozen_bn" for pretrained backbones.
-    context: "non_local", one block before the last residual block of C4 (Wang et al. 2018, section 6);
-      "global_context", in every residual block of C3 to C5, after its last normalisation (Cao et al.
-      2019, section 4.1); "attention_augmented", the 3x3 convolutions of C3 to C5, attention on a
+    width: channels of the stem and of the inner convolutions of the first stage, 64 in the paper.
+    norm: normalisation, see `layers.Norm`; "frozen_bn" for pretrained backbones.
+    context: "non_local": one block before the last residual block of C4 (Wang et al. 2018, section 6);
+      "global_context": a block in every residual block of C3 to C5, after its last normalisation (Cao et
+      al. 2019, section 4.1); "attention_augmented": the 3x3 convolutions of C3 to C5, with attention on a
       coarser grid where the stride is 8 (Bello et al. 2019, section 4.2); or "none".
-    stride_in: the convolution of a bottleneck that has the stride: "3x3" as torchvision, "1x1" as
-      the paper and weights from Caffe.
-    output_stride: of C5, 32, 16 or 8; stages that would go beyond have dilations 2 and 4 instead of
-      strides (Yu et al. 2017, dilated residual networks). The convolution that has lost its stride
-      still sees the map before it, by whose dilation it goes: so every 2nd or 4th position has what the
-      network without dilations has, for whose weights this matters.
-    classes: also build the ImageNet classifier with this many classes; 0 for none.
-    dtype: of the computation; parameters are float32.
-    rngs: for the initial weights.
+    stride_in: convolution of a bottleneck with the stride: "3x3" as in torchvision, or "1x1" as in the
+      paper and in weights from Caffe.
+    output_stride: stride of C5, pixels: 32, 16 or 8. Stages that would exceed it have dilations 2 and 4
+      instead of strides (Yu et al. 2017, dilated residual networks). The convolution whose stride is
+      removed keeps the dilation of the stage before, so that every 2nd or 4th position equals a position
+      of the network without dilations, whose weights are used.
+    classes: number of classes of an ImageNet classifier to build as well; 0 for none.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
 
   Raises:
-    ValueError: for a name or number that is none of these.
+    ValueError: the name or one of the options does not exist.
   """
 
   def __init__(
@@ -210,16 +243,16 @@ class ResNet(nnx.Module):
   def __call__(
     self, image_BHWC: jax.Array, valid_BHW: jax.Array, *, train: bool = False
   ) -> Pyramid:
-    """C2..C5 of normalised images.
+    """Computes C2..C5 of normalised images.
 
     Args:
       image_BHWC: [B, H, W, 3] float, normalised, zero on padding.
-      valid_BHW: [B, H, W] bool.
+      valid_BHW: [B, H, W] bool, the positions on the image.
       train: use and update batch statistics where the norm has any.
 
     Returns:
-      Four levels of strides 4, 8, 16, 32, none greater than the output stride, and `self.channels`
-      channels.
+      Four levels of strides 4, 8, 16, 32, or the output stride where that is smaller, with
+      `self.channels` channels.
     """
     valid = downsample_valid(valid_BHW, 2)
     with jax.named_scope("conv1"):
@@ -238,16 +271,12 @@ class ResNet(nnx.Module):
     return tuple(levels)
 
   def classify(self, image_BHWC: jax.Array) -> jax.Array:
-    """[B, classes] ImageNet logits of normalised images without padding."""
+    """Returns the ImageNet logits, [B, classes], of normalised images without padding.
+
+    Raises:
+      ValueError: there is no classifier.
+    """
     if self.fc is None:
       raise ValueError("this ResNet was built without a classifier (classes=0)")
     c5 = self(image_BHWC, jnp.ones(image_BHWC.shape[:3], bool))[-1]
     return self.fc(jnp.mean(c5.values_BHWC, axis=(1, 2)))
-
-
-def check_choice(what: str, value, choices: tuple) -> None:
-  """Raises ValueError where a part of a backbone that is asked for does not exist."""
-  if value not in choices:
-    raise ValueError(
-      f"{what} {value!r} does not exist; choose one of {', '.join(map(str, choices))}"
-    )

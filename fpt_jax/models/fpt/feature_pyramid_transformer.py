@@ -1,9 +1,10 @@
-"""The wiring of the three transformers: a pyramid in, a richer one of the same sizes out (paper, fig. 2)."""
+"""The three transformers between the levels of a pyramid (paper, fig. 2)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, as_pyramid
 from fpt_jax.models.fpt.grounding_transformer import GroundingTransformer
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
@@ -14,28 +15,32 @@ SCOPES = ("all", "adjacent")
 
 
 class FeaturePyramidTransformer(nnx.Module):
-  """Transforms any feature pyramid into one of the same sizes with richer contexts.
+  """Transforms a feature pyramid into one of the same sizes with richer contexts.
 
-  Level l becomes a 3x3 convolution of the concatenation of itself, its self-transformed version, the
-  grounded version from every coarser level and the rendered version from every finer one, followed by
-  normalisation and DropBlock (paper, fig. 2 and 3.5).
+  Each level is concatenated with its self-transformed version, the grounded version from every coarser
+  level and the rendered version from every finer level. A 3x3 convolution, a normalisation and DropBlock
+  follow (paper, fig. 2 and section 3.5).
 
   Args:
-    in_channels: channels of each level, fine to coarse. A level that is not `channels` thick goes through a
-      1x1 convolution first.
+    in_channels: channels of each level, fine to coarse. A level with another number than `channels` goes
+      through a 1x1 convolution first.
     channels: channels of every output level, 256 in the paper.
     self_transformer, grounding_transformer, rendering_transformer: which of the three to build.
-    self_parts, grounding_parts: softmaxes in the mixtures, 2 and 4 in the paper.
-    window: None for the global Grounding Transformer; 5 for the paper's locality-constrained one.
-    scope: a level hears "all" other levels or the "adjacent" ones only.
-    gate: of the Rendering Transformer.
-    scale: of the similarities; None for 1 / sqrt(channels of a part).
-    norm: see `layers.Norm`.
-    drop_block_size, keep_probability: DropBlock of every output (5 and 0.9 for instances, 3 and 0.9 for
-      pixels in the paper).
-    implementation: of the attention, see `ops.mos_attention`.
-    dtype: of the computation; parameters are float32.
-    rngs: for the initial weights.
+    self_parts, grounding_parts: number of softmaxes in the mixtures, 2 and 4 in the paper.
+    window: side of the window of the locality-constrained Grounding Transformer, positions, 5 in the
+      paper; None for the global one.
+    scope: "all" for transformers between all pairs of levels, "adjacent" for neighbouring levels only.
+    gate: gate of the Rendering Transformer, "identity" (paper) or "sigmoid".
+    scale: factor of the similarities; None for 1 / sqrt(channels of a part).
+    norm: normalisation of every output level, see `layers.Norm`.
+    drop_block_size, keep_probability: DropBlock of every output level, see `layers.drop_block` (5 and 0.9
+      for detection, 3 and 0.9 for segmentation in the paper).
+    implementation: implementation of the attention, see `ops.mos_attention`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: an option does not exist, or the channels cannot be divided into the parts.
   """
 
   def __init__(
@@ -59,8 +64,7 @@ class FeaturePyramidTransformer(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if scope not in SCOPES:
-      raise ValueError(f"scope={scope!r} does not exist; choose one of {', '.join(SCOPES)}")
+    check_choice("scope", scope, SCOPES)
     self.channels = channels
     self.drop_block_size = drop_block_size
     self.keep_probability = keep_probability
@@ -68,7 +72,7 @@ class FeaturePyramidTransformer(nnx.Module):
     attention = dict(scale=scale, implementation=implementation, **common)
     levels = range(len(in_channels))
 
-    def heard(level: int, others) -> list[int]:
+    def sources(level: int, others) -> list[int]:
       return [o for o in others if scope == "all" or abs(o - level) == 1]
 
     self.project = nnx.List(
@@ -89,7 +93,7 @@ class FeaturePyramidTransformer(nnx.Module):
             f"from_{coarse}": GroundingTransformer(
               channels, channels, channels, parts=grounding_parts, window=window, **attention
             )
-            for coarse in heard(level, levels[level + 1 :])
+            for coarse in sources(level, levels[level + 1 :])
             if grounding_transformer
           }
         )
@@ -101,7 +105,7 @@ class FeaturePyramidTransformer(nnx.Module):
         nnx.Dict(
           {
             f"from_{fine}": RenderingTransformer(channels, channels, gate=gate, **common)
-            for fine in heard(level, levels[:level])
+            for fine in sources(level, levels[:level])
             if rendering_transformer
           }
         )
@@ -117,22 +121,22 @@ class FeaturePyramidTransformer(nnx.Module):
       self.norm.append(Norm(norm, channels, **common))
 
   def __call__(self, pyramid, *, key: jax.Array | None = None):
-    """The transformed pyramid.
+    """Transforms a pyramid.
 
     Args:
-      pyramid: fine to coarse, `FeatureMap`s or plain [B, H, W, C] arrays.
-      key: a PRNG key to train (DropBlock, batch statistics); None to infer.
+      pyramid: levels, fine to coarse, `FeatureMap`s or plain [B, H, W, C] arrays.
+      key: PRNG key for training (DropBlock, batch statistics); None for inference.
 
     Returns:
-      A tuple of the kind given: `FeatureMap`s or arrays, sizes as given, `channels` thick.
+      A tuple of `FeatureMap`s or arrays, as given, of the same sizes, with `channels` channels.
 
     Raises:
-      ValueError: the number of levels or their channels are not those the module was built for, or sizes
-        are no (rounded) multiples of each other.
+      ValueError: the number of levels or their channels are not those the module was built for, or the
+        sizes are not (rounded) multiples of each other.
     """
     given = tuple(pyramid)
     if len(given) != len(self.project):
-      raise ValueError(f"built for {len(self.project)} levels, got {len(given)}")
+      raise ValueError(f"this FPT was built for {len(self.project)} levels, got {len(given)}")
     levels = tuple(
       level if project is None else level.with_values(project(level.values_BHWC))
       for level, project in zip(as_pyramid(given), self.project, strict=True)
@@ -140,7 +144,7 @@ class FeaturePyramidTransformer(nnx.Module):
     for i, level in enumerate(levels):
       if level.channels != self.channels:
         raise ValueError(
-          f"level {i} was announced as {self.channels} channels, got {level.channels}"
+          f"this FPT was built for {self.channels} channels at level {i}, got {level.channels}"
         )
     outputs = []
     for i, level in enumerate(levels):
@@ -160,6 +164,7 @@ class FeaturePyramidTransformer(nnx.Module):
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
 
   def fused(self, i: int, level: FeatureMap, parts: list[jax.Array], key) -> FeatureMap:
+    """Fuses level i and its transformed versions: convolution, normalisation, DropBlock."""
     concatenated = level.with_values(jnp.concatenate(parts, axis=-1))
     y = self.norm[i](
       self.fuse[i](concatenated.masked()), valid_BHW=level.valid_BHW, train=key is not None
@@ -176,11 +181,21 @@ class FeaturePyramidTransformer(nnx.Module):
 
 
 def source_level(name: str) -> int:
+  """Returns the index of the level in a name such as "from_2"."""
   return int(name.removeprefix("from_"))
 
 
 def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTransformer:
-  """The FPT that the `model` part of a config describes, on a pyramid of equally thick levels."""
+  """Builds the FPT that a config describes.
+
+  Args:
+    config: `model` part of a config.
+    levels: number of levels, all with `config.pyramid.channels` channels.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: an option does not exist, or the channels cannot be divided into the parts.
+  """
   options = {k: v for k, v in config.fpt.items() if k != "enabled"}
   channels = config.pyramid.channels
   return FeaturePyramidTransformer(

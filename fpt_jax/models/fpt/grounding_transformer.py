@@ -1,4 +1,4 @@
-"""Grounding Transformer: the concepts of a coarse level brought down to pixels (paper, 3.3)."""
+"""Grounding Transformer: a fine level attends to a coarse one (paper, section 3.3)."""
 
 from flax import nnx
 
@@ -10,13 +10,14 @@ class GroundingTransformer(nnx.Module):
   """Every fine position attends to the coarse map by negative squared distance (paper, eq. 4 and 5).
 
   Args:
-    fine_channels: channels of the map that asks.
-    coarse_channels: channels of the map that answers.
+    fine_channels: channels of the fine map (queries).
+    coarse_channels: channels of the coarse map (keys and values).
     channels: channels of the result.
-    parts: softmaxes in the mixture, 4 in the paper.
-    window: None for the whole coarse map; an odd side for the locality-constrained version, whose
-      positions beyond the map count as zero keys and zero values (square_size, 5 in the paper).
-    options: see `NonLocalInteraction`.
+    parts: number of softmaxes in the mixture, 4 in the paper.
+    window: None for the whole coarse map; an odd side for the locality-constrained version, where
+      positions outside the map count as zero keys and zero values (square_size, 5 in the paper).
+    rngs: source of the initial weights.
+    options: other arguments of `NonLocalInteraction`.
   """
 
   def __init__(
@@ -42,5 +43,5 @@ class GroundingTransformer(nnx.Module):
     )
 
   def __call__(self, fine: FeatureMap, coarse: FeatureMap):
-    """[B, H, W, C]: the transformed fine map."""
+    """Returns the transformed fine map, [B, H, W, C]."""
     return self.interaction(fine, coarse)

@@ -1,4 +1,4 @@
-"""The non-local interaction under the Self- and the Grounding Transformer (paper, 3.1 to 3.3).
+"""The non-local interaction of the Self- and the Grounding Transformer (paper, sections 3.1 to 3.3).
 
 Shapes: B batch, H W rows and columns of the query map, h w of the source map, Q = H W queries, K = h w
 keys, M parts of the mixture of softmaxes, D channels of a part, C channels.
@@ -19,13 +19,18 @@ class NonLocalInteraction(nnx.Module):
 
   Args:
     query_channels: channels of the map that is transformed.
-    source_channels: channels of the map that keys and values come from.
+    source_channels: channels of the map of keys and values.
     channels: channels of queries, keys, values and of the result.
-    parts: the number N of softmaxes; queries and keys are divided into as many parts.
+    parts: number of softmaxes N; queries and keys are divided into as many parts.
     similarity: "dot" (eq. 3) or "euclidean" (eq. 4).
     scale: factor of the similarity; None for 1 / sqrt(channels of a part).
-    window: None for all positions, or the odd side of the local square of keys (paper, 3.3).
+    window: None for all positions, or the odd side of the local square of keys (paper, section 3.3).
     implementation: see `ops.mos_attention` and `ops.local_attention`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: the channels cannot be divided into the parts.
   """
 
   def __init__(
@@ -56,14 +61,14 @@ class NonLocalInteraction(nnx.Module):
     self.implementation = implementation
 
   def mixture_weights(self, k_BhwC: jax.Array, valid_Bhw: jax.Array) -> jax.Array:
-    """[B, M] pi of eq. 2: a softmax over w_n^T k-bar, k-bar the mean key over valid positions."""
+    """[B, M]: pi of eq. 2, a softmax over w_n^T k-bar, with k-bar the mean key over valid positions."""
     weight_BhwC = valid_Bhw[..., None].astype(jnp.float32)
     count_B1 = jnp.maximum(jnp.sum(weight_BhwC, axis=(1, 2)), 1)
     mean_key_BC = jnp.sum(k_BhwC.astype(jnp.float32) * weight_BhwC, axis=(1, 2)) / count_B1
     return jax.nn.softmax(self.mixture(mean_key_BC), axis=-1)
 
   def __call__(self, query: FeatureMap, source: FeatureMap) -> jax.Array:
-    """[B, H, W, C]: `query`'s positions, each a mixture of `source`'s values."""
+    """Returns [B, H, W, C]: for each position of `query`, a weighted mean of the values of `source`."""
     q_BHWC = self.query(query.values_BHWC)
     k_BhwC = self.key(source.values_BHWC)
     v_BhwC = self.value(source.values_BHWC)

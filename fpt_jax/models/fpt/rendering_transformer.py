@@ -1,4 +1,4 @@
-"""Rendering Transformer: a coarse level drawn with the attributes of a fine one (paper, 3.4).
+"""Rendering Transformer: a fine level weights the channels of a coarse one (paper, section 3.4).
 
 Shapes: B batch, H W rows and columns of the coarse map, C channels.
 """
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, mean_over_valid
 from fpt_jax.models.layers import conv
 
@@ -14,25 +15,37 @@ GATES = {"identity": lambda w: w, "sigmoid": jax.nn.sigmoid}
 
 
 def strided_padding(fine: int, coarse: int, stride: int) -> tuple[int, int]:
-  """Padding of a strided 3x3 convolution whose output position i is centred on input i * stride.
+  """Computes the padding of a strided 3x3 convolution along one axis.
+
+  Args:
+    fine, coarse: number of positions of the input and the output.
+    stride: stride of the convolution.
+
+  Returns:
+    Zeros before and after, so that output position i is centred on input position i * stride.
 
   Raises:
-    ValueError: the sizes are not the stride apart.
+    ValueError: the sizes do not fit the stride.
   """
   if abs(fine - stride * coarse) >= stride:
     raise ValueError(
-      f"a level of {fine} positions cannot render one of {coarse} at {stride} times its stride"
+      f"a level of {fine} positions cannot render a level of {coarse} positions with stride {stride}"
     )
   return 1, (coarse - 1) * stride + 2 - fine
 
 
 class RenderingTransformer(nnx.Module):
-  """Channel attention from the fine map's mean, plus the fine map, downsampled (paper, eq. 6).
+  """Channel attention from the mean of the fine map, plus the downsampled fine map (paper, eq. 6).
 
   Args:
-    coarse_channels: channels of the map that is rendered (Q), and of the result.
-    fine_channels: channels of the map that renders (K and V).
-    gate: what the pooled weight goes through before it multiplies: "identity" (paper) or "sigmoid".
+    coarse_channels: channels of the coarse map (Q), and of the result.
+    fine_channels: channels of the fine map (K and V).
+    gate: function of the pooled weights: "identity" (paper) or "sigmoid".
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: the gate does not exist, or the numbers of channels differ.
   """
 
   def __init__(
@@ -44,11 +57,11 @@ class RenderingTransformer(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if gate not in GATES:
-      raise ValueError(f"gate={gate!r} does not exist; choose one of {', '.join(GATES)}")
+    check_choice("gate", gate, GATES)
     if coarse_channels != fine_channels:
       raise ValueError(
-        f"the weights of {fine_channels} fine channels cannot multiply {coarse_channels} coarse channels"
+        f"the fine and the coarse map need the same number of channels, got {fine_channels} and "
+        f"{coarse_channels}"
       )
     channels = coarse_channels
     init = nnx.initializers.lecun_normal()
@@ -58,10 +71,10 @@ class RenderingTransformer(nnx.Module):
     self.gate = gate
 
   def __call__(self, coarse: FeatureMap, fine: FeatureMap) -> jax.Array:
-    """[B, H, W, C]: the rendered coarse map.
+    """Returns the rendered coarse map, [B, H, W, C].
 
     Raises:
-      ValueError: the maps' sizes do not agree with their strides.
+      ValueError: the sizes of the maps do not fit their strides.
     """
     weight_BC = GATES[self.gate](mean_over_valid(fine)).astype(coarse.values_BHWC.dtype)
     attended = coarse.with_values(coarse.values_BHWC * weight_BC[:, None, None])
@@ -70,7 +83,7 @@ class RenderingTransformer(nnx.Module):
     return self.fuse(fused.masked())
 
   def downsampled_value(self, fine: FeatureMap, coarse: FeatureMap) -> jax.Array:
-    """[B, H, W, C]: one 3x3 convolution whose stride is the ratio of the two scales."""
+    """[B, H, W, C]: a 3x3 convolution of the fine map whose stride is the ratio of the two strides."""
     stride = coarse.stride // fine.stride
     padding = [strided_padding(f, c, stride) for f, c in zip(fine.size, coarse.size, strict=True)]
     kernel = self.downsample.kernel[...].astype(self.downsample.dtype)

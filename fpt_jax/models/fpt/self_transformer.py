@@ -1,4 +1,4 @@
-"""Self-Transformer: objects that occur together on one level (paper, 3.2)."""
+"""Self-Transformer: a level attends to itself (paper, section 3.2)."""
 
 from flax import nnx
 
@@ -7,13 +7,14 @@ from fpt_jax.models.fpt.non_local import NonLocalInteraction
 
 
 class SelfTransformer(nnx.Module):
-  """Every position of a map attends to all of the same map, by dot product (paper, eq. 3).
+  """Every position of a map attends to all positions of the map, by dot product (paper, eq. 3).
 
   Args:
     in_channels: channels of the map.
     channels: channels of the result.
-    parts: softmaxes in the mixture, 2 in the paper.
-    options: see `NonLocalInteraction`.
+    parts: number of softmaxes in the mixture, 2 in the paper.
+    rngs: source of the initial weights.
+    options: other arguments of `NonLocalInteraction`.
   """
 
   def __init__(
@@ -24,5 +25,5 @@ class SelfTransformer(nnx.Module):
     )
 
   def __call__(self, level: FeatureMap):
-    """[B, H, W, C]: the transformed map, of the size of its input."""
+    """Returns the transformed map, [B, H, W, C]."""
     return self.interaction(level, level)

@@ -1,34 +1,38 @@
-"""Task heads on top of a feature pyramid."""
+"""Box and mask heads of detectors by name."""
 
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.heads.augmented import AugmentedBoxHead, AugmentedMaskHead
 from fpt_jax.models.heads.box import BoxHead
 from fpt_jax.models.heads.mask import MaskHead
 
-# by name: a box head, a mask head; "augmented" ones are given each region from every level
+# box head and mask head by name; the input of "augmented" heads is each region pooled from every level
 HEADS = {"standard": (BoxHead, MaskHead), "augmented": (AugmentedBoxHead, AugmentedMaskHead)}
 
 
 def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Module | None]:
-  """The box head and the mask head that the `model` part of a config describes; None for no masks.
+  """Builds the box head and the mask head that a config describes.
 
   Args:
-    config: see `configs/common.py`.
-    levels: how many levels of the pyramid have regions.
+    config: `model` part of a detection config.
+    levels: number of levels of the pyramid that regions are pooled from.
     options: `dtype` and `rngs` of the heads.
+
+  Returns:
+    The box head, and the mask head or None where the config has no masks.
 
   Raises:
     ValueError: the head does not exist.
   """
-  if config.head not in HEADS:
-    raise ValueError(f"head {config.head!r} does not exist; choose one of {', '.join(HEADS)}")
-  box_head, mask_head = HEADS[config.head]
+  name = config.head.name
+  check_choice("head", name, HEADS)
+  box_head, mask_head = HEADS[name]
   box, mask = config.box_head, config.mask_head
   options["num_classes"] = config.num_classes
   channels = config.pyramid.channels
   mask_options = dict(hidden=mask.hidden, layers=mask.layers)
-  if config.head == "augmented":
+  if name == "augmented":
     options["levels"] = levels
     mask_options["pool_size"] = mask.pool_size
   return (

@@ -1,10 +1,10 @@
 """The box and mask heads of PANet (Liu et al., Path Aggregation Network, CVPR 2018), "AH" in table 3.
 
-Adaptive feature pooling (3.2): a region is cut out of every level, each goes through a first layer of its
-own, and the largest value of all levels goes on. Fully-connected fusion (3.3): the mask head has a second
-branch that sees the whole region at once. Heavier head (4.2): four convolutions in front of the box head's
-fully connected layer. All convolutions are 3x3 with GroupNorm and ReLU, as in the authors' code
-(github.com/ShuLiu1993/PANet).
+Adaptive feature pooling (section 3.2): a region is pooled from every level, goes through a separate first
+layer for each level, and the element-wise maximum over the levels is taken. Fully-connected fusion (3.3):
+the mask head has a second branch with a fully connected layer on the whole region. Heavier head (4.2): four
+convolutions before the box head's fully connected layer. All convolutions are 3x3 with GroupNorm and ReLU,
+as in the authors' code (github.com/ShuLiu1993/PANet).
 
 Shapes: B batch, R regions, N all regions of a batch, P side of the pooled square, C channels, K classes
 with background as 0.
@@ -22,7 +22,14 @@ from fpt_jax.models.layers import Norm, conv
 
 
 class RegionConv(nnx.Module):
-  """A 3x3 convolution without a bias, GroupNorm and ReLU on [N, P, P, C], all of which is region."""
+  """A 3x3 convolution without a bias, GroupNorm and ReLU on [N, P, P, C] pooled regions.
+
+  Args:
+    in_channels, channels: channels of the input and the output.
+    in_control_flow: see `layers.conv_arguments`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+  """
 
   def __init__(
     self,
@@ -44,13 +51,19 @@ class RegionConv(nnx.Module):
 
 
 class FusedLevels(nnx.Module):
-  """A first convolution for each level, and the element-wise maximum over the levels (3.2)."""
+  """A separate first convolution for each level, and the element-wise maximum over levels (section 3.2).
+
+  Args:
+    levels: number of levels.
+    in_channels, channels: channels of the input and the output.
+    options: other arguments of `RegionConv`.
+  """
 
   def __init__(self, levels: int, in_channels: int, channels: int, **options):
     self.convs = nnx.List([RegionConv(in_channels, channels, **options) for _ in range(levels)])
 
   def __call__(self, pooled: tuple[jax.Array, ...]) -> jax.Array:
-    """[N, P, P, C] from [B, R, P, P, C] of every level, in order."""
+    """[N, P, P, C], N = B R, from the [B, R, P, P, C] regions of every level, fine to coarse."""
     return functools.reduce(
       jnp.maximum,
       [layer(x.reshape(-1, *x.shape[2:])) for layer, x in zip(self.convs, pooled, strict=True)],
@@ -58,15 +71,17 @@ class FusedLevels(nnx.Module):
 
 
 class AugmentedBoxHead(nnx.Module):
-  """Adaptive feature pooling, three more convolutions, one fully connected layer, and what it tells.
+  """Adaptive feature pooling, three more convolutions, a fully connected layer, and the outputs.
 
   Args:
-    channels: of the pooled features and of the convolutions.
-    levels: how many levels a region is pooled from.
+    channels: channels of the pooled features and of the convolutions.
+    levels: number of levels that a region is pooled from.
     pool_size: side P of the pooled square.
-    hidden: width of the fully connected layer (1024 in PANet).
-    num_classes: foreground classes; background is added as class 0.
-    layers: number of 3x3 convolutions, the levels' own included (4 in PANet).
+    hidden: width of the fully connected layer, 1024 in PANet.
+    num_classes: number of foreground classes; background is added as class 0.
+    layers: number of 3x3 convolutions including the first one of each level, 4 in PANet.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -91,7 +106,14 @@ class AugmentedBoxHead(nnx.Module):
 
   @jax.named_scope("box_head")
   def __call__(self, pooled: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, R, K] and deltas [B, R, K, 4] in float32, from [B, R, P, P, C] of every level."""
+    """Classifies regions and refines their boxes.
+
+    Args:
+      pooled: [B, R, P, P, C] regions of every level, fine to coarse.
+
+    Returns:
+      Logits [B, R, K] and deltas [B, R, K, 4], float32.
+    """
     x_NPPC = self.fused(pooled)
     for layer in self.convs:
       x_NPPC = layer(x_NPPC)
@@ -102,19 +124,22 @@ class AugmentedBoxHead(nnx.Module):
 class AugmentedMaskHead(nnx.Module):
   """Adaptive feature pooling, two more convolutions, and two branches whose logits are added.
 
-  One branch is the end of a usual mask head: a convolution, a transposed one, a logit a class. The other
-  tells foreground from background whatever the class: two convolutions, of which the second halves the
-  channels, and a fully connected layer with an output for every pixel (3.3). Its outputs are logits of
-  either sign; the authors' code cuts the negative ones off, which the paper does not say.
+  One branch is the end of a standard mask head: a convolution, a transposed convolution, one logit per
+  class. The other separates foreground from background, independently of the class: two convolutions, of
+  which the second halves the channels, and a fully connected layer with one output per pixel (section
+  3.3). Its outputs are logits of either sign; the authors' code clips negative ones to zero, which the
+  paper does not mention.
 
   Args:
-    channels: of the pooled features.
-    levels: how many levels a region is pooled from.
+    channels: channels of the pooled features.
+    levels: number of levels that a region is pooled from.
     pool_size: side P of the pooled square.
-    hidden: channels of the convolutions (256 in PANet).
-    layers: number of 3x3 convolutions in front of the transposed one, the levels' own first one and the
-      branch's own last one included (4 in PANet); at least 2.
-    num_classes: foreground classes; class 0, background, has a map too.
+    hidden: channels of the convolutions, 256 in PANet.
+    layers: number of 3x3 convolutions before the transposed one, including the first one of each level
+      and the last one, which belongs to the branch; 4 in PANet, at least 2.
+    num_classes: number of foreground classes; class 0, background, has a map too.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
 
   Raises:
     ValueError: fewer than 2 layers.
@@ -151,7 +176,15 @@ class AugmentedMaskHead(nnx.Module):
 
   @jax.named_scope("mask_head")
   def __call__(self, pooled: tuple[jax.Array, ...], labels_BR: jax.Array) -> jax.Array:
-    """Logits [B, R, 2P, 2P] in float32 of each region's own class, from [B, R, P, P, C] of every level."""
+    """Predicts the mask of each region.
+
+    Args:
+      pooled: [B, R, P, P, C] regions of every level, fine to coarse.
+      labels_BR: [B, R] int32, the class of each region.
+
+    Returns:
+      [B, R, 2P, 2P] float32 logits of each region's class.
+    """
     batch, regions, side = pooled[0].shape[:3]
     x_NPPC = self.fused(pooled)
     for layer in self.convs:

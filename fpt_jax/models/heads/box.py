@@ -1,4 +1,4 @@
-"""Box head: what is in a region, and where exactly (Girshick 2015; Lin et al. 2017).
+"""Box head: the class of a region and its refined box (Girshick 2015; Lin et al. 2017).
 
 Shapes: B batch, R regions, P side of the pooled square, C channels, K classes with background as 0.
 """
@@ -12,10 +12,12 @@ class BoxHead(nnx.Module):
   """Two fully connected layers, then class logits and a box refinement for every class.
 
   Args:
-    channels: of the pooled features.
+    channels: channels of the pooled features.
     pool_size: side P of the pooled square.
-    hidden: width of the two layers (1024 in FPN).
-    num_classes: foreground classes; background is added as class 0.
+    hidden: width of the two layers, 1024 in FPN.
+    num_classes: number of foreground classes; background is added as class 0.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -36,7 +38,7 @@ class BoxHead(nnx.Module):
 
   @jax.named_scope("box_head")
   def __call__(self, pooled_BRPPC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, R, K] and deltas [B, R, K, 4] in float32."""
+    """Returns the logits [B, R, K] and deltas [B, R, K, 4], float32, of [B, R, P, P, C] regions."""
     batch, regions = pooled_BRPPC.shape[:2]
     x = nnx.relu(self.fc6(pooled_BRPPC.reshape(batch, regions, -1)))
     return read_out(nnx.relu(self.fc7(x)), self.cls_score, self.bbox_pred)
@@ -45,22 +47,28 @@ class BoxHead(nnx.Module):
 def box_outputs(
   hidden: int, num_classes: int, *, dtype, rngs: nnx.Rngs
 ) -> tuple[nnx.Linear, nnx.Linear]:
-  """The last layers of a box head: a logit and a box refinement for every class, background included."""
-  return tuple(
-    nnx.Linear(
-      hidden,
-      outputs * (num_classes + 1),
-      kernel_init=nnx.initializers.normal(spread),
-      dtype=dtype,
-      rngs=rngs,
-    )
-    for outputs, spread in ((1, 0.01), (4, 0.001))
-  )
+  """Builds the last layers of a box head: class logits, and a box refinement for every class.
+
+  Args:
+    hidden: channels of their input.
+    num_classes: number of foreground classes; background is added as class 0.
+    dtype: dtype of the computation.
+    rngs: source of the initial weights.
+
+  Returns:
+    The layer of the logits and that of the deltas.
+  """
+
+  def linear(outputs: int, spread: float) -> nnx.Linear:
+    init = nnx.initializers.normal(spread)
+    return nnx.Linear(hidden, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+
+  return linear(num_classes + 1, 0.01), linear(4 * (num_classes + 1), 0.001)
 
 
 def read_out(
   x_BRC: jax.Array, cls_score: nnx.Linear, bbox_pred: nnx.Linear
 ) -> tuple[jax.Array, jax.Array]:
-  """Logits [B, R, K] and deltas [B, R, K, 4] in float32."""
+  """Returns the logits [B, R, K] and deltas [B, R, K, 4], float32, of [B, R, C] features."""
   deltas = bbox_pred(x_BRC).reshape(*x_BRC.shape[:2], -1, 4)
   return cls_score(x_BRC).astype(jnp.float32), deltas.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""CFNet: which features occur together, and what they say (Zhang et al. 2019, the paper's [41]).
+"""CFNet: co-occurrent features (Zhang et al. 2019, reference [41] of the paper).
 
 Shapes: B batch, H W rows and columns, h w those of the co-occurrent features, C channels, M parts of
 the mixture of softmaxes, D channels of a part, Q = H W, K = h w.
@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.backbones.context_blocks import average_pool
-from fpt_jax.models.feature_map import FeatureMap, mean_over_valid
+from fpt_jax.models.feature_map import FeatureMap, average_pool, mean_over_valid
 from fpt_jax.models.layers import ConvNorm, Norm, conv
 from fpt_jax.ops.mos_attention import mos_attention
 
@@ -22,23 +21,24 @@ class AggregatedCoOccurrentFeature(nnx.Module):
       y_t = x_t + BN(W sum_c p(c | t) v_c),   p(c | t) = sum_m pi_m softmax_c(q_tm . k_cm / sqrt(M D))
 
   The co-occurrent feature model p is a mixture of softmaxes whose prior pi is a softmax of w_m . q-bar,
-  q-bar the mean over the image. As in the release, targets and co-occurrent features share their
-  1x1 convolution, and the latter are 3x3 means with stride 2. The number of parts, and one head, are ours.
+  with q-bar the mean over the image. As in the release, targets and co-occurrent features share their
+  1x1 convolution, and the latter are 3x3 means with stride 2. The number of parts and the single head
+  are our choices.
 
   Args:
-    in_channels: of the map.
-    channels: in between and out, 512 in CFNet.
-    output_stride: of the map; it makes no difference here.
-    norm: see `layers.Norm`.
+    in_channels: channels of the map.
+    channels: inner and output channels, 512 in CFNet.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
 
   Raises:
     ValueError: the inner channels cannot be divided into the parts.
   """
 
   def __init__(
-    self, in_channels, channels, *, output_stride, norm, dtype=jnp.float32, rngs: nnx.Rngs
+    self, in_channels: int, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs
   ):
-    del output_stride
     inner = channels // 2
     if inner % PARTS:
       raise ValueError(f"head.hidden={channels}: its half cannot be divided into {PARTS} parts")

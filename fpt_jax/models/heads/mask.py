@@ -1,4 +1,4 @@
-"""Mask head: the shape of what is in a region (He et al. 2017).
+"""Mask head: the mask of the object in a region (He et al. 2017).
 
 Shapes: B batch, R regions, P side of the pooled square, C channels, K classes with background as 0.
 """
@@ -11,13 +11,15 @@ from fpt_jax.models.layers import conv
 
 
 class MaskHead(nnx.Module):
-  """3x3 convolutions, a 2x2 transposed convolution of stride 2, and a logit a class.
+  """3x3 convolutions, a 2x2 transposed convolution of stride 2, and one logit per class.
 
   Args:
-    channels: of the pooled features.
-    hidden: channels of the convolutions (256 in Mask R-CNN).
-    layers: number of 3x3 convolutions (4 in Mask R-CNN).
-    num_classes: foreground classes; class 0, background, has a map too, as in torchvision.
+    channels: channels of the pooled features.
+    hidden: channels of the convolutions, 256 in Mask R-CNN.
+    layers: number of 3x3 convolutions, 4 in Mask R-CNN.
+    num_classes: number of foreground classes; class 0, background, has a map too, as in torchvision.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -46,7 +48,15 @@ class MaskHead(nnx.Module):
 
   @jax.named_scope("mask_head")
   def __call__(self, pooled_BRPPC: jax.Array, labels_BR: jax.Array) -> jax.Array:
-    """Logits [B, R, 2P, 2P] in float32 of each region's own class; nobody looks at the others'."""
+    """Predicts the mask of each region; logits of other classes are not computed.
+
+    Args:
+      pooled_BRPPC: [B, R, P, P, C] pooled regions.
+      labels_BR: [B, R] int32, the class of each region.
+
+    Returns:
+      [B, R, 2P, 2P] float32 logits of each region's class.
+    """
     batch, regions = pooled_BRPPC.shape[:2]
     x_NPPC = pooled_BRPPC.reshape(-1, *pooled_BRPPC.shape[2:])
     for layer in self.convs:
@@ -59,7 +69,7 @@ class MaskHead(nnx.Module):
     return logits_NPP.reshape(batch, regions, *logits_NPP.shape[1:])
 
   def upsample(self, x_NPPC: jax.Array) -> jax.Array:
-    """[N, P, P, C] to [N, 2P, 2P, C]."""
+    """[N, 2P, 2P, C]: the transposed convolution of [N, P, P, C]."""
     n, height, width, channels = x_NPPC.shape
     y = self.deconv(x_NPPC).reshape(n, height, width, 2, 2, channels)
     y = y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, channels)

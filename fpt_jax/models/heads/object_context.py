@@ -1,10 +1,10 @@
-"""Object context: what the pixels of the same object say (OCNet, Yuan & Wang 2018).
+"""Object context: features of the pixels of the same object (OCNet, Yuan & Wang 2018).
 
-Each module stands where the segmentation head has its 3x3 convolution: on the concatenated levels of
-a pyramid it is the paper's competitor of table 5, on C5 alone OCNet itself.
+Each module takes the place of the 3x3 convolution of the segmentation head. On the concatenated levels
+of a pyramid it is the paper's competitor in table 5, on C5 alone OCNet itself.
 
-Shapes: B batch, H W rows and columns, C channels, D channels of a key, n regions a side, Q = K = H W
-positions, M = 1 softmax.
+Shapes: B batch, H W rows and columns, C channels, D channels of a key, n regions per side, Q = K = H W
+positions.
 """
 
 import jax
@@ -13,27 +13,29 @@ from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.layers import ConvNorm, conv
+from fpt_jax.models.pixel_attention import attend, concatenated
 from fpt_jax.ops.bins import extents
-from fpt_jax.ops.mos_attention import mos_attention
 
-REGIONS = (1, 2, 3, 6)  # a side, of the pyramid (OCNet, 3.3)
-RATES = (12, 24, 36)  # of the atrous convolutions at stride 8 (OCNet, 3.3)
+REGIONS = (1, 2, 3, 6)  # per side, of the pyramid (OCNet, section 3.3)
+RATES = (12, 24, 36)  # of the dilated convolutions at stride 8 (OCNet, section 3.3)
 # Added to the similarity of positions of one region: exp(-1024) is 0 in float32. A power of two, which
-# bfloat16 holds exactly.
+# bfloat16 represents exactly.
 _SAME_REGION = 1024.0
 
 
 class ObjectContextPooling(nnx.Module):
-  """The mean of all positions' values, weighted with how alike their keys are (OCNet, 3.2, eq. 1, 2).
+  """The mean of all values, weighted by the similarity of their keys (OCNet, section 3.2, eq. 1, 2).
 
       c_i = W sum_j softmax_j(k_i . k_j / sqrt(D)) v_j
 
-  As in the release, queries are keys: one 1x1 convolution with a normalisation makes both.
+  As in the release, queries and keys are the same: one 1x1 convolution with a normalisation.
 
   Args:
-    channels: C, in and out.
-    regions: n; a position attends to those of its own of n x n regions of the image.
-    norm: see `layers.Norm`.
+    channels: input and output channels C.
+    regions: n; a position attends within its own region, one of n x n regions of the image.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
@@ -59,19 +61,19 @@ class ObjectContextPooling(nnx.Module):
 
 
 class BaseObjectContext(nnx.Module):
-  """base-OC: a 3x3 convolution, its object context beside it, a 1x1 convolution (OCNet, 3.3, fig. 4a).
+  """base-OC: a 3x3 convolution, its object context, and a 1x1 convolution of both (section 3.3, fig. 4a).
 
   Args:
-    in_channels: of the map.
-    channels: in between and out, 512 in OCNet.
-    output_stride: of the map; it makes no difference here.
-    norm: see `layers.Norm`.
+    in_channels: channels of the map.
+    channels: inner and output channels, 512 in OCNet.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
-    self, in_channels, channels, *, output_stride, norm, dtype=jnp.float32, rngs: nnx.Rngs
+    self, in_channels: int, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs
   ):
-    del output_stride
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.reduce = ConvNorm(in_channels, channels, 3, **options)
     self.context = ObjectContextPooling(channels, **options)
@@ -79,24 +81,28 @@ class BaseObjectContext(nnx.Module):
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     x = self.reduce(x, train=train)
-    return self.fuse(beside(self.context(x, train=train), x), train=train)
+    return self.fuse(concatenated(self.context(x, train=train), x), train=train)
 
 
 class PyramidObjectContext(nnx.Module):
-  """pyramid-OC: contexts of the whole, of quarters, ninths and thirty-sixths (OCNet, 3.3, fig. 4b).
+  """pyramid-OC: contexts of the image, its quarters, ninths and thirty-sixths (section 3.3, fig. 4b).
 
-  The map goes through a 1x1 convolution to as many channels as the four contexts have together, and
-  beside them through another. Regions divide the image without its padding. All four contexts are
-  computed over all pairs of positions, whose similarity decides by whether they share a region: one
-  dense product, no gathers, at four times the cost of base-OC.
+  The contexts are concatenated with the map, which a 1x1 convolution widens to as many channels as the
+  four contexts have together; another 1x1 convolution follows. Regions divide the image without its
+  padding. Each context is computed over all pairs of positions, and a term of the similarity restricts
+  it to one region: dense products without gathers, at four times the cost of base-OC.
 
-  Args: see `BaseObjectContext`.
+  Args:
+    in_channels: channels of the map.
+    channels: inner and output channels, 512 in OCNet.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
-    self, in_channels, channels, *, output_stride, norm, dtype=jnp.float32, rngs: nnx.Rngs
+    self, in_channels: int, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs
   ):
-    del output_stride
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.reduce = ConvNorm(in_channels, channels, 3, **options)
     self.contexts = nnx.List(
@@ -108,24 +114,33 @@ class PyramidObjectContext(nnx.Module):
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     x = self.reduce(x, train=train)
     contexts = [context(x, train=train) for context in self.contexts]
-    return self.fuse(beside(self.widen(x, train=train), *contexts), train=train)
+    return self.fuse(concatenated(self.widen(x, train=train), *contexts), train=train)
 
 
 class AtrousObjectContext(nnx.Module):
-  """ASP-OC: object context as the fifth branch of an atrous pyramid (OCNet, 3.3, fig. 4c).
+  """ASP-OC: object context as the fifth branch of an atrous pyramid (section 3.3, fig. 4c).
 
-  Five branches of half the channels: a 3x3 convolution and its object context, a 1x1 convolution, and
-  3x3 convolutions with rates 12, 24 and 36 at stride 8; together through a 1x1 convolution.
+  Five branches with half the channels: a 3x3 convolution and its object context, a 1x1 convolution, and
+  3x3 convolutions with rates 12, 24 and 36 at stride 8. A 1x1 convolution fuses them.
 
   Args:
-    in_channels: of the map.
-    channels: out, 512 in OCNet.
-    output_stride: of the map.
-    norm: see `layers.Norm`.
+    in_channels: channels of the map.
+    channels: output channels, 512 in OCNet.
+    output_stride: stride of the map, pixels.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
-    self, in_channels, channels, *, output_stride, norm, dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    in_channels: int,
+    channels: int,
+    *,
+    output_stride: int,
+    norm: str,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     inner = channels // 2
@@ -142,24 +157,20 @@ class AtrousObjectContext(nnx.Module):
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     context = self.context(self.reduce(x, train=train), train=train)
-    return self.fuse(beside(context, *(b(x, train=train) for b in self.branches)), train=train)
-
-
-def attend(q_BHWD, k_BhwD, v_BhwC, valid_Bhw) -> jax.Array:
-  """[B, H, W, C]: attention under one softmax, of similarities that are scaled already."""
-  B, H, W, D = q_BHWD.shape
-  out_BQC = mos_attention(
-    q_BHWD.reshape(B, H * W, 1, D),
-    k_BhwD.reshape(B, -1, 1, D),
-    v_BhwC.reshape(B, -1, v_BhwC.shape[-1]),
-    jnp.ones((B, 1), jnp.float32),
-    key_valid_BK=valid_Bhw.reshape(B, -1),
-  )
-  return out_BQC.reshape(B, H, W, -1)
+    branches = [branch(x, train=train) for branch in self.branches]
+    return self.fuse(concatenated(context, *branches), train=train)
 
 
 def of_region(valid_BHW: jax.Array, regions: int) -> jax.Array:
-  """[B, H, W, n * n]: one where a position lies in a region of its image, row by row of regions."""
+  """Marks the region of every position.
+
+  Args:
+    valid_BHW: [B, H, W] bool, a rectangle in the upper left corner; regions divide it.
+    regions: n, regions per side.
+
+  Returns:
+    [B, H, W, n * n]: one where the position lies in the region, else zero; regions row by row.
+  """
 
   def one_hot(extent_B, size):
     index_BH = jnp.arange(size)[None] * regions // jnp.maximum(extent_B, 1)[:, None]
@@ -171,8 +182,3 @@ def of_region(valid_BHW: jax.Array, regions: int) -> jax.Array:
   )
   place_BHWnm = rows_BHn[:, :, None, :, None] * columns_BWm[:, None, :, None, :]
   return place_BHWnm.reshape(*valid_BHW.shape, regions**2)
-
-
-def beside(*maps: FeatureMap) -> FeatureMap:
-  """Maps of one size as one, channels behind each other."""
-  return maps[0].with_values(jnp.concatenate([m.values_BHWC for m in maps], axis=-1))

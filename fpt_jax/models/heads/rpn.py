@@ -19,13 +19,15 @@ MIN_PROPOSAL_SIDE = 1e-3
 
 
 class RegionProposalNetwork(nnx.Module):
-  """One small head slid over every level; anchors of one size a level.
+  """A small convolutional head on every level, with anchors of one size per level.
 
   Args:
-    channels: of the pyramid.
-    config: `anchor_sizes` (pixels, one a level), `aspect_ratios`, `fg_threshold`, `bg_threshold`,
-      `samples`, `positive_fraction`, `nms_threshold`, and `pre_nms`, `post_nms` counts for `train` and
-      `test`.
+    channels: channels of the pyramid.
+    config: `model.rpn` part of a config: `anchor_sizes` (pixels, one tuple per level), `aspect_ratios`
+      (height / width), `fg_threshold` and `bg_threshold` (IoU), `samples`, `positive_fraction`,
+      `nms_threshold` (IoU), and the counts `pre_nms` and `post_nms` for `train` and `test`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(self, channels: int, config, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -39,7 +41,7 @@ class RegionProposalNetwork(nnx.Module):
 
   @jax.named_scope("rpn")
   def __call__(self, pyramid: Pyramid) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Objectness logits [B, A] and box deltas [B, A, 4] of each level, A in the order of `anchors`."""
+    """Returns the objectness logits [B, A] and deltas [B, A, 4] of each level, in the order of `anchors`."""
     logits, deltas = [], []
     for level in pyramid:
       x_BHWC = nnx.relu(self.conv(level.values_BHWC))
@@ -49,7 +51,12 @@ class RegionProposalNetwork(nnx.Module):
     return logits, deltas
 
   def anchors(self, pyramid: Pyramid, canvas: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """[A, 4] boxes of each level; canvas: (height, width) of the padded images, pixels."""
+    """Returns the anchors of each level, [A, 4] boxes in pixels.
+
+    Args:
+      pyramid: P2..P6.
+      canvas: (height, width) of the padded images, pixels.
+    """
     return anchors(
       [level.size for level in pyramid],
       [(canvas[0] // level.size[0], canvas[1] // level.size[1]) for level in pyramid],
@@ -60,10 +67,17 @@ class RegionProposalNetwork(nnx.Module):
   def propose(
     self, logits, deltas, anchors_LA4, size_B2: jax.Array, *, train: bool
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best boxes of every image: top `pre_nms` of each level, suppressed level by level, merged.
+    """Selects the best boxes of every image: `pre_nms` per level before NMS, `post_nms` in all after it.
+
+    Args:
+      logits, deltas: outputs of the head, see `__call__`.
+      anchors_LA4: anchors of each level, see `anchors`.
+      size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
+      train: whether to use the counts for training or those for evaluation.
 
     Returns:
-      boxes_BN4 clipped to the image, scores_BN (probabilities, descending), valid_BN; N = `post_nms`.
+      boxes_BN4 clipped to the image (pixels), scores_BN (probabilities, descending) and valid_BN bool;
+      N is `post_nms`, or the number of all boxes if that is smaller.
     """
     counts = self.config.train if train else self.config.test
 
@@ -83,7 +97,18 @@ class RegionProposalNetwork(nnx.Module):
   def losses(
     self, logits, deltas, anchors_LA4, gt_boxes_BG4, gt_valid_BG, key: jax.Array
   ) -> dict[str, jax.Array]:
-    """`loss_rpn_cls` and `loss_rpn_loc` over a random sample of the anchors of each image."""
+    """Computes the losses of a random sample of the anchors of each image.
+
+    Args:
+      logits, deltas: outputs of the head, see `__call__`.
+      anchors_LA4: anchors of each level, see `anchors`.
+      gt_boxes_BG4: [B, G, 4] float32, pixels.
+      gt_valid_BG: [B, G] bool.
+      key: PRNG key.
+
+    Returns:
+      `loss_rpn_cls` and `loss_rpn_loc`, float32 scalars.
+    """
     anchors_A4 = jnp.concatenate([jnp.asarray(a) for a in anchors_LA4])
 
     def targets(gt_boxes_G4, gt_valid_G, key):
@@ -106,7 +131,18 @@ class RegionProposalNetwork(nnx.Module):
 
 
 def sampled_anchors(config, anchors_A4, gt_boxes_G4, gt_valid_G, key: jax.Array):
-  """What an image's anchors are trained on: matched_A, labels_A (see `sampling.match`), selected_A."""
+  """Samples the anchors of one image for training.
+
+  Args:
+    config: as for `RegionProposalNetwork`.
+    anchors_A4: [A, 4] anchors of all levels, pixels.
+    gt_boxes_G4: [G, 4] float32, pixels.
+    gt_valid_G: [G] bool.
+    key: PRNG key.
+
+  Returns:
+    matched_A and labels_A, see `sampling.match`, and selected_A, [A] bool.
+  """
   matched_A, labels_A = sampling.match(
     boxes.iou(gt_boxes_G4, anchors_A4),
     gt_valid_G,
@@ -119,10 +155,10 @@ def sampled_anchors(config, anchors_A4, gt_boxes_G4, gt_valid_G, key: jax.Array)
 
 
 def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:
-  """[A, 4] the anchors of all levels, without a pyramid: its strides are 4, 8, ... pixels.
+  """Returns the anchors of all levels, [A, 4] in pixels, for a pyramid with strides of 4, 8, ... pixels.
 
   Args:
-    config: as of `RegionProposalNetwork`.
+    config: as for `RegionProposalNetwork`.
     canvas: (height, width) of the padded images, pixels.
   """
   strides = [4 * 2**level for level in range(len(config.anchor_sizes))]
@@ -133,7 +169,7 @@ def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:
 
 
 def propose_on_level(logits_A, deltas_A4, anchors_A4, size_2, pre_nms, post_nms, threshold):
-  """The `post_nms` best non-overlapping boxes of one level: boxes_N4, scores_N, valid_N."""
+  """Selects the `post_nms` best boxes of one level after NMS: boxes_N4, scores_N, valid_N."""
   top_K, index_K = jax.lax.top_k(logits_A, min(pre_nms, logits_A.size))
   boxes_K4 = boxes.decode(
     deltas_A4[index_K], jnp.asarray(anchors_A4)[index_K], (1.0, 1.0, 1.0, 1.0)

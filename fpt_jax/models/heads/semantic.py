@@ -1,25 +1,29 @@
-"""The segmentation head: a class for every pixel, from levels of one size (paper, 3.5).
+"""Segmentation head: a class for every position, from levels of one size (paper, section 3.5).
 
 Shapes: B batch, H W rows and columns, C channels, K classes.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.backbones.resnet import check_choice
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid
-from fpt_jax.models.heads.afnb import AsymmetricPyramid
+from fpt_jax.models.heads.apnb import AsymmetricPyramid
 from fpt_jax.models.heads.cfnet import AggregatedCoOccurrentFeature
 from fpt_jax.models.heads.object_context import (
   AtrousObjectContext,
   BaseObjectContext,
   PyramidObjectContext,
-  beside,
 )
 from fpt_jax.models.layers import ConvNorm, conv, drop_channels
+from fpt_jax.models.pixel_attention import concatenated
 
-CONTEXTS = {
+# by name of the head: the module that turns the concatenated levels into one map
+MIXERS = {
+  "fcn": functools.partial(ConvNorm, kernel=3),
   "oc_base": BaseObjectContext,
   "oc_pyramid": PyramidObjectContext,
   "oc_asp": AtrousObjectContext,
@@ -29,30 +33,34 @@ CONTEXTS = {
 
 
 class SemanticHead(nnx.Module):
-  """A 3x3 convolution of the concatenated levels, dropout, and a 1x1 classifier.
+  """A module on the concatenated levels, dropout, and a 1x1 classifier.
 
-  It is the head of the fully convolutional networks of Zhang et al. 2018 and 2019 (the paper's [40]
-  and [41]); on C5 alone it makes the dilated baseline, on C4 the auxiliary loss.
-
-  A network with more context has a module of `CONTEXTS` where the 3x3 convolution is: OCNet's object
-  context, CFNet's co-occurrent features, the asymmetric pyramid non-local block.
+  "fcn" has a 3x3 convolution: the head of the fully convolutional networks of Zhang et al. 2018 and 2019
+  (references [40] and [41] of the paper). On C5 alone it makes the dilated baseline, on C4 the
+  auxiliary loss. The other heads have OCNet's object context, CFNet's co-occurrent features or the
+  asymmetric pyramid non-local block in place of the convolution.
 
   Args:
-    in_channels: of each level.
-    hidden: channels of the convolution, 512 on C5 in those papers.
-    context: "none" or one of `CONTEXTS`.
-    output_stride: of the levels.
-    num_classes: K.
-    dropout: rate of the dropped channels, 0.1 in those papers.
-    norm: see `layers.Norm`.
+    in_channels: channels of each level.
+    name: name of the head, one of `MIXERS`.
+    hidden: channels of the module, 512 on C5 in those papers.
+    output_stride: stride of the levels, pixels; dilations of "oc_asp" depend on it.
+    num_classes: number of classes K.
+    dropout: rate of dropped channels, 0.1 in those papers.
+    norm: normalisation behind the convolutions, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+
+  Raises:
+    ValueError: the head does not exist, or `hidden` does not fit it.
   """
 
   def __init__(
     self,
     in_channels: tuple[int, ...],
     *,
+    name: str = "fcn",
     hidden: int,
-    context: str = "none",
     output_stride: int,
     num_classes: int,
     dropout: float,
@@ -60,29 +68,25 @@ class SemanticHead(nnx.Module):
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    check_choice("head", name, MIXERS)
     options = dict(dtype=dtype, rngs=rngs)
-    check_choice("context", context, ("none", *CONTEXTS))
-    if context == "none":
-      self.mix = ConvNorm(sum(in_channels), hidden, 3, norm=norm, **options)
-    else:
-      self.mix = CONTEXTS[context](
-        sum(in_channels), hidden, output_stride=output_stride, norm=norm, **options
-      )
+    strided = dict(output_stride=output_stride) if name == "oc_asp" else {}
+    self.mix = MIXERS[name](sum(in_channels), hidden, norm=norm, **strided, **options)
     self.classify = conv(
       hidden, num_classes, 1, kernel_init=nnx.initializers.normal(0.01), **options
     )
     self.dropout = dropout
 
   def __call__(self, levels: Pyramid, *, key: jax.Array | None) -> FeatureMap:
-    """The logits at the levels' stride.
+    """Classifies every position.
 
     Args:
-      levels: of one size.
-      key: a PRNG key to train; None to infer.
+      levels: maps of one size.
+      key: PRNG key for training (dropout, batch statistics); None for inference.
 
     Returns:
-      [B, H, W, K] in the computation's dtype.
+      The logits at the levels' stride, [B, H, W, K] in the computation's dtype.
     """
-    x = self.mix(beside(*levels), train=key is not None)
+    x = self.mix(concatenated(*levels), train=key is not None)
     x_BHWC = drop_channels(x.values_BHWC, key, self.dropout)
     return x.with_values(self.classify(x_BHWC))

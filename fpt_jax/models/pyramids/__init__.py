@@ -1,13 +1,18 @@
 """Feature pyramids from the levels of a backbone.
 
-Those of detection, in `PYRAMIDS`, have a stride a level. Those of segmentation, in `PIXEL_PYRAMIDS`,
-are made of a dilated backbone's last maps and have one size.
+All have one signature: `Pyramid(in_channels, *, channels, norm, dtype, rngs)`, called as
+`(levels, *, train) -> levels`, with `channels`, the number of channels of each level. Those of detection
+have one stride per level. Those of segmentation are computed from the last levels of a dilated backbone,
+and all their levels have one size.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.heads.afnb import AsymmetricFusion
+from fpt_jax.models.choices import check_choice
+from fpt_jax.models.pyramids.afnb import AsymmetricFusion
 from fpt_jax.models.pyramids.aspp import AtrousSpatialPyramid
 from fpt_jax.models.pyramids.bfi import BidirectionalFeatureInteraction
 from fpt_jax.models.pyramids.bfp import BottomUpFeaturePyramid
@@ -21,45 +26,46 @@ PYRAMIDS = {
   "fpn": FeaturePyramidNetwork,
   "bpa": BottomUpPathAugmentation,
   "bfi": BidirectionalFeatureInteraction,
-}
-PIXEL_PYRAMIDS = {
   "ufp": UnscathedFeaturePyramid,
   "ppm": PyramidPooling,
   "aspp": AtrousSpatialPyramid,
   "afnb": AsymmetricFusion,
 }
+DETECTION_PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
+SEGMENTATION_PYRAMIDS = ("ufp", "ppm", "aspp", "afnb", "none")
 
 
-def build_pixel_pyramid(config, in_channels, *, rngs: nnx.Rngs) -> nnx.Module | None:
-  """The pyramid of segmentation that the `model` part of a config names.
+def build_pyramid(
+  config, names: tuple[str, ...], in_channels: tuple[int, ...], *, rngs: nnx.Rngs
+) -> nnx.Module | None:
+  """Builds the pyramid that a config names.
 
   Args:
-    config: that part.
-    in_channels: of the backbone's levels.
-    rngs: for the initial weights.
+    config: `model` part of a config.
+    names: names of the task's pyramids, `DETECTION_PYRAMIDS` or `SEGMENTATION_PYRAMIDS`.
+    in_channels: channels of each level of the backbone, fine to coarse.
+    rngs: source of the initial weights.
 
   Returns:
-    A module (backbone's Pyramid, train) -> Pyramid, with `channels`, those of each level; None for
-    "none".
+    A module (levels, *, train) -> levels, with `channels`, the channels of each level; None for "none".
 
   Raises:
-    ValueError: it does not exist.
+    ValueError: the pyramid is not one of `names`, or its options do not fit.
   """
   name = config.pyramid.name
+  check_choice("pyramid", name, names)
   if name == "none":
     return None
-  if name not in PIXEL_PYRAMIDS:
-    choices = ", ".join((*PIXEL_PYRAMIDS, "none"))
-    raise ValueError(f"pyramid {name!r} does not exist; choose one of {choices}")
-  own = {
-    "ufp": dict(kernels=tuple(config.pyramid.kernels)),
-    "aspp": dict(output_stride=config.backbone.output_stride),
-  }
-  return PIXEL_PYRAMIDS[name](
+  options: dict[str, Any] = {}
+  if name == "ufp":
+    options["kernels"] = tuple(config.pyramid.kernels)
+  elif name == "aspp":
+    options["output_stride"] = config.backbone.output_stride
+  return PYRAMIDS[name](
     in_channels,
     channels=config.pyramid.channels,
-    norm=config.norm,
+    norm=config.pyramid.norm if name in DETECTION_PYRAMIDS else config.norm,
     dtype=jnp.dtype(config.dtype),
     rngs=rngs,
-    **own.get(name, {}),
+    **options,
   )

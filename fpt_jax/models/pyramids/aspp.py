@@ -1,4 +1,4 @@
-"""Atrous Spatial Pyramid Pooling: windows with holes of four sizes (Chen et al. 2017)."""
+"""Atrous Spatial Pyramid Pooling: dilated convolutions with four rates (Chen et al. 2017, DeepLabv3)."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,23 +10,26 @@ RATES = (6, 12, 18)  # at stride 16
 
 
 class AtrousSpatialPyramid(nnx.Module):
-  """The parallel convolutions of DeepLabv3 (Chen et al. 2017, section 3.3, fig. 5a) as four levels.
+  """The parallel convolutions of DeepLabv3 as four levels (Chen et al. 2017, section 3.3, fig. 5a).
 
   A 1x1 convolution, which is the paper's rate 1, and 3x3 convolutions with rates 6, 12 and 18 at
-  stride 16, or 12, 24 and 36 at stride 8, each with a normalisation and a ReLU: "the rates are doubled
-  when output stride is 8" there. So a window covers as much of the image at either stride. DeepLabv3's fifth
-  branch, the image's mean, is no level: the paper's pyramid (4.2) is of four scales.
+  stride 16, or 12, 24 and 36 at stride 8 ("the rates are doubled when output stride is 8"), each with a
+  normalisation and a ReLU. So a window covers the same part of the image at either stride. DeepLabv3's
+  fifth branch, the mean of the image, is not a level: the FPT paper's pyramid (section 4.2) has four
+  scales.
 
   Args:
-    in_channels: of the backbone's levels; only the last level is looked at.
-    channels: of every level.
-    output_stride: of that level.
-    norm: see `layers.Norm`.
+    in_channels: channels of each level of the backbone; only the last level is used.
+    channels: channels of every output level.
+    output_stride: stride of the last level, pixels.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
     self,
-    in_channels,
+    in_channels: tuple[int, ...],
     *,
     channels: int = 256,
     output_stride: int = 8,
@@ -44,5 +47,5 @@ class AtrousSpatialPyramid(nnx.Module):
     )
     self.channels = (channels,) * len(self.branches)
 
-  def __call__(self, pyramid: Pyramid, *, train: bool = False) -> Pyramid:
-    return tuple(branch(pyramid[-1], train=train) for branch in self.branches)
+  def __call__(self, levels: Pyramid, *, train: bool = False) -> Pyramid:
+    return tuple(branch(levels[-1], train=train) for branch in self.branches)

@@ -1,16 +1,17 @@
-"""Bi-directional feature interaction (Lin et al., ZigZagNet, CVPR 2019): contexts zig-zag through a pyramid.
+"""Bi-directional feature interaction (Lin et al., ZigZagNet, CVPR 2019).
 
-From the paper's abstract and figure 1: dense pathways top-down and bottom-up, the two exchanging features
-level by level, over several stages of which each takes what the one before has fused.
+From the paper's abstract and figure 1: dense top-down and bottom-up pathways, which exchange features
+level by level, over several stages. Each stage takes the fused features of the stage before.
 
-From the authors' detector (github.com/sitingshen/Detectron-ZZNet), where the operations are told: a
-top-down and a bottom-up pathway first, then two stages of both; which convolutions there are, all 3x3;
-what is multiplied and what is added; GroupNorm and ReLU in front of an exchange; half the channels
+From the authors' detector (github.com/sitingshen/Detectron-ZZNet), which specifies the operations: one
+top-down and one bottom-up pathway first, then two stages of both; which convolutions there are, all
+3x3; what is multiplied and what is added; GroupNorm and ReLU before an exchange; half the channels
 inside; nearest-neighbour resizing; a convolution behind each level. It has no encoding of regions, so
-neither has this.
+this module has none either.
 
-Ours: initial weights of LeCun's normal distribution for their uniform one of the same variance, sizes
-that are no powers of two (position i of a level lies in position i // 2 of the next), and zeros on padding.
+Our choices: initial weights from LeCun's normal distribution instead of the uniform one of the same
+variance; sizes that are not powers of two (position i of a level lies in position i // 2 of the next
+one); zeros on padding.
 
 Shapes: B batch, H W rows and columns, C channels.
 """
@@ -23,24 +24,36 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap, Pyramid
-from fpt_jax.models.layers import ConvNorm, conv
+from fpt_jax.models.layers import ConvNorm
+from fpt_jax.models.pyramids.level_conv import LevelConv
 
-conv3x3 = functools.partial(conv, kernel=3, kernel_init=nnx.initializers.lecun_normal())
+conv3x3 = functools.partial(LevelConv, kernel=3, kernel_init=nnx.initializers.lecun_normal())
 
 
 class BidirectionalFeatureInteraction(nnx.Module):
-  """Two crossing pathways through all levels, then `stages` times an exchange between them.
+  """Two crossing pathways through all levels, then `stages` exchanges between them.
 
   Args:
     in_channels: channels of each level, fine to coarse.
     channels: channels of every output level.
-    stages: how often the two directions exchange their features, 2 in the authors' detector.
+    stages: number of exchanges between the two directions, 2 in the authors' detector.
+    norm: normalisation behind each convolution outside the exchanges, see `layers.Norm`; "none" for a
+      bias. The exchanges have GroupNorm.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
-    self, in_channels, *, channels: int = 256, stages: int = 2, dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    in_channels: tuple[int, ...],
+    *,
+    channels: int = 256,
+    stages: int = 2,
+    norm: str = "none",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
-    options = dict(dtype=dtype, rngs=rngs)
+    options = dict(norm=norm, dtype=dtype, rngs=rngs)
     levels = len(in_channels)
     self.lateral = nnx.List([conv3x3(c, channels, **options) for c in in_channels])
     self.top_down = Pathway(levels, channels, gated=True, **options)
@@ -58,27 +71,37 @@ class BidirectionalFeatureInteraction(nnx.Module):
       )
       inputs = outputs
     self.smooth = nnx.List([conv3x3(channels, channels, **options) for _ in in_channels])
-    self.channels = channels
+    self.channels = (channels,) * levels
 
-  def __call__(self, pyramid: Pyramid) -> Pyramid:
-    down = downwards(self.top_down, convolved(self.lateral, pyramid))
-    up = self.bottom_up(convolved(self.rise, down))
+  def __call__(self, levels: Pyramid, *, train: bool = False) -> Pyramid:
+    down = downwards(self.top_down, convolved(self.lateral, levels, train), train)
+    up = self.bottom_up(convolved(self.rise, down, train), train=train)
     for stage in self.stages:
-      down = downwards(stage["down"].pathway, stage["down"].meet(up, down))
-      up = stage["up"].pathway(stage["up"].meet(up, down))
-    return convolved(self.smooth, up)
+      down = downwards(stage["down"].pathway, stage["down"].meet(up, down), train)
+      up = stage["up"].pathway(stage["up"].meet(up, down), train=train)
+    return convolved(self.smooth, up, train)
 
 
 class Pathway(nnx.Module):
-  """A way through the levels on which each hears every one before it.
+  """A path through the levels on which each level receives all levels before it.
 
-  With x_i the level's own features and y_i what goes on: y_i = x_i + y_{i-1} + prod_j conv_ij(y_j) over
-  all j < i - 1; of a gated way, the product multiplies x_i. Whatever comes from another level is brought
-  to the size of this one.
+  With x_i the features of level i and y_i its output: y_i = x_i + y_{i-1} + prod_j conv_ij(y_j) over
+  all j < i - 1. In a gated pathway, the product multiplies x_i. Features of another level are resized to
+  this level.
+
+  Args:
+    levels: number of levels.
+    channels: channels of every level.
+    gated: whether the product multiplies.
+    norm: normalisation behind each convolution, see `layers.Norm`; "none" for a bias.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
-  def __init__(self, levels: int, channels: int, *, gated: bool = False, dtype, rngs: nnx.Rngs):
-    options = dict(dtype=dtype, rngs=rngs)
+  def __init__(
+    self, levels: int, channels: int, *, gated: bool = False, norm: str, dtype, rngs: nnx.Rngs
+  ):
+    options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.far = nnx.List(
       [
         nnx.List([conv3x3(channels, channels, **options) for _ in range(level - 1)])
@@ -87,14 +110,14 @@ class Pathway(nnx.Module):
     )
     self.gated = gated
 
-  def __call__(self, pyramid: Pyramid) -> Pyramid:
-    """The levels in the order of the way."""
-    done = []
-    for level, far in zip(pyramid, self.far, strict=True):
+  def __call__(self, levels: Pyramid, *, train: bool) -> Pyramid:
+    """Returns the levels in the order of the pathway, which is the order of the arguments."""
+    done: list[FeatureMap] = []
+    for level, far in zip(levels, self.far, strict=True):
       x_BHWC = level.values_BHWC
-      heard = convolved(far, done[: len(far)])
-      if heard:
-        context_BHWC = functools.reduce(operator.mul, [resized(h, level) for h in heard])
+      received = convolved(far, done[: len(far)], train)
+      if received:
+        context_BHWC = functools.reduce(operator.mul, [resized(r, level) for r in received])
         x_BHWC = x_BHWC * context_BHWC if self.gated else x_BHWC + context_BHWC
       if done:
         x_BHWC = x_BHWC + resized(done[-1], level)
@@ -103,20 +126,37 @@ class Pathway(nnx.Module):
 
 
 class Exchange(nnx.Module):
-  """Where the two directions meet: a level of each, convolved and normalised, multiplied, sent on."""
+  """An exchange between the directions: their levels are convolved, normalised and multiplied.
+
+  Args:
+    levels: number of levels.
+    up_channels, down_channels: channels of the two directions.
+    channels: output channels.
+    norm: normalisation of the pathway behind the exchange, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+  """
 
   def __init__(
-    self, levels: int, up_channels: int, down_channels: int, channels: int, *, dtype, rngs: nnx.Rngs
+    self,
+    levels: int,
+    up_channels: int,
+    down_channels: int,
+    channels: int,
+    *,
+    norm: str,
+    dtype,
+    rngs: nnx.Rngs,
   ):
     options = dict(dtype=dtype, rngs=rngs)
     self.of_up, self.of_down = (
       nnx.List([ConvNorm(c, channels, 3, norm="group_norm", **options) for _ in range(levels)])
       for c in (up_channels, down_channels)
     )
-    self.pathway = Pathway(levels, channels, **options)
+    self.pathway = Pathway(levels, channels, norm=norm, **options)
 
   def meet(self, up: Pyramid, down: Pyramid) -> Pyramid:
-    """The product of both at each level, fine to coarse."""
+    """Returns the product of both directions at each level, fine to coarse."""
     met = []
     for u, d, of_up, of_down in zip(up, down, self.of_up, self.of_down, strict=True):
       product_BHWC = of_up(u, train=False).values_BHWC * of_down(d, train=False).values_BHWC
@@ -124,21 +164,24 @@ class Exchange(nnx.Module):
     return tuple(met)
 
 
-def downwards(pathway: Pathway, pyramid: Pyramid) -> Pyramid:
-  """The pathway from coarse to fine; levels in their usual order, fine to coarse."""
-  return pathway(pyramid[::-1])[::-1]
+def downwards(pathway: Pathway, levels: Pyramid, train: bool) -> Pyramid:
+  """Runs a pathway from coarse to fine; levels are given and returned fine to coarse."""
+  return pathway(levels[::-1], train=train)[::-1]
 
 
-def convolved(convs, pyramid) -> Pyramid:
+def convolved(convs, levels, train: bool) -> Pyramid:
+  """Returns each level convolved by its own layer."""
   return tuple(
-    level.with_values(conv(level.masked())) for conv, level in zip(convs, pyramid, strict=True)
+    level.with_values(conv(level.masked(), level.valid_BHW, train=train))
+    for conv, level in zip(convs, levels, strict=True)
   )
 
 
 def resized(source: FeatureMap, target: FeatureMap) -> jax.Array:
   """[B, H, W, C]: the source at the target's positions, by nearest neighbour.
 
-  A factor of 4 is twice a factor of 2, for sizes that are no multiple of it too, so padding moves nothing.
+  A factor of 4 equals a factor of 2 applied twice, also for sizes that are not multiples of it, so
+  padding moves nothing.
   """
   x_BHWC = source.values_BHWC
   if source.stride < target.stride:

@@ -1,21 +1,38 @@
-"""Bottom-up Feature Pyramid: the backbone's own levels, made equally thick (Lin et al. 2017, fig. 1)."""
+"""Bottom-up Feature Pyramid: the levels of the backbone, all with the same number of channels."""
 
 import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.feature_map import Pyramid
-from fpt_jax.models.layers import conv
+from fpt_jax.models.pyramids.level_conv import LevelConv
 
 
 class BottomUpFeaturePyramid(nnx.Module):
-  """A 1x1 convolution a level and nothing between levels: the paper's baseline and FPT's input."""
+  """One 1x1 convolution per level: the paper's baseline and the input of FPT (Lin et al. 2017, fig. 1).
 
-  def __init__(self, in_channels, *, channels: int = 256, dtype=jnp.float32, rngs: nnx.Rngs):
-    self.lateral = nnx.List([conv(c, channels, 1, dtype=dtype, rngs=rngs) for c in in_channels])
-    self.channels = channels
+  Args:
+    in_channels: channels of each level, fine to coarse.
+    channels: channels of every output level.
+    norm: normalisation behind each convolution, see `layers.Norm`; "none" for a bias.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+  """
 
-  def __call__(self, pyramid: Pyramid) -> Pyramid:
+  def __init__(
+    self,
+    in_channels: tuple[int, ...],
+    *,
+    channels: int = 256,
+    norm: str = "none",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    options = dict(norm=norm, dtype=dtype, rngs=rngs)
+    self.lateral = nnx.List([LevelConv(c, channels, 1, **options) for c in in_channels])
+    self.channels = (channels,) * len(in_channels)
+
+  def __call__(self, levels: Pyramid, *, train: bool = False) -> Pyramid:
     return tuple(
-      level.with_values(lateral(level.values_BHWC))
-      for lateral, level in zip(self.lateral, pyramid, strict=True)
+      level.with_values(lateral(level.values_BHWC, level.valid_BHW, train=train))
+      for lateral, level in zip(self.lateral, levels, strict=True)
     )

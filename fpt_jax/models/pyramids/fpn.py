@@ -4,27 +4,46 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.feature_map import Pyramid
-from fpt_jax.models.layers import conv, resize_nearest
+from fpt_jax.models.layers import resize_nearest
+from fpt_jax.models.pyramids.level_conv import LevelConv
 
 
 class FeaturePyramidNetwork(nnx.Module):
-  """1x1 laterals, summed top-down by nearest-neighbour upsampling, smoothed by a 3x3 convolution."""
+  """1x1 laterals, summed top-down by nearest-neighbour upsampling, smoothed by a 3x3 convolution.
 
-  def __init__(self, in_channels, *, channels: int = 256, dtype=jnp.float32, rngs: nnx.Rngs):
-    self.lateral = nnx.List([conv(c, channels, 1, dtype=dtype, rngs=rngs) for c in in_channels])
-    self.smooth = nnx.List(
-      [conv(channels, channels, 3, dtype=dtype, rngs=rngs) for _ in in_channels]
-    )
-    self.channels = channels
+  Args:
+    in_channels: channels of each level, fine to coarse.
+    channels: channels of every output level.
+    norm: normalisation behind each convolution, see `layers.Norm`; "none" for a bias.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
+  """
 
-  def __call__(self, pyramid: Pyramid) -> Pyramid:
-    levels, top_down = [], None
+  def __init__(
+    self,
+    in_channels: tuple[int, ...],
+    *,
+    channels: int = 256,
+    norm: str = "none",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    options = dict(norm=norm, dtype=dtype, rngs=rngs)
+    self.lateral = nnx.List([LevelConv(c, channels, 1, **options) for c in in_channels])
+    self.smooth = nnx.List([LevelConv(channels, channels, 3, **options) for _ in in_channels])
+    self.channels = (channels,) * len(in_channels)
+    # torchvision's FPN, whose weights this one takes, sees on padding what its own layers put there.
+    self.masks_padding = norm != "none"
+
+  def __call__(self, levels: Pyramid, *, train: bool = False) -> Pyramid:
+    outputs, top_down = [], None
     for level, lateral, smooth in reversed(
-      list(zip(pyramid, self.lateral, self.smooth, strict=True))
+      list(zip(levels, self.lateral, self.smooth, strict=True))
     ):
-      x = lateral(level.values_BHWC)
+      x_BHWC = lateral(level.values_BHWC, level.valid_BHW, train=train)
       if top_down is not None:
-        x = x + resize_nearest(top_down, *level.size)
-      top_down = x
-      levels.append(level.with_values(smooth(x)))
-    return tuple(reversed(levels))
+        x_BHWC = x_BHWC + resize_nearest(top_down, *level.size)
+      top_down = x_BHWC
+      seen_BHWC = level.with_values(x_BHWC).masked() if self.masks_padding else x_BHWC
+      outputs.append(level.with_values(smooth(seen_BHWC, level.valid_BHW, train=train)))
+    return tuple(reversed(outputs))

@@ -1,6 +1,6 @@
-"""Pyramid pooling: what the image's quarters, ninths, ... say, at every position (Zhao et al. 2017).
+"""Pyramid pooling: means over parts of the image at every position (Zhao et al. 2017, PSPNet).
 
-Shapes: B batch, H W rows and columns, n bins a side, C channels.
+Shapes: B batch, H W rows and columns, n bins per side, C channels.
 """
 
 import jax.numpy as jnp
@@ -14,22 +14,23 @@ BINS = (6, 3, 2, 1)  # fine to coarse
 
 
 class PyramidPooling(nnx.Module):
-  """The pyramid pooling module of PSPNet (Zhao et al. 2017, section 3.2, fig. 3c) as four levels.
+  """The pyramid pooling module of PSPNet as four levels (Zhao et al. 2017, section 3.2, fig. 3c).
 
-  Means over 6 x 6, 3 x 3, 2 x 2 and 1 x 1 bins of the backbone's last map, each through a 1x1
-  convolution, a normalisation and a ReLU, interpolated to the map's size. Bins divide the image
-  without its padding. PSPNet goes on with the map itself beside them; the paper's pyramid (4.2) is of
-  four scales.
+  Means over 6 x 6, 3 x 3, 2 x 2 and 1 x 1 bins of the last level, each through a 1x1 convolution, a
+  normalisation and a ReLU, interpolated to the size of the level. Bins divide the image without its
+  padding. PSPNet also keeps the level itself; the FPT paper's pyramid (section 4.2) has four scales.
 
   Args:
-    in_channels: of the backbone's levels; only the last level is looked at.
-    channels: of every level.
-    norm: see `layers.Norm`.
+    in_channels: channels of each level of the backbone; only the last level is used.
+    channels: channels of every output level.
+    norm: normalisation behind each convolution, see `layers.Norm`.
+    dtype: dtype of the computation; parameters are float32.
+    rngs: source of the initial weights.
   """
 
   def __init__(
     self,
-    in_channels,
+    in_channels: tuple[int, ...],
     *,
     channels: int = 256,
     norm: str = "sync_bn",
@@ -40,12 +41,13 @@ class PyramidPooling(nnx.Module):
     self.branches = nnx.List([ConvNorm(in_channels[-1], channels, 1, **options) for _ in BINS])
     self.channels = (channels,) * len(BINS)
 
-  def __call__(self, pyramid: Pyramid, *, train: bool = False) -> Pyramid:
-    x = pyramid[-1]
-    levels = []
+  def __call__(self, levels: Pyramid, *, train: bool = False) -> Pyramid:
+    last = levels[-1]
+    outputs = []
     for bins, branch in zip(BINS, self.branches, strict=True):
-      pooled_BnnC = bin_means(x.values_BHWC, x.valid_BHW, bins).astype(x.values_BHWC.dtype)
-      pooled = FeatureMap(pooled_BnnC, jnp.ones(pooled_BnnC.shape[:3], bool), x.stride)
+      pooled_BnnC = bin_means(last.values_BHWC, last.valid_BHW, bins).astype(last.values_BHWC.dtype)
+      pooled = FeatureMap(pooled_BnnC, jnp.ones(pooled_BnnC.shape[:3], bool), last.stride)
       y_BnnC = branch(pooled, train=train).values_BHWC
-      levels.append(x.with_values(spread_bins(y_BnnC, x.valid_BHW).astype(y_BnnC.dtype)))
-    return tuple(levels)
+      y_BHWC = spread_bins(y_BnnC, last.valid_BHW).astype(y_BnnC.dtype)
+      outputs.append(last.with_values(y_BHWC))
+    return tuple(outputs)

@@ -1,9 +1,11 @@
-"""From prepared records to the batches of detection, and to COCO's ground truth.
+"""Batches of detection from prepared records, and the ground truth in COCO's format.
 
-B images of this host, G = `max_instances` ground truths, m pixels along the side of a bitmap.
+Shapes: B images of this host, G = `max_instances` ground truths, m side of an instance's bitmap in
+pixels, N images of a split, K canvases, V views.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import ml_collections
 import numpy as np
@@ -14,7 +16,31 @@ from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import Reader, info
 from fpt_jax.data.records import instances
-from fpt_jax.errors import UserError
+from fpt_jax.run import sharding
+from fpt_jax.tasks.detection.categories import label_table
+from fpt_jax.tasks.labels import with_model_classes
+
+
+def model_batches(
+  config: ml_collections.ConfigDict, start_step: int
+) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
+  """This host's training batches from a step on, labels being the model's classes.
+
+  Args:
+    config: a whole config.
+    start_step: step of the first batch.
+
+  Raises:
+    UserError: see `train_batches`.
+  """
+  batches = train_batches(
+    config.data,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=start_step,
+    **sharding.this_host(),
+  )
+  return with_model_classes(batches, "gt_labels_BG", label_table(config, info(config.data)))
 
 
 def train_batches(
@@ -31,20 +57,20 @@ def train_batches(
   Args:
     data: the config's `data`.
     batch_size: images of a global batch.
-    seed: of the order of images and their augmentation.
-    start_step: the first batch is that of this step.
-    process_index: which host this is.
-    process_count: of how many.
+    seed: seed of the image order and the augmentation.
+    start_step: step of the first batch.
+    process_index: index of this host.
+    process_count: number of hosts.
 
   Returns:
-    batches of
-      image_BHWC: float32 RGB 0..255, zero beyond the image's bottom and right edges.
-      size_B2, original_size_B2: int32 (height, width), on the canvas and of the file.
+    Batches of
+      image_BHWC: float32 RGB in 0..255, zero on the padding at the bottom and the right.
+      size_B2, original_size_B2: int32 (height, width) on the canvas and of the file.
       image_id_B: int64.
       valid_B: bool, all True.
       gt_boxes_BG4: float32 (x0, y0, x1, y1) in pixels of the canvas.
-      gt_labels_BG: int32 in 1..num_classes, 0 where padded.
-      gt_masks_BGmm: uint8 0/1 relative to the boxes.
+      gt_labels_BG: int32 in 1..num_classes, 0 on padding.
+      gt_masks_BGmm: uint8 0 or 1, relative to the boxes.
       gt_valid_BG: bool; crowds are left out.
 
   Raises:
@@ -52,8 +78,10 @@ def train_batches(
       its image cannot be read.
   """
   reader = Reader(data, data.train_split)
-  low, high = _short_edges(data)
-  bucket_N, canvases_K2 = _assign(data, reader)
+  sizes = tuple(data.train_sizes) or (data.short_edge,)
+  # a smaller image of multi-scale training is padded to the canvas of the largest
+  largest = canvases.at_short_edge(data, max(sizes))
+  bucket_N, canvases_K2 = _assign(largest, reader)
   stream = order.TrainOrder(bucket_N, seed=seed, batch_size=batch_size)
   share = order.host_share(batch_size, process_index, process_count)
 
@@ -64,12 +92,12 @@ def train_batches(
     return tuple(column[share] for column in columns)
 
   def augment(position: int) -> tuple[int, bool]:
-    short, mirrored = transforms.draw_augmentation(seed, position, (low, high))
+    short, mirrored = transforms.draw_augmentation(seed, position, sizes)
     return short, mirrored and data.flip
 
   steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
   parts = (canvases_K2[:, None], share.stop - share.start)
-  return _batches((data,), reader, steps, plan, augment, *parts, bitmaps=True)
+  return _batches((largest,), reader, steps, plan, augment, *parts, bitmaps=True)
 
 
 def eval_batches(
@@ -87,22 +115,21 @@ def eval_batches(
     data: the config's `data`.
     split: in TFDS syntax, such as "val" or "train[:8]".
     batch_size: images of a global batch.
-    process_index: which host this is.
-    process_count: of how many; all get the same number of batches.
-    short_edges: pixels; the shorter edges of the images, in place of `data.short_edge`; longest edge
-      and buckets grow in proportion.
+    process_index: index of this host.
+    process_count: number of hosts; all get the same number of batches.
+    short_edges: shorter edges of the images in pixels; () for `data.short_edge`. Longest edge and
+      buckets scale with them.
 
   Returns:
-    batches as of `train_batches`, neither flipped nor with gt_masks_BGmm; valid_B is False, and
-    image_id_B -1, where an image only fills up a canvas's last batch. image_BHWC, size_B2 and
-    gt_boxes_BG4 are at the first of the shorter edges; `other_views` is a tuple with a dict of
-    image_BHWC and size_B2 for each of the rest.
+    Batches as those of `train_batches`, neither flipped nor with gt_masks_BGmm. Where an image only
+    fills the last batch of a canvas, valid_B is False and image_id_B is -1. image_BHWC, size_B2 and
+    gt_boxes_BG4 are those at the first of the shorter edges; `other_views` is a tuple with a dict of
+    image_BHWC and size_B2 for each of the others.
 
   Raises:
     UserError: as `train_batches`.
   """
   reader = Reader(data, split)
-  _short_edges(data)
   views = tuple(canvases.at_short_edge(data, short) for short in short_edges or (data.short_edge,))
   # images of a batch share a canvas in every view
   assigned = [_assign(view, reader) for view in views]
@@ -129,15 +156,15 @@ def eval_batches(
 
 
 def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
-  """Rebuilds the annotation file of a split from its records, without decoding an image.
+  """Rebuilds the annotation file of a split from its records, without decoding images.
 
   Args:
     data: the config's `data`.
-    split: in TFDS syntax.
+    split: split in TFDS syntax.
 
   Returns:
     COCO's `images`, `annotations` (segmentation, area, iscrowd, bbox as x, y, w, h, category_id as
-    in the data set's own file) and `categories`.
+    in the data set's file) and `categories`.
 
   Raises:
     UserError: the data are not prepared, or a record cannot be read.
@@ -161,14 +188,14 @@ def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
 def images(
   data: ml_collections.ConfigDict, split: str
 ) -> Iterator[tuple[str, np.ndarray, list[dict]]]:
-  """Reads the images of a split as they are in their files, to look at.
+  """Reads the images of a split at the size of their files.
 
   Args:
     data: the config's `data`.
-    split: in TFDS syntax.
+    split: split in TFDS syntax.
 
   Yields:
-    file name, uint8 RGB [H, W, 3], and the image's annotations as in `coco_ground_truth`.
+    File name, uint8 RGB [H, W, 3], and the image's annotations as in `coco_ground_truth`.
 
   Raises:
     UserError: the data are not prepared, or a record or its image cannot be read.
@@ -198,22 +225,8 @@ def _annotations(record: instances.Record, category_ids: tuple[int, ...]) -> lis
   ]
 
 
-def _short_edges(data: ml_collections.ConfigDict) -> tuple[int, int]:
-  """Returns the smallest and largest shorter edge to train at."""
-  low, high = data.get("short_edge_min", 0) or data.short_edge, data.short_edge
-  if not 0 < low <= high <= data.long_edge:
-    raise UserError(
-      f"data.short_edge={high} must be positive, at least data.short_edge_min={low} and at most "
-      f"data.long_edge={data.long_edge}"
-    )
-  return low, high
-
-
 def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
-  """Returns each image's canvas at its largest, int [N], and the canvases, int [K, 2].
-
-  A smaller image of multi-scale training fits its canvas too.
-  """
+  """Returns the index of each image's canvas, int [N], and the canvases, int [K, 2]."""
   sizes_N2 = np.array(
     [transforms.resized_size(h, w, data.short_edge, data.long_edge) for h, w in reader.sizes_N2]
   )
@@ -234,10 +247,18 @@ def _batches(
 ) -> Batches:
   """Turns steps into this host's batches: plan, then read, decode and resize image by image.
 
-  The views are the config's `data` at each shorter edge; the first is what batches are about.
+  Args:
+    views: the config's `data` at each shorter edge; ground truth is that of the first.
+    reader: reader of the records.
+    steps: int64 scalars.
+    plan: see `loader.assemble`.
+    augment: function from the image's position in the run to its shorter edge and whether to flip it.
+    canvases_KV2: (height, width) of each canvas in each view.
+    share: images of this host.
+    bitmaps: whether batches have gt_masks_BGmm.
   """
   data, others = views[0], views[1:]
-  overfull = set()
+  overfull: set[int] = set()
   fields = {
     "image_BHWC": (tf.uint8, (None, None, 3)),
     "size_B2": (tf.int32, (2,)),
@@ -293,7 +314,7 @@ def _load(
   with_bitmaps: bool,
   overfull: set[int],
 ) -> dict[str, np.ndarray]:
-  """Reads one image and its padded ground truth; the image itself is not resized yet."""
+  """Reads one image, which is not resized yet, and its padded ground truth."""
   record = reader.read(index)
   image_HWC = reader.decode(index, record)
   size = transforms.resized_size(*record.size, short, data.long_edge)
@@ -305,7 +326,7 @@ def _load(
     if record.image_id not in overfull:
       overfull.add(record.image_id)
       logging.warning(
-        "image id %d (%s) has %d instances, the largest %d are kept (data.max_instances); "
+        "image id %d (%s) has %d instances; the largest %d are kept (data.max_instances); "
         "%d such images so far",
         record.image_id,
         record.file_name,

@@ -1,9 +1,12 @@
-"""From prepared records to the batches of semantic segmentation.
+"""Batches of semantic segmentation from prepared records.
 
-B images of this host. Label maps hold classes 0..num_classes-1 and `VOID` where there is none.
+Shapes: B images of this host, H W rows and columns, h w those of the part of a crop that lies on its
+image, N images of a split, K canvases. Label maps hold classes 0..num_classes-1, and `VOID` where
+there is none.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import ml_collections
 import numpy as np
@@ -14,9 +17,36 @@ from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import DatasetInfo, Reader, info
 from fpt_jax.data.records import instances, label_map
-from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError
+from fpt_jax.run import sharding
+from fpt_jax.tasks.labels import with_model_classes
 from fpt_jax.tasks.segmentation import crops
+from fpt_jax.tasks.segmentation.classes import class_table
+
+AnyRecord = label_map.LabelRecord | instances.Record
+
+
+def model_batches(
+  config: ml_collections.ConfigDict, start_step: int
+) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
+  """This host's training batches from a step on, labels being the model's classes.
+
+  Args:
+    config: a whole config.
+    start_step: step of the first batch.
+
+  Raises:
+    UserError: see `train_batches`.
+  """
+  batches = train_batches(
+    config.data,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=start_step,
+    **sharding.this_host(),
+  )
+  class_of_label = class_table(config, info(config.data)).astype(np.int32)
+  return with_model_classes(batches, "label_BHW", class_of_label)
 
 
 def train_batches(
@@ -33,16 +63,16 @@ def train_batches(
   Args:
     data: the config's `data`.
     batch_size: images of a global batch.
-    seed: of the order of images and their augmentation.
-    start_step: the first batch is that of this step.
-    process_index: which host this is.
-    process_count: of how many.
+    seed: seed of the image order and the augmentation.
+    start_step: step of the first batch.
+    process_index: index of this host.
+    process_count: number of hosts.
 
   Returns:
-    batches, of the size `data.crop`, of
-      image_BHWC: float32 RGB 0..255, zero beyond the image's bottom and right edges.
-      label_BHW: int32, `VOID` there too.
-      size_B2, original_size_B2: int32 (height, width), on the crop and of the file.
+    Batches, of the size `data.crop`, of
+      image_BHWC: float32 RGB in 0..255, zero on the padding at the bottom and the right.
+      label_BHW: int32, `VOID` on the padding.
+      size_B2, original_size_B2: int32 (height, width) on the crop and of the file.
       image_id_B: int64; file_name_B: bytes.
       valid_B: bool, all True.
 
@@ -50,7 +80,7 @@ def train_batches(
     UserError: the data are not prepared or do not fit the config; while iterating, a record, its
       image or its label map cannot be read.
   """
-  canvas, scales, short_edges = _augmentation(data)
+  canvas = tuple(data.crop)
   mirrored_class = crops.mirror_table(_classes(data).swaps)
   reader = Reader(data, data.train_split)
   stream = order.TrainOrder(np.zeros(len(reader), int), seed=seed, batch_size=batch_size)
@@ -69,8 +99,8 @@ def train_batches(
       position,
       record.size,
       canvas,
-      scales=scales,
-      short_edges=short_edges,
+      scale=tuple(data.scale),
+      train_sizes=tuple(data.train_sizes),
       flip=data.flip,
     )
     label_hw = crops.cut_label(label_HW, crop)
@@ -109,15 +139,15 @@ def eval_batches(
 
   Args:
     data: the config's `data`.
-    split: in TFDS syntax, such as "val" or "train[:8]".
+    split: split in TFDS syntax, such as "val" or "train[:8]".
     batch_size: images of a global batch.
-    process_index: which host this is.
-    process_count: of how many; all get the same number of batches.
+    process_index: index of this host.
+    process_count: number of hosts; all get the same number of batches.
 
   Returns:
-    batches as of `train_batches`, neither cropped nor flipped, on canvases of `data.buckets`, or,
-    where there are none, of the image's size rounded up to multiples of `data.canvas_multiple`;
-    valid_B is False, and image_id_B -1, where an image only fills up a canvas's last batch. And
+    Batches as those of `train_batches`, neither cropped nor flipped, on canvases of `data.buckets` or,
+    without buckets, of the image's size rounded up to multiples of `data.canvas_multiple`. Where an
+    image only fills the last batch of a canvas, valid_B is False and image_id_B is -1. In addition:
       original_label_BHW: uint8, the label map of the file, `VOID` beyond original_size_B2.
 
   Raises:
@@ -168,14 +198,14 @@ def eval_batches(
 def images(
   data: ml_collections.ConfigDict, split: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-  """Reads the images of a split as they are in their files, to look at.
+  """Reads the images of a split at the size of their files.
 
   Args:
     data: the config's `data`.
-    split: in TFDS syntax.
+    split: split in TFDS syntax.
 
   Yields:
-    file name, uint8 RGB [H, W, 3], and the label map, uint8 [H, W].
+    File name, uint8 RGB [H, W, 3], and the label map, uint8 [H, W].
 
   Raises:
     UserError: the data are not prepared, or a record, its image or label map cannot be read.
@@ -190,15 +220,15 @@ def images(
     reader.close()
 
 
-def label_map(record: LabelRecord | instances.Record) -> np.ndarray:
+def label_map_of(record: AnyRecord) -> np.ndarray:
   """Returns a record's label map, uint8 [H, W].
 
-  That of instances is drawn from their masks: label 1, 2, ... where one is, 0 elsewhere.
+  The label map of instances is drawn from their masks: their labels 1, 2, ..., and 0 elsewhere.
 
   Raises:
     ValueError: it cannot be decoded.
   """
-  if isinstance(record, LabelRecord):
+  if isinstance(record, label_map.LabelRecord):
     label_HW = label_map.decode_ids(record.label)
     if label_HW.shape != record.size:
       raise ValueError(f"label map of {label_HW.shape}, the image is {record.size}")
@@ -221,8 +251,8 @@ _FIELDS = {
 }
 
 
-def _names(record: LabelRecord | instances.Record, valid: bool) -> dict[str, np.ndarray]:
-  """What a batch says of an image beside its pixels."""
+def _names(record: AnyRecord, valid: bool) -> dict[str, np.ndarray]:
+  """The arrays of a batch that name and describe an image."""
   return {
     "original_size_B2": np.array(record.size, np.int32),
     "image_id_B": np.int64(record.image_id if valid else -1),
@@ -231,14 +261,12 @@ def _names(record: LabelRecord | instances.Record, valid: bool) -> dict[str, np.
   }
 
 
-def _read(
-  reader: Reader, index: int
-) -> tuple[LabelRecord | instances.Record, np.ndarray, np.ndarray]:
+def _read(reader: Reader, index: int) -> tuple[AnyRecord, np.ndarray, np.ndarray]:
   """A record, its image, and its label map."""
   record = reader.read(index)
   image_HWC = reader.decode(index, record)
   try:
-    return record, image_HWC, label_map(record)
+    return record, image_HWC, label_map_of(record)
   except ValueError as error:
     raise UserError(
       f"{reader.name(index)}, {record.file_name}: labels: {error}; delete the folder and run "
@@ -252,20 +280,3 @@ def _classes(data: ml_collections.ConfigDict) -> DatasetInfo:
   if not dataset.class_names:
     raise UserError(f"data.name={data.name!r} has no label maps; choose a data set that has")
   return dataset
-
-
-def _augmentation(
-  data: ml_collections.ConfigDict,
-) -> tuple[tuple[int, int], tuple[float, float], tuple[int, ...]]:
-  """The crop's size, the range of scales and the shorter edges to train at."""
-  crop, short_edges = tuple(data.crop), tuple(data.get("short_edges", ()))
-  scales = (data.scale_min, data.scale_max)
-  if len(crop) != 2 or min(crop) < 1:
-    raise UserError(f"data.crop={crop} must be (height, width), two positive numbers of pixels")
-  if not 0 < scales[0] <= scales[1]:
-    raise UserError(
-      f"data.scale_min={scales[0]} must be positive and at most data.scale_max={scales[1]}"
-    )
-  if short_edges and min(short_edges) < 1:
-    raise UserError(f"data.short_edges={short_edges} must be positive numbers of pixels")
-  return crop, scales, short_edges

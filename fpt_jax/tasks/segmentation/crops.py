@@ -1,6 +1,6 @@
-"""Where on the resized image a training crop lies, and how image and label map are cut out.
+"""Random training crops of resized images and label maps.
 
-H W rows and columns of an image file, h w those of the crop.
+Shapes: H W rows and columns of an image file, h w those of the crop.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from fpt_jax.data.records.label_map import VOID
+from fpt_jax.data import VOID, transforms
 
 _CROP = 0xC409  # keeps these streams apart from others drawn from the same seed
 
@@ -36,26 +36,27 @@ def draw(
   size: tuple[int, int],
   canvas: tuple[int, int],
   *,
-  scales: tuple[float, float] = (1.0, 1.0),
-  short_edges: tuple[int, ...] = (),
+  scale: tuple[float, float] = (1.0, 1.0),
+  train_sizes: tuple[int, ...] = (),
   flip: bool = False,
 ) -> Crop:
   """Draws a crop, a pure function of its arguments.
 
   Args:
-    seed: of the run.
-    position: of the image in the run, step * global batch size + place in the batch.
+    seed: seed of the run.
+    position: position of the image in the run, step * global batch size + place in the batch.
     size: (height, width) of the image file.
     canvas: (height, width) of the crop.
-    scales: smallest and largest factor of the image's size; drawn uniformly.
-    short_edges: pixels; where given, the shorter edge is one of these and `scales` unused.
+    scale: smallest and largest factor of the image size, which is drawn uniformly.
+    train_sizes: shorter edges in pixels to draw from instead, see `transforms.draw_train_size`; () for
+      `scale`.
     flip: whether half of the images are mirrored.
   """
   bits = np.random.Philox(np.random.SeedSequence((seed, _CROP, position))).random_raw(4).tolist()
-  if short_edges:
-    resized = short_edge_size(size, short_edges[bits[0] % len(short_edges)])
+  if train_sizes:
+    resized = short_edge_size(size, transforms.draw_train_size(bits[0], train_sizes))
   else:
-    low, high = scales
+    low, high = scale
     resized = scaled_size(size, low + (high - low) * (bits[0] / 2**64))
   offset = tuple(
     bit % (max(edge - room, 0) + 1)

@@ -1,32 +1,34 @@
-"""Label maps drawn on images, and their legends; uint8 RGB in, uint8 RGB out."""
+"""Pictures of label maps, their legends and the confusion matrix; uint8 RGB.
+
+Shapes: H W rows and columns, C classes, T P true and predicted classes.
+"""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]
+from fpt_jax.tasks import pictures
+
 BORDER = (255, 255, 255)  # between two classes
+OPACITY = 0.65  # of the colours over the image
+FONT_SIZE = 16  # of legends, pixels
 
 
 def draw_label_map(
   image_HWC: np.ndarray,
   label_HW: np.ndarray,
-  palette: Sequence[Color],
-  *,
-  opacity: float = 0.65,
-  border: bool = True,
+  palette: Sequence[pictures.Color],
 ) -> np.ndarray:
-  """Colours an image by its classes; where there is no class it is left grey and uncoloured.
+  """Colours an image by its classes, with a line between them; void pixels stay grey.
 
   Args:
-    image_HWC: uint8 RGB.
-    label_HW: int, of the image's size; what is no place in the palette, such as 255, is void.
-    palette: RGB of class 0, 1, ...
-    opacity: of the colours, from 0 to 1.
-    border: whether to draw a line where two classes meet.
+    image_HWC: image, uint8 RGB.
+    label_HW: classes, int, of the image's size; labels without a colour, such as 255, are void.
+    palette: R, G, B of class 0, 1, ...
 
   Returns:
     uint8 RGB of the image's size.
@@ -45,36 +47,32 @@ def draw_label_map(
   color_HWC = colors_C3[np.where(known_HW, label_HW, 0)]
   grey_HW1 = image_HWC.mean(-1, keepdims=True, dtype=np.float32)
   drawn_HWC = np.where(
-    known_HW[..., None], (1 - opacity) * image_HWC + opacity * color_HWC, grey_HW1
+    known_HW[..., None], (1 - OPACITY) * image_HWC + OPACITY * color_HWC, grey_HW1
   )
-  if border:
-    drawn_HWC[_borders(label_HW)] = BORDER
+  drawn_HWC[_borders(label_HW)] = BORDER
   return np.round(drawn_HWC).astype(np.uint8)
 
 
 def draw_legend(
   classes: Iterable[int],
   class_names: Sequence[str],
-  palette: Sequence[Color],
+  palette: Sequence[pictures.Color],
   width: int,
-  *,
-  font_size: int = 16,
 ) -> np.ndarray:
-  """Draws colours with their names, in as many rows as the width asks for.
+  """Draws the colours of classes with their names, in as many rows as they need.
 
   Args:
-    classes: which to show, such as `np.unique` of a label map; void is passed over.
-    class_names: of class 0, 1, ...
-    palette: RGB of class 0, 1, ...
-    width: of the picture, in pixels; a name that is wider is cut off.
-    font_size: pixels.
+    classes: classes to show, such as `np.unique` of a label map; void is left out.
+    class_names: name of class 0, 1, ...
+    palette: R, G, B of class 0, 1, ...
+    width: width of the picture in pixels; a name that is wider is cut off.
 
   Returns:
     uint8 RGB [rows, width, 3] on white.
   """
   shown = [int(c) for c in classes if 0 <= c < len(class_names)]
-  font = ImageFont.load_default(font_size)
-  gap, line = font_size // 2, font_size * 3 // 2
+  font = ImageFont.load_default(FONT_SIZE)
+  gap, line = FONT_SIZE // 2, FONT_SIZE * 3 // 2
   places, left, row = [], gap, 0
   for c in shown:
     entry = line + gap + round(font.getlength(class_names[c])) + 2 * gap
@@ -98,11 +96,11 @@ def draw_legend(
 
 
 def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-  """Draws a matrix of counts: a row a true class, the darker the larger its share of the row.
+  """Draws a confusion matrix, one row per true class; cells are shaded by their share of the row.
 
   Args:
-    counts_TP: int [T, P], pixels of true class T predicted as P.
-    class_names: of class 0, 1, ...
+    counts_TP: number of pixels of true class T that are predicted as P, int [T, P].
+    class_names: name of class 0, 1, ...
 
   Returns:
     uint8 RGB.
@@ -130,3 +128,64 @@ def _borders(label_HW: np.ndarray) -> np.ndarray:
   border_HW[:, :-1] |= label_HW[:, :-1] != label_HW[:, 1:]
   border_HW[:-1] |= label_HW[:-1] != label_HW[1:]
   return border_HW
+
+
+def draw_prediction(
+  config: ConfigDict,
+  image_HWC: np.ndarray,
+  found: dict,
+  truth: np.ndarray | None,
+  min_score: float,
+) -> np.ndarray:
+  """See `tasks.task.Task.draw_prediction`: the image in the colours of its classes, over a legend."""
+  del min_score
+  maps = [found["label_map"]] if truth is None else [truth, found["label_map"]]
+  titles = None if truth is None else ["ground truth", "predicted"]
+  return draw_maps(config, [image_HWC] * len(maps), maps, titles)
+
+
+def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i: int) -> np.ndarray:
+  """See `tasks.task.Task.draw_example`: the image and its classes; grey pixels have no class."""
+  del step
+  image_HWC = np.clip(np.round(batch["image_BHWC"][i]), 0, 255).astype(np.uint8)
+  maps = [None, batch["label_BHW"][i]]
+  return draw_maps(config, [image_HWC] * 2, maps, ["image", "classes"])
+
+
+def draw_maps(
+  config: ConfigDict,
+  images: Sequence[np.ndarray],
+  maps: Sequence[np.ndarray | None],
+  titles: Sequence[str] | None,
+) -> np.ndarray:
+  """Draws images side by side in the colours of their label maps, over one legend.
+
+  Args:
+    config: a config whose `model` has the names and colours of the classes.
+    images: uint8 RGB [H, W, 3] each.
+    maps: int [H, W] each, `VOID` where there is no class; None for the image itself.
+    titles: one line above each image, or None.
+  """
+  names, palette = config.model.class_names, palette_of(config)
+  drawn = []
+  for image_HWC, label_HW in zip(images, maps, strict=True):
+    zoom = pictures.zoom_of(image_HWC)
+    size = (image_HWC.shape[1] * zoom, image_HWC.shape[0] * zoom)
+    large_HWC = np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
+    if label_HW is not None:
+      large_HW = label_HW.repeat(zoom, axis=0).repeat(zoom, axis=1)
+      large_HWC = draw_label_map(large_HWC, large_HW, palette)
+    drawn.append(large_HWC)
+  if len(drawn) > 1 or titles:
+    drawn = [pictures.contact_sheet(drawn, columns=len(drawn), titles=titles)]
+  present = np.unique(np.concatenate([m.ravel() for m in maps if m is not None]))
+  legend_HWC = draw_legend(present, names, palette, drawn[0].shape[1])
+  return np.concatenate([drawn[0], legend_HWC])
+
+
+def palette_of(config: ConfigDict) -> list[tuple[int, int, int]]:
+  """R, G, B of the model's classes: the config's colours, or colours derived from the names."""
+  model = config.model
+  return [tuple(c) for c in model.palette] or [
+    pictures.category_color(name) for name in model.class_names
+  ]

@@ -1,17 +1,24 @@
-"""Probabilities of classes for whole images: windows, mirror images and other sizes put together.
+"""Test-time views of segmentation: probabilities averaged over windows, scales and mirror images.
 
-Shapes: B images, H W rows and columns of a canvas, h w those of a window's, K classes, C channels.
-Sizes are (height, width) in pixels. An image lies at the top left of its canvas; the rest is padding,
-which changes nothing.
+Shapes: B images, H W rows and columns of a canvas, h w those of a window's canvas, K classes, L = K + 1
+sums (of the probabilities, and the number of windows), C channels. Sizes are (height, width) in pixels.
+An image lies at the top left of its canvas; the rest is padding, which changes nothing.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
+from fpt_jax.data import transforms
 from fpt_jax.models.feature_map import valid_positions
+from fpt_jax.models.state import Skeleton
+from fpt_jax.ops.mirror import mirror
+from fpt_jax.tasks.segmentation import crops
 
 
 def probabilities(
@@ -23,18 +30,18 @@ def probabilities(
   overlap: float = 0.0,
   multiple: int = 1,
 ) -> jax.Array:
-  """Probabilities of the classes at every pixel, seen through windows that slide over the image.
+  """Probabilities of the classes at every pixel, from windows that slide over the image.
 
-  Windows follow each other in rows; the last of a row ends at the image's edge. A pixel that several
-  windows see gets the mean of their probabilities. A window of the image's size is the whole image.
+  Windows follow each other in rows; the last of a row ends at the image's edge. A pixel in several
+  windows gets the mean of their probabilities. A window of the image's size is the whole image.
 
   Args:
-    logits: of images and their sizes, [B, h, w, K] float32, see `models.segmenter`.
-    image_BHWC: float32 0..255, zero on padding.
-    size_B2: int32.
-    window: height and width of a window; (): the whole canvas.
-    overlap: share of a window that the next one sees again, from 0 to less than 1.
-    multiple: a window's own canvas is its size rounded up to multiples of this.
+    logits: function of images and their sizes, [B, h, w, K] float32, see `models.segmenter`.
+    image_BHWC: images, float32 in 0..255, zero on padding.
+    size_B2: sizes of the images, int32.
+    window: size of a window; () for the whole canvas.
+    overlap: share of a window that the next one covers again, from 0 to less than 1.
+    multiple: a window's canvas is its size rounded up to multiples of this.
 
   Returns:
     [B, H, W, K] float32, 0 on padding.
@@ -53,10 +60,10 @@ def probabilities(
   padded_BHWC = jnp.pad(image_BHWC, reach)
   classes = jax.eval_shape(logits, image_BHWC[:, : room[0], : room[1]], size_B2).shape[-1]
 
-  def look(i, sums):
+  def add_window(i, sums):
     place_2 = jnp.stack([i // columns, i % columns])
     start_B2 = jnp.minimum((place_2 * step_2)[None], spare_B2)
-    # an image smaller than others of its batch is through with its windows earlier
+    # an image smaller than others of its batch has fewer windows
     new_B = ((place_2 == 0)[None] | (((place_2 - 1) * step_2)[None] < spare_B2)).all(axis=1)
     seen_B2 = jnp.minimum(size_B2 - start_B2, window_2[None])
     seen_Bhw = valid_positions(seen_B2, *room)
@@ -67,34 +74,28 @@ def probabilities(
     return _paste(sums, _cut(sums, start_B2, room) + scores_BhwL, start_B2)
 
   sums_BHWL = jnp.zeros((*padded_BHWC.shape[:3], classes + 1), jnp.float32)
-  sums_BHWL = jax.lax.fori_loop(0, rows * columns, look, sums_BHWL)[:, : canvas[0], : canvas[1]]
+  sums_BHWL = jax.lax.fori_loop(0, rows * columns, add_window, sums_BHWL)[
+    :, : canvas[0], : canvas[1]
+  ]
   return sums_BHWL[..., :-1] / jnp.maximum(sums_BHWL[..., -1:], 1)
-
-
-def mirrored(x_BHWC: jax.Array, size_B2: jax.Array) -> jax.Array:
-  """Images, or scores, mirrored left to right, each within its own size; padding stays padding."""
-  width = x_BHWC.shape[2]
-  return jax.vmap(lambda x_HWC, size_2: jnp.roll(x_HWC[:, ::-1], size_2[1] - width, axis=1))(
-    x_BHWC, size_B2
-  )
 
 
 def resized(
   x_BHWC: jax.Array, size_B2: jax.Array, new_size_B2: jax.Array, canvas: tuple[int, int]
 ) -> jax.Array:
-  """Resizes images, or scores, each from its own size to its own new one.
+  """Resizes images, or scores, each from its own size to its own new size.
 
-  Bilinear with half-pixel centres and no antialiasing, as `data.transforms.resize_and_pad`; nothing
-  beyond an image's edge is looked at. The same size gives the same values.
+  Bilinear with half-pixel centres and no antialiasing, as `data.transforms.resize_and_pad`; values
+  beyond an image's edge are not used. The same size gives the same values.
 
   Args:
-    x_BHWC: float.
-    size_B2: int32.
-    new_size_B2: int32.
-    canvas: of the result, at least as large as every new size.
+    x_BHWC: images or scores, float.
+    size_B2: sizes of the images, int32.
+    new_size_B2: sizes to resize to, int32.
+    canvas: size of the result, at least every new size.
 
   Returns:
-    [B, *canvas, C]; beyond the new sizes, the edges go on.
+    [B, *canvas, C]; beyond the new sizes, the values of the edges continue.
   """
 
   def one(x_HWC, size_2, new_size_2):
@@ -112,6 +113,82 @@ def resized(
   return jax.vmap(one)(x_BHWC, size_B2, new_size_B2)
 
 
+def labeller(
+  config: ConfigDict,
+  structure: Skeleton,
+  *,
+  place: Callable[[dict], dict] = lambda batch: batch,
+  out_shardings: jax.sharding.Sharding | None = None,
+) -> Callable[..., jax.Array]:
+  """Returns a function from images to label maps, over the views that `config.eval` asks for.
+
+  The probabilities of all windows, scales and mirror images are averaged at the size of the image file.
+
+  Args:
+    config: config of the run.
+    structure: skeleton of the model.
+    place: function that puts a batch of arrays on the devices.
+    out_shardings: sharding of the label maps.
+
+  Returns:
+    A function (arrays, image_BHWC, size_B2, original_size_B2, canvas) -> uint8 [B, *canvas] of classes,
+    with images as `batches.eval_batches` yields them, and a canvas that holds the files' sizes.
+  """
+  window, overlap = tuple(config.eval.window), config.eval.overlap
+  scales, flip = tuple(config.eval.scales), config.eval.flip
+  multiple = config.data.canvas_multiple
+  swapped_K = crops.mirror_table(config.model.swaps)[: config.model.num_classes]
+
+  @functools.partial(jax.jit, static_argnames="canvas", out_shardings=out_shardings)
+  def scores_at_one_scale(arrays, image_BHWC, size_B2, original_size_B2, canvas):
+    model = structure.fill(arrays)
+    infer = functools.partial(
+      probabilities,
+      model.logits,
+      window=window,
+      overlap=overlap,
+      multiple=multiple,
+    )
+    scores_BHWK = infer(image_BHWC, size_B2)
+    if flip:
+      other_BHWK = infer(mirror(image_BHWC, size_B2), size_B2)
+      scores_BHWK += mirror(other_BHWK, size_B2)[..., swapped_K]
+    return resized(scores_BHWK, size_B2, original_size_B2, canvas)
+
+  @functools.partial(jax.jit, out_shardings=out_shardings)
+  def best(scores_BHWK):
+    return jnp.argmax(scores_BHWK, axis=-1).astype(jnp.uint8)
+
+  def label(arrays, image_BHWC, size_B2, original_size_B2, canvas):
+    total_BHWK = 0
+    for scale in scales:
+      image, size = at_scale(image_BHWC, size_B2, scale, multiple)
+      inputs = place({"image": image, "size": size, "original": original_size_B2})
+      total_BHWK += scores_at_one_scale(
+        arrays, inputs["image"], inputs["size"], inputs["original"], canvas=tuple(canvas)
+      )
+    return best(total_BHWK)
+
+  return label
+
+
+def at_scale(
+  image_BHWC: np.ndarray, size_B2: np.ndarray, scale: float, multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Images resized by a factor and their sizes, on canvases rounded up to `multiple` pixels."""
+  if scale == 1:
+    return image_BHWC, size_B2
+  canvas = tuple(
+    -(-round(edge * scale + 0.5) // multiple) * multiple for edge in image_BHWC.shape[1:3]
+  )
+  sizes = [crops.scaled_size(size, scale) for size in size_B2]
+  images = [
+    transforms.resize_and_pad(image_HWC[: old[0], : old[1]], new, canvas)
+    for image_HWC, old, new in zip(image_BHWC, size_B2, sizes, strict=True)
+  ]
+  return np.stack(images), np.array(sizes, np.int32)
+
+
 def _cut(x_BHWC, start_B2, size):
   """[B, *size, C]: the window of each image that begins at its start."""
   return jax.vmap(
@@ -122,7 +199,7 @@ def _cut(x_BHWC, start_B2, size):
 
 
 def _paste(x_BHWC, window_BhwC, start_B2):
-  """The images with each one's window laid over it at its start."""
+  """The images, each with its window pasted at its start."""
   return jax.vmap(
     lambda x_HWC, window_hwC, start_2: jax.lax.dynamic_update_slice(
       x_HWC, window_hwC, (start_2[0], start_2[1], 0)

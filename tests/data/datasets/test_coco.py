@@ -1,4 +1,4 @@
-"""COCO's format: what is good comes back unchanged, from the official layout and from one's own."""
+"""Data in COCO's format are read unchanged, from the official layout and from the user's files."""
 
 import json
 import pathlib
@@ -15,10 +15,12 @@ from fpt_jax.configs import coco_box
 from fpt_jax.configs import coco_mask as coco_mask_config
 from fpt_jax.data.prepared import Reader
 from fpt_jax.data.records import instances
+from fpt_jax.data.records.images import decode_image
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from fpt_jax.tasks import detection
-from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
+from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches
+from tests.data_sets import HEIGHT, WIDTH, config, write_coco
 
 
 def _read(coco, split="train"):
@@ -47,14 +49,14 @@ def test_records_keep_the_order_and_bytes_of_the_files(prepared):
   for record in found:
     path = pathlib.Path(prepared.source) / "train2017" / record.file_name
     assert record.image == path.read_bytes()
-    assert instances.decode_image(record.image).shape == (*record.size, 3)
+    assert decode_image(record.image).shape == (*record.size, 3)
 
 
-def test_grey_and_cmyk_become_rgb(prepared):
-  _, grey, cmyk, _ = (instances.decode_image(r.image).astype(int) for r in _read(prepared))
-  assert (grey[..., :1] == grey).all()
-  colours = PIL.Image.open(pathlib.Path(prepared.source) / "train2017" / "cmyk.jpg")
-  c, m, y, k = np.moveaxis(np.asarray(colours, float), -1, 0)
+def test_gray_and_cmyk_become_rgb(prepared):
+  _, gray, cmyk, _ = (decode_image(r.image).astype(int) for r in _read(prepared))
+  assert (gray[..., :1] == gray).all()
+  inks = PIL.Image.open(pathlib.Path(prepared.source) / "train2017" / "cmyk.jpg")
+  c, m, y, k = np.moveaxis(np.asarray(inks, float), -1, 0)
   np.testing.assert_allclose(
     cmyk, np.stack([(255 - v) * (255 - k) / 255 for v in (c, m, y)], -1), atol=1.5
   )
@@ -64,7 +66,7 @@ def test_ground_truth_equals_the_file(prepared):
   original = json.loads(
     (pathlib.Path(prepared.source) / "annotations/instances_train2017.json").read_text()
   )
-  rebuilt = data.coco_ground_truth(prepared, "train")
+  rebuilt = coco_ground_truth(prepared, "train")
   assert rebuilt["images"] == original["images"]
   assert rebuilt["categories"] == sorted(original["categories"], key=lambda c: c["id"])
   # two lack an area: 10 columns of 20 pixels, and 20 columns of 10
@@ -97,7 +99,7 @@ def test_bitmap_of_a_tiny_box_takes_little_memory():
   assert bitmap.shape == (112, 112) and bitmap.all()
 
 
-def test_boxes_of_no_height_and_a_little_outside_are_kept(tmp_path):
+def test_boxes_of_height_0_and_slightly_outside_are_kept(tmp_path):
   source = tmp_path / "source"
   content = write_coco(source)
   content["annotations"][0]["bbox"] = [30.0, 4.0, 10.7, 0.0]
@@ -105,10 +107,10 @@ def test_boxes_of_no_height_and_a_little_outside_are_kept(tmp_path):
     (source / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
   coco = config("coco", tmp_path / "data", source=str(source))
   data.prepare(coco)
-  assert data.coco_ground_truth(coco, "val")["annotations"][0]["bbox"] == [30.0, 4.0, 10.7, 0.0]
+  assert coco_ground_truth(coco, "val")["annotations"][0]["bbox"] == [30.0, 4.0, 10.7, 0.0]
   np.testing.assert_array_equal(_read(coco)[0].boxes[0], [30, 4, 40, 4])
-  # neither the box without height nor the crowd is trained on
-  with data.eval_batches(coco, "train[:1]", batch_size=1) as batches:
+  # neither the box of height 0 nor the crowd is trained on
+  with eval_batches(coco, "train[:1]", batch_size=1) as batches:
     assert not next(batches)["gt_valid_BG"].any()
 
 
@@ -116,7 +118,7 @@ def test_boxes_of_no_height_and_a_little_outside_are_kept(tmp_path):
   "without", [lambda a: a.pop("segmentation"), lambda a: a.update(segmentation=[])]
 )
 def test_boxes_without_masks(without, tmp_path):
-  """As many tools write them: for Faster R-CNN, and refused by a mask head."""
+  """Many tools write them; a detector accepts them, a mask head does not."""
   source = tmp_path / "source"
   content = write_coco(source)
   for annotation in content["annotations"]:
@@ -126,15 +128,16 @@ def test_boxes_without_masks(without, tmp_path):
     (source / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
   coco = config("coco", tmp_path / "data", source=str(source))
   data.prepare(coco)
-  boxes = [a["bbox"] for a in data.coco_ground_truth(coco, "train")["annotations"]]
+  boxes = [a["bbox"] for a in coco_ground_truth(coco, "train")["annotations"]]
   assert boxes == [a["bbox"] for a in content["annotations"]]
   assert all(instances.unpack_bitmaps(record.bitmaps).all() for record in _read(coco))
-  detection.settle(coco_box.get_config(), data.info(coco))
-  with pytest.raises(UserError, match=r"boxes without masks; take configs/coco_box.py or"):
-    detection.settle(coco_mask_config.get_config(), data.info(coco))
+  assert not data.info(coco).has_masks
+  detection.adopt_classes(coco_box.get_config(), data.info(coco))
+  with pytest.raises(UserError, match=r"boxes without masks; use configs/coco_box.py or"):
+    detection.adopt_classes(coco_mask_config.get_config(), data.info(coco))
 
 
-def test_splits_of_ones_own(tmp_path):
+def test_splits_of_the_user(tmp_path):
   write_coco(tmp_path / "source")
   (tmp_path / "source/train2017").rename(tmp_path / "pictures")
   coco = config(
@@ -157,7 +160,7 @@ def test_prepared_data_are_never_overwritten(prepared, tmp_path):
   with pytest.raises(UserError, match=r"was prepared from .*source, not from .*other"):
     data.prepare(prepared)
   assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
-  prepared.source = ""  # the records suffice, wherever the source is
+  prepared.source = ""  # the records suffice, the source is not needed
   assert data.info(prepared).num_images["val"] == 4
 
 
@@ -178,7 +181,7 @@ def test_splits_larger_than_memory_are_sorted_in_parts(tmp_path, monkeypatch):
   assert [r.image_id for r in _read(coco)] == [70, 5, 6, 9]
 
 
-def test_what_a_killed_prepare_leaves_is_not_taken_for_complete(prepared, tmp_path):
+def test_incomplete_records_of_a_killed_prepare_are_not_used(prepared, tmp_path):
   folder = tmp_path / "data" / "coco_instances" / "1.0.0"
   killed = folder.with_name("incomplete.ABC123_1.0.0")
   folder.rename(killed)
@@ -199,7 +202,7 @@ def test_real_coco_comes_back_whole(real_coco):
   for split, bare in (("train", 2), ("val", 0)):
     path = pathlib.Path(real_coco.source) / "annotations" / f"instances_{split}2017.json"
     original = json.loads(path.read_text())
-    rebuilt = data.coco_ground_truth(real_coco, split)
+    rebuilt = coco_ground_truth(real_coco, split)
     by_id = {a["id"]: a for a in original["annotations"]}
     assert {a["id"]: a for a in rebuilt["annotations"]} == by_id
     assert [i["id"] for i in rebuilt["images"]] == [i["id"] for i in original["images"]]
@@ -218,7 +221,7 @@ def test_real_bitmaps_agree_with_the_masks(real_coco):
         continue
       segmentation = instances.decode_annotation(annotation)["segmentation"]
       mask_HW = masks.rasterize(segmentation, *record.size)
-      # each pixel's centre looked up in the bitmap
+      # look up the center of each pixel in the bitmap
       rows, columns = (np.arange(n) + 0.5 for n in record.size)
       u, v = (columns - x0) / (x1 - x0) * 112, (rows - y0) / (y1 - y0) * 112
       inside = ((v >= 0) & (v < 112))[:, None] & ((u >= 0) & (u < 112))[None, :]
@@ -245,13 +248,13 @@ def test_one_file_is_divided_by_image_ids(tmp_path):
   content, coco = _one_file(tmp_path)
   data.prepare(coco)
   assert data.info(coco).num_images == {"train": 20, "val": 3}
-  truth = {split: data.coco_ground_truth(coco, split) for split in ("train", "val")}
+  truth = {split: coco_ground_truth(coco, split) for split in ("train", "val")}
   assert [image["id"] for image in truth["val"]["images"]] == [98, 88, 78]
   assert [a["image_id"] for a in truth["val"]["annotations"]] == [98, 88, 78]
   for kind in ("images", "annotations"):
     together = truth["train"][kind] + truth["val"][kind]
     assert sorted(together, key=lambda e: -e["id"]) == sorted(content[kind], key=lambda e: -e["id"])
-  # another file beside it has records of its own
+  # another file in the same folder has separate records
   other = tmp_path / "other.json"
   other.write_text((tmp_path / "mine.json").read_text())
   coco.annotations = str(other)
@@ -267,7 +270,7 @@ def test_one_file_is_divided_by_image_ids(tmp_path):
     ({"images": "nowhere"}, ("nowhere: no such folder; see data.annotations, data.images",)),
     ({"source": "coco"}, ("data.source and data.annotations exclude each other",)),
     ({"builder": {"splits": {"a": ("b", "c")}}}, ("data.builder.splits and",)),
-    ({"name": "camvid"}, ("data.annotations is of data.name='coco', not of 'camvid'",)),
+    ({"name": "camvid"}, ("data.annotations is for data.name='coco', not for 'camvid'",)),
   ],
 )
 def test_paths_that_do_not_go_together(fields, words, tmp_path):
@@ -284,7 +287,7 @@ def test_one_image_cannot_be_divided(tmp_path):
     data.prepare(coco)
 
 
-def test_what_is_bad_in_one_file_is_named_once(tmp_path, caplog):
+def test_a_bad_entry_of_a_single_file_is_named_once(tmp_path, caplog):
   content, coco = _one_file(tmp_path, skip_bad=True)
   content["annotations"][1]["image_id"] = [3]
   content["annotations"][2]["bbox"] = [1, 2]  # on the first image of "val"

@@ -1,4 +1,4 @@
-"""COCO's format: what is bad is named, by file, record and field."""
+"""Bad input in COCO's format is reported with its file, record and field."""
 
 import json
 import re
@@ -7,7 +7,8 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.errors import UserError
-from tests.data.conftest import HEIGHT, WIDTH, config, write_coco
+from fpt_jax.tasks.detection.batches import coco_ground_truth
+from tests.data_sets import HEIGHT, WIDTH, config, write_coco
 
 
 def _annotation(i=0, **fields):
@@ -31,7 +32,7 @@ def _drop(kind, i, field):
 
 
 RUNS = {"size": [HEIGHT, WIDTH], "counts": [40, 200, 559]}
-# what is spoiled, what the message must name, and (images, annotations) left by skip_bad
+# how the data are damaged, words of the message, and (images, annotations) that skip_bad leaves
 BAD = {
   "missing image": (
     lambda root, content: (root / "train2017" / "grey.jpg").unlink(),
@@ -43,7 +44,7 @@ BAD = {
     ("image id 70", "rgb.jpg", "undecodable image"),
     (3, 2),
   ),
-  "no image": (
+  "not an image": (
     _file("tall.png", lambda b: b"hello"),
     ("image id 9", "tall.png", "undecodable image"),
     (3, 3),
@@ -129,11 +130,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_stops_or_is_skipped(case, tmp_path, caplog):
-  spoil, words, left = BAD[case]
+def test_bad_input_raises_or_is_skipped(case, tmp_path, caplog):
+  damage, words, left = BAD[case]
   source = tmp_path / "source"
   content = write_coco(source)
-  spoil(source, content)
+  damage(source, content)
   annotation_file = source / "annotations/instances_train2017.json"
   annotation_file.write_text(json.dumps(content))
   coco = config("coco", tmp_path / "data", source=str(source))
@@ -152,7 +153,7 @@ def test_bad_input_stops_or_is_skipped(case, tmp_path, caplog):
     data.prepare(coco)
   assert all(word in caplog.text for word in words)
   assert re.search("prepare train: 1 skipped", caplog.text)
-  truth = data.coco_ground_truth(coco, "train")
+  truth = coco_ground_truth(coco, "train")
   assert (len(truth["images"]), len(truth["annotations"])) == left
 
 
@@ -171,7 +172,7 @@ def _change_json(change):
 
 
 @pytest.mark.parametrize(
-  ("spoil", "words"),
+  ("damage", "words"),
   [
     (lambda root: root.rename(root.parent / "elsewhere"), ("data.source", "no such folder")),
     (
@@ -180,7 +181,7 @@ def _change_json(change):
     ),
     (lambda root: (root / "val2017").rename(root / "other"), ("val2017", "no such folder")),
     (_write_json('{"images": [],\n "annotations": [}'), ("val2017.json", "line 2, column 18")),
-    (_write_json("[]"), ("val2017.json", "field images")),
+    (_write_json("[]"), ("val2017.json", "field images must be a list")),
     (_change_json(lambda c: c.pop("categories")), ("val2017.json", "field categories")),
     (_change_json(lambda c: [c[k].clear() for k in ("images", "annotations")]), ("no good image",)),
     (_change_json(lambda c: c["categories"].clear()), ("val2017.json", "categories is empty")),
@@ -192,10 +193,10 @@ def _change_json(change):
     (_change_json(lambda c: c["categories"][1].update(name="bee")), ("val2017.json", "differ")),
   ],
 )
-def test_a_bad_layout_stops_even_where_bad_records_are_skipped(spoil, words, tmp_path):
+def test_a_bad_layout_raises_even_if_bad_records_are_skipped(damage, words, tmp_path):
   source = tmp_path / "source"
   write_coco(source)
-  spoil(source)
+  damage(source)
   coco = config("coco", tmp_path / "data", source=str(source), skip_bad=True)
   with pytest.raises(UserError) as raised:
     data.prepare(coco)

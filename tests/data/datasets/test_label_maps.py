@@ -1,4 +1,4 @@
-"""Every data set of label maps comes back as its files are; what is bad is named, never mended."""
+"""Data sets of label maps are read as their files are; bad files are reported, never fixed."""
 
 import collections
 import io
@@ -14,14 +14,16 @@ from fpt_jax import data
 from fpt_jax.data.datasets import ade20k, camvid, cityscapes, lip, voc2012
 from fpt_jax.data.prepared import Reader
 from fpt_jax.data.records import instances, label_map
+from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
-from tests.data.conftest import label_config
+from fpt_jax.tasks.segmentation.batches import images
+from tests.data_sets import label_config
 
 HEIGHT, WIDTH = 6, 9
 LAYOUTS = {
   layout.LAYOUT.name: layout.LAYOUT for layout in (ade20k, camvid, cityscapes, lip, voc2012)
 }
-# data set, folder of the real files, split: image and label files of it
+# data set: folder of the real files, split, its image and label files
 REAL = {
   "voc2012": ("voc2012", "val", "JPEGImages/*.jpg", "SegmentationClass/*.png"),
   "camvid": ("camvid", "test", "test/*.jpg", "testannot/*.png"),
@@ -37,7 +39,7 @@ REAL = {
 
 
 def _map_of_ids(name):
-  """The class of each number in the data set's label files, written out a second time."""
+  """The class of each number in the data set's label files, independent of the layouts."""
   if name == "cityscapes":
     evaluated = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
     return {i: evaluated.index(i) if i in evaluated else 255 for i in range(34)}
@@ -62,7 +64,7 @@ def test_layouts_are_complete(name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_labels_come_back_unchanged(name, real_data, tmp_path):
+def test_real_labels_are_read_unchanged(name, real_data, tmp_path):
   folder, split, image_files, label_files = REAL[name]
   root = real_data / folder
   config = label_config(name, tmp_path, source=str(root), builder={"splits": (split,)})
@@ -70,7 +72,7 @@ def test_real_labels_come_back_unchanged(name, real_data, tmp_path):
 
   before = collections.Counter()
   labels = {path.stem: path for path in root.glob(label_files)}
-  found = list(data.segmentation.images(config, split))
+  found = list(images(config, split))
   reader = Reader(config, split)
   after = collections.Counter()
   for i, (file_name, image_HWC, label_HW) in enumerate(found):
@@ -100,22 +102,22 @@ def _histogram(ids_HW):
   return (values.tolist() for values in np.unique(ids_HW, return_counts=True))
 
 
-def test_voc_palette_is_that_of_its_files(real_data):
+def test_voc_palette_equals_that_of_the_files(real_data):
   with PIL.Image.open(next((real_data / "voc2012/SegmentationClass").glob("*.png"))) as label:
     palette = np.reshape(label.getpalette()[: 3 * 21], (21, 3))
   np.testing.assert_array_equal(voc2012.LAYOUT.palette, palette)
 
 
-def test_ade20k_names_are_those_of_its_list(real_data):
+def test_ade20k_names_equal_those_of_the_list(real_data):
   lines = (real_data / "ade20k_sample/objectInfo150.txt").read_text().splitlines()[1:]
   names = [line.split("\t")[4].split(",")[0].strip() for line in lines]
   assert list(ade20k.LAYOUT.class_names) == names
 
 
-def test_the_real_grey_jpeg_becomes_rgb(real_data, tmp_path):
+def test_the_real_gray_jpeg_becomes_rgb(real_data, tmp_path):
   config = label_config("lip", tmp_path, source=str(real_data / "lip_sample"))
   data.prepare(config)
-  ((_, image_HWC, _),) = data.segmentation.images(config, "val")
+  ((_, image_HWC, _),) = images(config, "val")
   assert image_HWC.ndim == 3 and (np.ptp(image_HWC, axis=-1) == 0).all()
 
 
@@ -125,8 +127,8 @@ def _png(array, mode=None):
   return file.getvalue()
 
 
-def _grey_png(ids_HW, bits):
-  """A grey PNG of fewer bits a pixel, written from the PNG specification."""
+def _gray_png(ids_HW, bits):
+  """A gray PNG with `bits` bits per pixel, written as the PNG specification says."""
   height, width = ids_HW.shape
   rows = b""
   for row in ids_HW:
@@ -144,9 +146,9 @@ def _grey_png(ids_HW, bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_greys_of_few_bits_are_read_as_numbers(rng, bits):
+def test_grays_of_few_bits_are_read_as_numbers(rng, bits):
   ids_HW = rng.integers(0, 2**bits, (5, 7), np.uint8)
-  np.testing.assert_array_equal(label_map.decode_ids(_grey_png(ids_HW, bits)), ids_HW)
+  np.testing.assert_array_equal(label_map.decode_ids(_gray_png(ids_HW, bits)), ids_HW)
 
 
 @pytest.mark.parametrize("colors", [2, 4, 16, 256])
@@ -162,13 +164,13 @@ def test_palettes_are_read_as_numbers(rng, colors):
 
 def test_label_maps_are_stored_losslessly(rng):
   label_HW = rng.integers(0, 256, (13, 8), np.uint8)
-  png = label_map.encode_label(label_HW)
+  png = encode_png(label_HW)
   np.testing.assert_array_equal(label_map.decode_ids(png), label_HW)
 
 
 @pytest.fixture
 def folder(tmp_path):
-  """A data set of the user's: four images a split, three classes, void 9."""
+  """A user's data set: four images per split, three classes, void 9."""
   root = tmp_path / "source"
   rng = np.random.default_rng(0)
   for split in ("train", "val"):
@@ -179,8 +181,8 @@ def folder(tmp_path):
       PIL.Image.fromarray(image).save(root / "images" / split / f"{i}{ending}")
       label = rng.choice([0, 1, 2, 9], (HEIGHT, WIDTH)).astype(np.uint8)
       (root / "labels" / split / f"{i}.png").write_bytes(_png(label))
-  (root / "images" / "train" / "notes.txt").write_text("no image")
-  (root / "images" / "train" / ".hidden.jpg").write_text("no image")
+  (root / "images" / "train" / "notes.txt").write_text("not an image")
+  (root / "images" / "train" / ".hidden.jpg").write_text("not an image")
   return label_config(
     "image_folder",
     tmp_path / "data",
@@ -189,14 +191,14 @@ def folder(tmp_path):
   )
 
 
-def test_folders_of_ones_own(folder):
+def test_folders_of_the_user(folder):
   data.prepare(folder)
   info = data.info(folder)
   assert info.class_names == ("sky", "road", "car") and info.num_classes == 3
   assert info.num_images == {"train": 4, "val": 4}
   assert info.category_names == () and info.swaps == ()
   assert info.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
-  found = list(data.segmentation.images(folder, "train"))
+  found = list(images(folder, "train"))
   assert [name for name, _, _ in found] == ["0.jpg", "1.png", "2.JPEG", "3.jpg"]
   for i, (_, _, label_HW) in enumerate(found):
     with PIL.Image.open(pathlib.Path(folder.source) / f"labels/train/{i}.png") as label:
@@ -210,7 +212,7 @@ def test_classes_without_names_are_numbered(folder):
   folder.builder = {"num_classes": 10, "void": -1, "splits": None}
   data.prepare(folder)
   assert data.info(folder).class_names == tuple("0123456789")
-  assert 9 in next(iter(data.segmentation.images(folder, "train")))[2]  # here a class
+  assert 9 in next(iter(images(folder, "train")))[2]  # a class, not void
 
 
 @pytest.mark.parametrize(
@@ -218,14 +220,14 @@ def test_classes_without_names_are_numbered(folder):
   [
     ({}, "num_classes=0 must be 1 to 254"),
     ({"num_classes": 255}, "num_classes=255 must be 1 to 254"),
-    ({"num_classes": 2, "class_names": ("a", "b", "c")}, "num_classes=2 .* which are 3"),
-    ({"num_classes": 3, "void": 2}, "data.builder.void=2 must lie beyond the classes"),
-    ({"num_classes": 3, "colour": 2}, "data.builder: .*colour"),
+    ({"num_classes": 2, "class_names": ("a", "b", "c")}, "num_classes=2 .* which is 3"),
+    ({"num_classes": 3, "void": 2}, "data.builder.void=2 must be -1, or from 3 .* to 255"),
+    ({"num_classes": 3, "color": 2}, "data.builder: .*color"),
     ({"num_classes": 3, "splits": ("train", "minival")}, "images/minival: no such folder"),
     ({"num_classes": 3, "splits": ("train+val",)}, "'train.val' cannot name a split"),
   ],
 )
-def test_bad_arguments_are_refused(folder, builder, message):
+def test_bad_arguments_raise(folder, builder, message):
   folder.builder = builder
   with pytest.raises(UserError, match=message) as error:
     data.prepare(folder)
@@ -234,18 +236,18 @@ def test_bad_arguments_are_refused(folder, builder, message):
 
 BAD = {
   "out of range": (_png(np.full((HEIGHT, WIDTH), 3, np.uint8)), r"labels are out of range: \[3\]"),
-  "void of others": (
+  "void of other data sets": (
     _png(np.full((HEIGHT, WIDTH), 255, np.uint8)),
     r"labels are out of range: \[255\]",
   ),
-  "size": (_png(np.zeros((WIDTH, HEIGHT), np.uint8)), "another size .*9x6 .* the image 6x9"),
-  "16 bit": (_png(np.zeros((HEIGHT, WIDTH), np.uint16)), "unusable: 16 bits a pixel"),
-  "colour": (_png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), r"a PNG of colours \(RGB\)"),
-  "alpha": (_png(np.zeros((HEIGHT, WIDTH, 2), np.uint8)), r"a PNG of colours \(LA\)"),
+  "size": (_png(np.zeros((WIDTH, HEIGHT), np.uint8)), "not of the size .*9x6 .* the image is 6x9"),
+  "16 bit": (_png(np.zeros((HEIGHT, WIDTH), np.uint16)), "unusable: 16 bits per pixel"),
+  "color": (_png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), r"a color PNG \(RGB\)"),
+  "alpha": (_png(np.zeros((HEIGHT, WIDTH, 2), np.uint8)), r"a color PNG \(LA\)"),
   "truncated": (_png(np.eye(HEIGHT, WIDTH, dtype=np.uint8))[:55], "unusable: "),
   "truncated end": (_png(np.eye(HEIGHT, WIDTH, dtype=np.uint8))[:-9], "the file is truncated"),
   "empty": (b"", "unusable: undecodable"),
-  "text": (b"no picture", "unusable: undecodable"),
+  "text": (b"not a PNG", "unusable: undecodable"),
   "missing": (None, "labels cannot be read: No such file"),
 }
 
@@ -260,7 +262,7 @@ BAD["jpeg"] = (_jpeg_label(), "labels must be a PNG, this is JPEG")
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_labels_stop_or_are_skipped(folder, bad, caplog):
+def test_bad_labels_raise_or_are_skipped(folder, bad, caplog):
   content, message = BAD[bad]
   label = pathlib.Path(folder.source) / "labels" / "train" / "2.png"
   if content is None:
@@ -278,14 +280,14 @@ def test_bad_labels_stop_or_are_skipped(folder, bad, caplog):
     data.prepare(folder)
   assert f"skipped: {label}: " in caplog.text and "prepare train: 1 skipped: lab" in caplog.text
   assert data.info(folder).num_images == {"train": 3, "val": 4}
-  assert [name for name, _, _ in data.segmentation.images(folder, "train")] == [
+  assert [name for name, _, _ in images(folder, "train")] == [
     "0.jpg",
     "1.png",
     "3.jpg",
   ]
 
 
-def test_bad_images_stop(folder):
+def test_bad_images_raise(folder):
   image = pathlib.Path(folder.source) / "images" / "val" / "1.png"
   image.write_bytes(image.read_bytes()[:60])
   with pytest.raises(UserError, match=rf"{image}: image is broken: undecodable image"):
@@ -293,7 +295,7 @@ def test_bad_images_stop(folder):
   assert not data.is_prepared(folder)
 
 
-def test_a_split_without_a_good_image_stops(folder):
+def test_a_split_without_a_good_image_raises(folder):
   for label in (pathlib.Path(folder.source) / "labels" / "val").iterdir():
     label.write_bytes(b"")
   folder.skip_bad = True
@@ -302,7 +304,7 @@ def test_a_split_without_a_good_image_stops(folder):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_another_folder_is_told_from_the_layout(name, tmp_path):
+def test_a_folder_without_the_layout_raises(name, tmp_path):
   config = label_config(name, tmp_path / "data", source=str(tmp_path))
   with pytest.raises(UserError, match=r"no such f.*; see data.source, data.builder.splits"):
     data.prepare(config)
@@ -315,7 +317,7 @@ def test_a_source_is_needed(tmp_path):
     data.prepare(label_config("camvid", tmp_path, source=str(tmp_path / "nowhere")))
 
 
-def test_a_list_that_names_a_missing_image_stops(tmp_path):
+def test_a_list_that_names_a_missing_image_raises(tmp_path):
   root = tmp_path / "VOC2012"
   for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
     (root / folder).mkdir(parents=True)
@@ -328,7 +330,7 @@ def test_a_list_that_names_a_missing_image_stops(tmp_path):
     data.prepare(config)
 
 
-def test_lip_may_lie_in_the_folders_of_its_archives(tmp_path):
+def test_lip_is_found_in_the_folders_of_its_archives(tmp_path):
   root = tmp_path / "LIP"
   for folder in (
     "TrainVal_images/train_images",
@@ -341,7 +343,7 @@ def test_lip_may_lie_in_the_folders_of_its_archives(tmp_path):
   (root / "TrainVal_parsing_annotations/train_segmentations/7_1.png").write_bytes(_png(label))
   config = label_config("lip", tmp_path / "d", source=str(root), builder={"splits": ("train",)})
   data.prepare(config)
-  ((name, _, label_HW),) = data.segmentation.images(config, "train")
+  ((name, _, label_HW),) = images(config, "train")
   assert name == "7_1.jpg" and (label_HW == 19).all()
 
 
@@ -350,7 +352,7 @@ def test_context_shapes_have_label_maps(shapes):
   assert info.class_names == ("background", *info.category_names)
   assert len(info.palette) == info.num_classes == 6
   reader = Reader(shapes, "val")
-  for i, (_, _, label_HW) in enumerate(data.segmentation.images(shapes, "val")):
+  for i, (_, _, label_HW) in enumerate(images(shapes, "val")):
     record = reader.read(i)
     areas = collections.Counter()
     for label, annotation in zip(record.labels, record.annotations, strict=True):
@@ -359,6 +361,6 @@ def test_context_shapes_have_label_maps(shapes):
     assert dict(zip(classes, pixels, strict=True)) == areas | {0: 64 * 64 - areas.total()}
 
 
-def test_instances_alone_are_no_label_maps(real_coco):
+def test_instances_without_label_maps_raise(real_coco):
   with pytest.raises(UserError, match=r"data.name='coco' has no label maps"):
-    next(data.segmentation.images(real_coco, "val"))
+    next(images(real_coco, "val"))

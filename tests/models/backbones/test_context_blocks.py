@@ -333,11 +333,11 @@ def test_non_local_can_learn_whatever_the_norm(norm, rng):
 def test_errors():
   with pytest.raises(ValueError, match="context 'cbam' does not exist; choose one of none, non_lo"):
     ResNet("resnet18", context="cbam", rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="needs more than 8 channels, got 8; widen the backbone"):
+  with pytest.raises(ValueError, match="needs more than 8 channels, got 8; set a larger backbone"):
     AttentionAugmentedConv(8, 8, rngs=nnx.Rngs(0))
   config = coco_mask.get_config("demo,backbone=efficientnet_lite0")
   config.model.backbone.context = "non_local"
   with pytest.raises(
-    ValueError, match="context 'non_local' is for a ResNet, not for backbone 'eff"
+    ValueError, match="backbone 'efficientnet_lite0' has no context blocks; set context="
   ):
     models.build(config, nnx.Rngs(0))

@@ -10,10 +10,10 @@ from pycocotools import mask as coco_mask
 
 import fpt_jax
 from fpt_jax import data
-from fpt_jax.tasks import detection
+from fpt_jax.tasks.detection.evaluation import RESULTS_FILE
 from tests.conftest import GOLDEN
-from tests.models.test_torchvision import assert_close, golden_config, state_dict
 from tests.runs import command, importer, succeed
+from tests.weights.test_torchvision import assert_close, golden_config, state_dict
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +97,7 @@ def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
 
 def evaluated(workdir):
   """The detections of each image that evaluation left in a run's folder."""
-  results = json.loads((workdir / detection.RESULTS_FILE).read_text())
+  results = json.loads((workdir / RESULTS_FILE).read_text())
   found = []
   for i in range(4):
     of_image = [r for r in results if r["image_id"] == i]

@@ -1,3 +1,5 @@
+"""Pictures of detections: what is drawn where."""
+
 import json
 
 import numpy as np
@@ -6,6 +8,7 @@ from PIL import Image
 
 from fpt_jax.ops import masks
 from fpt_jax.tasks import pictures
+from fpt_jax.tasks.detection.draw import draw_detections
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def changed(image, drawn):
 
 def test_masks_are_tinted_and_the_small_lies_on_the_large(scene):
   image, boxes, names, scores, bitmaps = scene
-  drawn = pictures.draw_detections(image, boxes, names, scores, bitmaps)
+  drawn = draw_detections(image, boxes, names, scores, bitmaps)
   assert drawn.shape == image.shape and drawn.dtype == np.uint8
   assert (image == 128).all()
   for (y, x), name in [((240, 400), "elephant"), ((306, 210), "ant")]:
@@ -42,14 +45,14 @@ def test_rles_are_drawn_like_bitmaps(scene):
   image, boxes, names, scores, bitmaps = scene
   rles = [masks.encode_rle(bitmap) for bitmap in bitmaps]
   np.testing.assert_array_equal(
-    pictures.draw_detections(image, boxes, names, scores, rles),
-    pictures.draw_detections(image, boxes, names, scores, bitmaps),
+    draw_detections(image, boxes, names, scores, rles),
+    draw_detections(image, boxes, names, scores, bitmaps),
   )
 
 
 def test_frames_surround_their_boxes(scene):
   image, boxes, names, _, _ = scene
-  alone = pictures.draw_detections(image, boxes[:1], names[:1])
+  alone = draw_detections(image, boxes[:1], names[:1])
   x0, y0, x1, y1 = boxes[0].astype(int)
   touched = changed(image, alone)
   assert not touched[y0:y1, x0:x1].any()
@@ -63,7 +66,7 @@ def test_any_size_of_image_has_legible_plates_within_it(size):
   height, width = size
   image = np.zeros((height, width, 3), np.uint8)
   corners = np.array([[0, 0, 2, 2], [width - 3, height - 2, width, height]], float)
-  drawn = pictures.draw_detections(image, corners, ["vicuña", "ocelot"], [0.9, 0.8])
+  drawn = draw_detections(image, corners, ["vicuña", "ocelot"], [0.9, 0.8])
   zoom = drawn.shape[0] // height
   assert drawn.shape == (zoom * height, zoom * width, 3)
   assert max(drawn.shape) >= 400
@@ -81,9 +84,9 @@ def test_plates_never_cover_each_other():
   names = [f"kind {i}" for i in range(60)]
   scores = rng.random(60)
   best = int(scores.argmax())
-  everything = pictures.draw_detections(image, boxes, names, scores)
+  everything = draw_detections(image, boxes, names, scores)
   # the plate of the best is whole: what drawing it alone changes outside the box's surroundings
-  alone = pictures.draw_detections(
+  alone = draw_detections(
     image, boxes[best : best + 1], [names[best]], scores[best : best + 1]
   )
   frame = np.zeros(image.shape[:2], bool)
@@ -95,66 +98,31 @@ def test_plates_never_cover_each_other():
   assert same[plate].mean() > 0.97  # its shaded outline may be mixed with frames below
 
 
-def test_detections_under_the_least_score_are_not_drawn(scene):
-  image, boxes, names, scores, bitmaps = scene
-  np.testing.assert_array_equal(
-    pictures.draw_detections(image, boxes, names, scores, bitmaps, min_score=0.6),
-    pictures.draw_detections(image, boxes[:1], names[:1], scores[:1], bitmaps[:1]),
-  )
-  unchanged = pictures.draw_detections(image, np.zeros((0, 4)), [], [], [])
-  np.testing.assert_array_equal(unchanged, image)
+def test_no_detections_change_nothing(scene):
+  image = scene[0]
+  np.testing.assert_array_equal(draw_detections(image, np.zeros((0, 4)), [], [], []), image)
 
 
 def test_boxes_off_the_image_and_empty_masks_do_no_harm(scene):
   image = scene[0]
   boxes = np.array([[-50.0, -50, -10, -10], [600, 10, 700, 50], [-20, 100, 900, 200], [9, 9, 9, 9]])
   nothing = np.zeros((4, 420, 560), bool)
-  drawn = pictures.draw_detections(image, boxes, list("abcd"), None, nothing)
+  drawn = draw_detections(image, boxes, list("abcd"), None, nothing)
   assert drawn.shape == image.shape
   assert changed(image, drawn)[100, 250:300].sum() == 0
   assert changed(image, drawn)[99, 250:300].all()
-  assert not changed(image, pictures.draw_detections(image, boxes[:2], list("ab"))).any()
-
-
-def test_colors_are_stable_and_apart():
-  common = ["person", "chair", "car", "dining table", "cup", "bottle", "dog", "cat", "book"]
-  colors = np.array([pictures.category_color(name) for name in common], float)
-  distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1)
-  assert distances[~np.eye(len(common), dtype=bool)].min() > 25
-  # instances of one category are told apart, but stay nearer to it than half the range
-  first, second = (np.array(pictures.category_color("person", i), float) for i in (0, 1))
-  assert 15 < np.linalg.norm(first - second) < 130
+  assert not changed(image, draw_detections(image, boxes[:2], list("ab"))).any()
 
 
 def test_grey_images_and_wrong_inputs():
   grey = np.full((400, 400), 50, np.uint8)
-  assert pictures.draw_detections(grey, [[1, 1, 9, 9]], ["a"]).shape == (400, 400, 3)
+  assert draw_detections(grey, [[1, 1, 9, 9]], ["a"]).shape == (400, 400, 3)
   with pytest.raises(ValueError, match="float"):
-    pictures.draw_detections(grey.astype(np.float32), [[1, 1, 9, 9]], ["a"])
+    draw_detections(grey.astype(np.float32), [[1, 1, 9, 9]], ["a"])
   with pytest.raises(ValueError, match=r"\[1, 2\]"):
-    pictures.draw_detections(grey, [[1, 1, 9, 9]], ["a", "b"])
+    draw_detections(grey, [[1, 1, 9, 9]], ["a", "b"])
   with pytest.raises(ValueError, match=r"\(400, 400\) expected, got \(28, 28\)"):
-    pictures.draw_detections(grey, [[1, 1, 9, 9]], ["a"], [1.0], np.ones((1, 28, 28)))
-
-
-def test_contact_sheet_places_every_image_unbent():
-  red, green, blue = (np.zeros((h, w, 3), np.uint8) for h, w in [(50, 100), (300, 100), (7, 9)])
-  red[..., 0], green[..., 1], blue[..., 2] = 255, 255, 255
-  sheet = pictures.contact_sheet([red, green, blue], 2, ["a", "b" * 300, "c"], cell_width=120)
-  assert sheet.dtype == np.uint8 and 240 < sheet.shape[1] < 280
-  shapes = []
-  for channel in range(3):
-    pure = np.zeros(3, np.uint8)
-    pure[channel] = 255
-    rows, cols = np.nonzero((sheet == pure).all(axis=-1))
-    shapes.append((np.ptp(rows) + 1, np.ptp(cols) + 1))
-    assert len(rows) == np.prod(shapes[-1])
-  assert shapes == [(60, 120), (160, 53), (93, 120)]
-  assert pictures.contact_sheet([red], 5, cell_width=120).shape[1] < 140
-  with pytest.raises(ValueError, match="0"):
-    pictures.contact_sheet([], 2)
-  with pytest.raises(ValueError, match="1 for 2"):
-    pictures.contact_sheet([red, red], 2, ["one"])
+    draw_detections(grey, [[1, 1, 9, 9]], ["a"], [1.0], np.ones((1, 28, 28)))
 
 
 def test_a_real_image(real_data):
@@ -166,7 +134,7 @@ def test_a_real_image(real_data):
   boxes = np.array([a["bbox"] for a in mine])
   boxes[:, 2:] += boxes[:, :2]
   bitmaps = [masks.rasterize(a["segmentation"], *image.shape[:2]) for a in mine]
-  drawn = pictures.draw_detections(
+  drawn = draw_detections(
     image, boxes, [names[a["category_id"]] for a in mine], np.ones(len(mine)), bitmaps
   )
   touched = changed(image, drawn)

@@ -51,7 +51,7 @@ def view(rng, size_B2, canvas):
 
 
 @pytest.fixture(scope="module")
-def views():
+def seen_views():
   rng = np.random.default_rng(0)
   first = view(rng, SIZE_B2, (64, 64))
   # the second image is its own mirror image

@@ -7,12 +7,15 @@ import PIL.Image
 import pytest
 
 from fpt_jax import data
+from fpt_jax.configs.segmentation import segmentation
 from fpt_jax.data import canvases, order, transforms
+from fpt_jax.data.datasets import label_maps
 from fpt_jax.data.prepared import Reader
-from fpt_jax.data.records import label_map
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.segmentation import batches, crops
-from tests.data.conftest import label_config
+from fpt_jax.tasks.detection import batches as detection_batches
+from fpt_jax.tasks.segmentation import crops
+from fpt_jax.tasks.segmentation.batches import eval_batches, images, train_batches
+from tests.data_sets import label_config
 
 SIZES = [(20, 30), (33, 17), (40, 40), (21, 30), (64, 50), (19, 29), (40, 39)]
 
@@ -54,7 +57,7 @@ def _assert_equal(one, other):
 
 
 def test_a_training_batch(folder):
-  (batch,) = _take(batches.train_batches(folder, batch_size=4, seed=0), 1)
+  (batch,) = _take(train_batches(folder, batch_size=4, seed=0), 1)
   assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
     "image_BHWC": ((4, 24, 32, 3), np.float32),
     "label_BHW": ((4, 24, 32), np.int32),
@@ -71,17 +74,17 @@ def test_training_crops_are_those_drawn(folder):
   """Each image of each batch is what the drawn crop of the right file gives."""
   files = {
     name: (i, image_HWC, label_HW)
-    for i, (name, image_HWC, label_HW) in enumerate(batches.images(folder, "train"))
+    for i, (name, image_HWC, label_HW) in enumerate(images(folder, "train"))
   }
   stream = order.TrainOrder(np.zeros(7, int), seed=5, batch_size=4)
   seen = collections.Counter()
-  for step, batch in enumerate(_take(batches.train_batches(folder, batch_size=4, seed=5), 7)):
+  for step, batch in enumerate(_take(train_batches(folder, batch_size=4, seed=5), 7)):
     np.testing.assert_array_equal(batch["image_id_B"], stream.batch(step)[0] + 1)
     for b in range(4):
       index, image_HWC, label_HW = files[batch["file_name_B"][b].decode()]
       assert batch["image_id_B"][b] == index + 1
       seen[index] += 1
-      crop = crops.draw(5, 4 * step + b, SIZES[index], (24, 32), scales=(0.5, 2.0), flip=True)
+      crop = crops.draw(5, 4 * step + b, SIZES[index], (24, 32), scale=(0.5, 2.0), flip=True)
       if crop.mirrored:
         image_HWC, label_HW = image_HWC[:, ::-1], label_HW[:, ::-1]
       whole = transforms.resize_and_pad(image_HWC, crop.size, crop.size).numpy()
@@ -102,32 +105,32 @@ def test_training_crops_are_those_drawn(folder):
 
 
 def test_labels_lie_on_their_image(folder):
-  for batch in _take(batches.train_batches(folder, batch_size=4, seed=1), 5):
+  for batch in _take(train_batches(folder, batch_size=4, seed=1), 5):
     for image_HWC, label_HW in zip(batch["image_BHWC"], batch["label_BHW"], strict=True):
       on_HW = label_HW < 255
       assert (np.abs(image_HWC[..., 0] / 50 - label_HW) < 0.5)[on_HW].mean() > 0.75
 
 
 def test_any_step_can_be_the_first(folder):
-  whole = _take(batches.train_batches(folder, batch_size=3, seed=2), 6)
-  part = _take(batches.train_batches(folder, batch_size=3, seed=2, start_step=4), 2)
+  whole = _take(train_batches(folder, batch_size=3, seed=2), 6)
+  part = _take(train_batches(folder, batch_size=3, seed=2, start_step=4), 2)
   for one, other in zip(whole[4:], part, strict=True):
     _assert_equal(one, other)
-  other = _take(batches.train_batches(folder, batch_size=3, seed=3), 1)[0]
+  other = _take(train_batches(folder, batch_size=3, seed=3), 1)[0]
   assert not np.array_equal(whole[0]["image_BHWC"], other["image_BHWC"])
 
 
 def test_hosts_read_the_shares_of_one_batch(folder):
-  (whole,) = _take(batches.train_batches(folder, batch_size=4, seed=0), 1)
+  (whole,) = _take(train_batches(folder, batch_size=4, seed=0), 1)
   parts = [
-    _take(batches.train_batches(folder, batch_size=4, seed=0, process_index=i, process_count=2), 1)[
+    _take(train_batches(folder, batch_size=4, seed=0, process_index=i, process_count=2), 1)[
       0
     ]
     for i in range(2)
   ]
   _assert_equal(whole, {k: np.concatenate([part[k] for part in parts]) for k in whole})
   with pytest.raises(UserError, match="batch_size=4 cannot be shared by 3 hosts"):
-    batches.train_batches(folder, batch_size=4, seed=0, process_count=3)
+    train_batches(folder, batch_size=4, seed=0, process_count=3)
 
 
 def test_mirrored_people_change_sides(tmp_path):
@@ -142,35 +145,34 @@ def test_mirrored_people_change_sides(tmp_path):
     tmp_path / "data",
     source=str(tmp_path),
     crop=(12, 16),
-    scale_min=1.0,
-    scale_max=1.0,
+    scale=(1.0, 1.0),
     builder={"splits": ("train",)},
   )
   data.prepare(config)
-  (batch,) = _take(batches.train_batches(config, batch_size=16, seed=0), 1)
+  (batch,) = _take(train_batches(config, batch_size=16, seed=0), 1)
   mirrored_B = batch["image_BHWC"][:, 0, 0, 0] == 190
   assert 2 < mirrored_B.sum() < 14
   for label_HW, mirrored in zip(batch["label_BHW"], mirrored_B, strict=True):
     expected = [[18] * 8 + [15] * 8] if mirrored else [[14] * 8 + [19] * 8]
     np.testing.assert_array_equal(label_HW, expected * 12)
-  (still,) = _take(batches.train_batches(_changed(config, flip=False), batch_size=16, seed=0), 1)
+  (still,) = _take(train_batches(_changed(config, flip=False), batch_size=16, seed=0), 1)
   np.testing.assert_array_equal(still["label_BHW"], label[None].repeat(16, 0))
 
 
 def test_shorter_edges_instead_of_scales(folder):
-  config = _changed(folder, short_edges=(10, 30), crop=(30, 30))
+  config = _changed(folder, train_sizes=(10, 20, 30), crop=(30, 30))
   seen = set()
-  for batch in _take(batches.train_batches(config, batch_size=4, seed=0), 6):
+  for batch in _take(train_batches(config, batch_size=4, seed=0), 6):
     assert batch["image_BHWC"].shape == (4, 30, 30, 3)
     seen |= {min(size) for size in batch["size_B2"].tolist()}
-  assert seen == {10, 30}
+  assert seen == {10, 20, 30}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_evaluation_reads_every_image_once_and_whole(folder, batch_size):
-  files = {name: (image, label) for name, image, label in batches.images(folder, "val")}
+  files = {name: (image, label) for name, image, label in images(folder, "val")}
   seen = []
-  with batches.eval_batches(folder, "val", batch_size=batch_size) as batches:
+  with eval_batches(folder, "val", batch_size=batch_size) as batches:
     for batch in batches:
       canvas = batch["image_BHWC"].shape[1:3]
       assert canvas == batch["label_BHW"].shape[1:]
@@ -196,9 +198,9 @@ def test_evaluation_reads_every_image_once_and_whole(folder, batch_size):
 
 def test_evaluation_at_another_size_keeps_the_labels_of_the_file(folder):
   config = _changed(folder, short_edge=12, buckets=((16, 24), (32, 16)))
-  files = {name: label for name, _, label in batches.images(folder, "val")}
+  files = {name: label for name, _, label in images(folder, "val")}
   count = 0
-  with batches.eval_batches(config, "val", batch_size=2) as batches:
+  with eval_batches(config, "val", batch_size=2) as batches:
     for batch in batches:
       assert batch["image_BHWC"].shape[1:3] in ((16, 24), (32, 16))
       for b in np.flatnonzero(batch["valid_B"]):
@@ -220,7 +222,7 @@ def test_evaluation_at_another_size_keeps_the_labels_of_the_file(folder):
 
 def test_hosts_share_an_evaluation(folder):
   def read(**hosts):
-    with batches.eval_batches(folder, "val[:5]", batch_size=2, **hosts) as batches:
+    with eval_batches(folder, "val[:5]", batch_size=2, **hosts) as batches:
       return list(batches)
 
   whole, *parts = read(), *(read(process_index=i, process_count=2) for i in range(2))
@@ -232,51 +234,47 @@ def test_hosts_share_an_evaluation(folder):
 def test_many_canvases_are_told(folder, caplog, monkeypatch):
   monkeypatch.setattr(canvases, "_MANY", 6)
   with caplog.at_level("WARNING"):
-    batches.eval_batches(folder, "val", batch_size=1).close()
+    eval_batches(folder, "val", batch_size=1).close()
     assert "canvases" not in caplog.text
-    batches.eval_batches(_changed(folder, canvas_multiple=1), "val", batch_size=1).close()
+    eval_batches(_changed(folder, canvas_multiple=1), "val", batch_size=1).close()
   assert "canvases of 7 sizes" in caplog.text and "data.canvas_multiple=1" in caplog.text
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"crop": (0, 5)}, r"data.crop=\(0, 5\) must be"),
-    ({"scale_min": 0.0}, r"data.scale_min=0.0 must be positive"),
-    ({"scale_min": 3.0}, r"at most data.scale_max=2.0"),
-    ({"short_edges": (0,)}, r"data.short_edges=\(0,\) must be positive"),
     ({"train_split": "test"}, r"split 'test' cannot be read"),
   ],
 )
 def test_what_does_not_fit_is_refused(folder, fields, message):
   with pytest.raises(UserError, match=message):
-    batches.train_batches(_changed(folder, **fields), batch_size=1, seed=0)
+    train_batches(_changed(folder, **fields), batch_size=1, seed=0)
 
 
 def test_canvases_that_do_not_fit_are_refused(folder):
   with pytest.raises(UserError, match=r"64x50 \(height x width\) fits none"):
-    batches.eval_batches(_changed(folder, buckets=((50, 50),)), "val", batch_size=1)
+    eval_batches(_changed(folder, buckets=((50, 50),)), "val", batch_size=1)
   with pytest.raises(UserError, match=r"data.canvas_multiple=0"):
-    batches.eval_batches(_changed(folder, canvas_multiple=0), "val", batch_size=1)
+    eval_batches(_changed(folder, canvas_multiple=0), "val", batch_size=1)
 
 
 def test_labels_spoilt_after_they_were_prepared_are_named(folder, tmp_path, monkeypatch):
-  encode = label_map.encode_label
-  monkeypatch.setattr(label_records, "encode_label", lambda label_HW: encode(label_HW)[:-20])
+  encode = label_maps.encode_png
+  monkeypatch.setattr(label_maps, "encode_png", lambda label_HW: encode(label_HW)[:-20])
   broken = _changed(folder, data_dir=str(tmp_path))
   data.prepare(broken)
-  for batches in (
-    batches.eval_batches(broken, "val[2:]", batch_size=1),
-    batches.images(broken, "val[2:]"),
+  for reading in (
+    eval_batches(broken, "val[2:]", batch_size=1),
+    images(broken, "val[2:]"),
   ):
     with pytest.raises(UserError, match=r"record \d of split val in .*png: labels: .*") as error:
-      next(batches)
+      next(reading)
     assert "the file is truncated; delete the folder" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_shared_defaults_read_ones_own_folders(folder, tmp_path):
-  config = batches.segmentation_data().lock()
+  config = segmentation().data
   flags_of_a_command_line = {
     "name": "image_folder",
     "source": folder.source,
@@ -287,23 +285,23 @@ def test_the_shared_defaults_read_ones_own_folders(folder, tmp_path):
   }
   config.update_from_flattened_dict(flags_of_a_command_line)
   data.prepare(config)
-  ours = _take(batches.train_batches(config, batch_size=2, seed=0), 2)
-  theirs = _take(batches.train_batches(folder, batch_size=2, seed=0), 2)
+  ours = _take(train_batches(config, batch_size=2, seed=0), 2)
+  theirs = _take(train_batches(folder, batch_size=2, seed=0), 2)
   for one, other in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(one["image_BHWC"], other["image_BHWC"])
     np.testing.assert_array_equal(one["label_BHW"], other["label_BHW"])
-  with batches.eval_batches(config, config.eval_split, batch_size=7) as batches:
+  with eval_batches(config, config.eval_split, batch_size=7) as batches:
     assert sum(batch["valid_B"].sum() for batch in batches) == 7
 
 
 def test_context_shapes_serve_both_tasks(shapes):
   config = label_config("context_shapes", shapes.data_dir, crop=(64, 64), builder=shapes.builder)
-  (batch,) = _take(batches.train_batches(config, batch_size=2, seed=0), 1)
+  (batch,) = _take(train_batches(config, batch_size=2, seed=0), 1)
   assert batch["image_BHWC"].shape == (2, 64, 64, 3)
-  with batches.eval_batches(config, "val", batch_size=5) as batches:
+  with eval_batches(config, "val", batch_size=5) as batches:
     (batch,) = batches
   assert set(np.unique(batch["label_BHW"])) <= set(range(6)) and 0 in batch["label_BHW"]
-  (detection,) = _take(data.eval_batches(shapes, "val", batch_size=5), 1)
+  (detection,) = _take(detection_batches.eval_batches(shapes, "val", batch_size=5), 1)
   np.testing.assert_array_equal(batch["image_BHWC"], detection["image_BHWC"])
   for b in range(5):
     found = set(np.unique(batch["label_BHW"][b])) - {0}
@@ -317,11 +315,11 @@ def test_real_images_fit_the_largest_crops(real_data, tmp_path):
     source=str(real_data / "ade20k_sample"),
     train_split="val",
     crop=(569, 569),
-    short_edges=(269, 369, 469, 569),
+    train_sizes=(269, 369, 469, 569),
     builder={"splits": ("val",)},
   )
   data.prepare(config)
-  (batch,) = _take(batches.train_batches(config, batch_size=6, seed=0), 1)
+  (batch,) = _take(train_batches(config, batch_size=6, seed=0), 1)
   edges_B = batch["size_B2"].min(1)
   assert set(edges_B) <= {269, 369, 469, 569}
   for b in range(6):

@@ -46,7 +46,7 @@ def test_predictions_are_those_evaluated(finished, rng):
   workdir, figures = finished
   restored = fpt_jax.restore(str(workdir))
   right = labelled = 0
-  for _, image_HWC, label_HW in segmentation.images(restored.config):
+  for _, image_HWC, label_HW in segmentation.eval_images(restored.config):
     (found,) = restored.predict([image_HWC])
     assert found["label_map"].dtype == np.uint8
     right += (found["label_map"] == label_HW).sum()
@@ -73,7 +73,7 @@ def test_a_window_of_the_images_size_changes_no_figure(finished):
 def test_pictures_of_predictions(finished, tmp_path):
   workdir, _ = finished
   restored = fpt_jax.restore(str(workdir))
-  _, image_HWC, label_HW = next(segmentation.images(restored.config))
+  _, image_HWC, label_HW = next(segmentation.eval_images(restored.config))
   names = ["a.png", "x/a.png", "a_labels.png", "contact_sheet.png"]
   subjects = [Subject(name, image_HWC, label_HW if i else None) for i, name in enumerate(names)]
   predict(restored, iter(subjects), len(subjects), str(tmp_path), min_score=0.5)
@@ -90,5 +90,5 @@ def test_other_classes_are_refused(finished):
   workdir, _ = finished
   names = ("background", "circle", "square", "triangle", "cat", "dog")
   config = tiny_segmentation_config("fpt=none", steps=3, model__class_names=names)
-  with pytest.raises(UserError, match=r"classes \['satellite of circle', .*that the model has not"):
+  with pytest.raises(UserError, match=r"classes \['satellite of circle', .*that the model does not have"):
     train(config, str(workdir))

@@ -9,29 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from ml_collections import ConfigDict
 
-from fpt_jax import data
 from fpt_jax.browse import browse
+from fpt_jax.configs.segmentation import segmentation as segmentation_config
 from fpt_jax.data import DatasetInfo
 from fpt_jax.data.datasets import context_shapes
 from fpt_jax.data.records import label_map
 from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
 from fpt_jax.tasks import segmentation
-from tests.data.conftest import label_config
-from tests.data.test_label_maps import REAL, _map_of_ids
+from fpt_jax.tasks.segmentation.batches import images
+from fpt_jax.tasks.segmentation.classes import class_table
+from fpt_jax.tasks.segmentation.draw import palette_of
+from fpt_jax.tasks.segmentation.prediction import submission_writer
+from fpt_jax.tasks.segmentation.views import labeller
+from tests.data.datasets.test_label_maps import REAL, _map_of_ids
+from tests.data_sets import label_config
 
 DATASET = DatasetInfo((), (), {"train": 1}, ("sky", "car", "bus"), ((1, 2, 3),) * 3, ((1, 2),))
 
 
 def run_config(data_config, **fields):
   """A whole config with the fields that evaluation and pictures read."""
-  config = ConfigDict({"seed": 0, "batch_size": 2, "data": data_config})
-  config.model = {"name": "segmenter", "num_classes": 3, "class_names": (), "palette": ()}
-  config.model.update(dict(swaps=(), class_weights=()))
-  config.eval = {"batch_size": 1, "window": (), "overlap": 0.0, "scales": (1.0,), "flip": False}
-  config.eval.submission = False
+  config = segmentation_config().unlock()
+  config.data = label_config("image_folder", "none")
+  config.data.update(data_config)
+  config.batch_size = 2
+  config.model.num_classes = 3
+  config.eval.update({"batch_size": 1, "overlap": 0.0})
   config.update_from_flattened_dict(fields)
   return config
 
@@ -43,9 +48,9 @@ def structure_of(logits):
 
 def test_classes_are_taken_from_the_data():
   config = run_config({"name": "mine"})
-  segmentation.settle(config, DATASET)
+  segmentation.adopt_classes(config, DATASET)
   assert config.model.class_names == DATASET.class_names and config.model.swaps == ((1, 2),)
-  table = segmentation.class_table(config, DATASET)
+  table = class_table(config, DATASET)
   assert table[:4].tolist() == [0, 1, 2, 255] and table.shape == (256,) and table[255] == 255
 
 
@@ -53,48 +58,34 @@ def test_classes_are_known_by_name():
   config = run_config(
     {"name": "mine"}, **{"model.class_names": ("bus", "tram", "car", "sky"), "model.num_classes": 4}
   )
-  segmentation.settle(config, DATASET)
-  assert segmentation.class_table(config, DATASET)[:3].tolist() == [3, 2, 0]
-  assert len(segmentation.palette_of(config)) == 4
+  segmentation.adopt_classes(config, DATASET)
+  assert class_table(config, DATASET)[:3].tolist() == [3, 2, 0]
+  assert len(palette_of(config)) == 4
   config.model.class_names = ("bus", "car", "van", "tram")
-  with pytest.raises(UserError, match=r"classes \['sky'\] that the model has not"):
-    segmentation.settle(config, DATASET)
+  with pytest.raises(UserError, match=r"classes \['sky'\] that the model does not have"):
+    segmentation.adopt_classes(config, DATASET)
   config.model.num_classes = 3
   with pytest.raises(UserError, match=r"has 4 names and model\.num_classes is 3"):
-    segmentation.settle(config, DATASET)
+    segmentation.adopt_classes(config, DATASET)
   with pytest.raises(UserError, match="'mine' has no label maps"):
-    segmentation.settle(config, DatasetInfo(("cat",), (1,), {}))
+    segmentation.adopt_classes(config, DatasetInfo(("cat",), (1,), {}))
 
 
 @pytest.mark.parametrize("weights", [(1.0,) * 2, (1.0, 0.0, 1.0)])
 def test_classes_weigh_something_each(weights):
   config = run_config({"name": "mine"}, **{"model.class_weights": weights})
-  with pytest.raises(UserError, match="must be 3 positive numbers, one a class"):
-    segmentation.settle(config, DATASET)
+  with pytest.raises(UserError, match="must be 3 positive numbers, one per class"):
+    segmentation.adopt_classes(config, DATASET)
 
 
 @pytest.mark.parametrize(
   "name", ["ade20k", "camvid", "cityscapes", "image_folder", "lip", "voc2012"]
 )
 def test_any_demo_fits_the_generated_data(name):
-  config = importlib.import_module(f"configs.{name}").get_config("demo")
+  config = importlib.import_module(f"fpt_jax.configs.{name}").get_config("demo")
   shapes = ("background", *context_shapes.CATEGORIES)
-  segmentation.settle(config, DatasetInfo((), (), {}, shapes))
+  segmentation.adopt_classes(config, DatasetInfo((), (), {}, shapes))
   assert config.model.num_classes == len(shapes)
-
-
-@pytest.mark.parametrize(
-  ("field", "value", "told"),
-  [
-    ("window", (5,), r"eval\.window=\(5,\) must be \(height, width\)"),
-    ("overlap", 1.0, r"eval\.overlap=1\.0 must be from 0"),
-    ("scales", (), r"eval\.scales=\(\) must be positive"),
-  ],
-)
-def test_settings_out_of_range_are_told(field, value, told):
-  config = run_config({"name": "mine"}, **{f"eval.{field}": value})
-  with pytest.raises(UserError, match=told):
-    segmentation.labeller(config, structure_of(None))
 
 
 def test_scores_are_averaged_not_labels():
@@ -111,10 +102,10 @@ def test_scores_are_averaged_not_labels():
   image_BHWC = np.zeros((1, 32, 32, 3), np.float32)
   image_BHWC[0, :, :4] = 1
   inputs = ({}, image_BHWC, np.array([[20, 25]]), np.array([[20, 25]]), (20, 25))
-  assert (np.asarray(segmentation.labeller(config, structure_of(logits))(*inputs)) == 1).all()
+  assert (np.asarray(labeller(config, structure_of(logits))(*inputs)) == 1).all()
   # mirrored people change sides: what is 2 in the mirror is 0 here, which wins twice
   config.model.swaps = ((0, 2),)
-  assert (np.asarray(segmentation.labeller(config, structure_of(logits))(*inputs)) == 0).all()
+  assert (np.asarray(labeller(config, structure_of(logits))(*inputs)) == 0).all()
 
 
 def test_scales_are_averaged():
@@ -128,7 +119,7 @@ def test_scales_are_averaged():
   image_BHWC = np.zeros((1, 64, 64, 3), np.float32)
   image_BHWC[0, :33, :20, 0] = image_BHWC[0, :33, 20:51, 2] = 9.0
   size_B2, original_B2 = np.array([[33, 51]]), np.array([[66, 102]])
-  label = segmentation.labeller(config, structure_of(logits))
+  label = labeller(config, structure_of(logits))
   (label_HW,) = np.asarray(label({}, image_BHWC, size_B2, original_B2, (66, 102)))
   assert set(seen) == {(1, 64, 64, 3), (1, 32, 32, 3), (1, 128, 128, 3)}
   assert label_HW.dtype == np.uint8
@@ -171,12 +162,12 @@ def test_real_samples_are_browsed_and_evaluated(name, real_data, tmp_path):
     config, structure_of(logits), {}, sharding.mesh(jax.device_count()), str(workdir)
   )
   assert 0 <= metrics["mIoU"] <= 100
-  told = json.loads((workdir / "eval" / "confusion.json").read_text())
-  counts_TP = np.array(told["counts"])
+  written = json.loads((workdir / "eval" / "confusion.json").read_text())
+  counts_TP = np.array(written["counts"])
   table = np.array([_map_of_ids(name).get(i, 255) for i in range(256)])
   expected, agreeing = np.zeros(256, int), 0
   paths = {path.stem: path for path in root.glob(label_files)}
-  for file_name, image_HWC, _ in data.segmentation.images(config.data, config.data.eval_split):
+  for file_name, image_HWC, _ in images(config.data, config.data.eval_split):
     stem = file_name.rsplit(".", 1)[0].replace("_leftImg8bit", "_gtFine_labelIds")
     with PIL.Image.open(paths[stem]) as label:
       truth_HW = table[np.asarray(label)]
@@ -202,7 +193,7 @@ def test_a_submission_needs_a_server(tmp_path):
   with pytest.raises(
     UserError, match=r"cityscapes \(19 classes\), ade20k .*not for data.name='camvid'"
   ):
-    segmentation.submission_writer(config, str(tmp_path))
+    submission_writer(config, str(tmp_path))
 
 
 def test_predictions_for_a_server(tmp_path):
@@ -210,7 +201,7 @@ def test_predictions_for_a_server(tmp_path):
   config.model.num_classes = 19
   (tmp_path / "predictions").mkdir()
   found = {"label_map": np.array([[0, 18], [10, 1]], np.uint8)}
-  segmentation.save(config, str(tmp_path), "a", "test/a_000_leftImg8bit.png", found)
+  segmentation.write_prediction(config, str(tmp_path), "a", "test/a_000_leftImg8bit.png", found)
   (file,) = (tmp_path / "eval" / "submission").iterdir()
   assert file.name == "a_000_pred_labelIds.png"
   ids_HW = label_map.decode_ids(file.read_bytes())
@@ -219,21 +210,21 @@ def test_predictions_for_a_server(tmp_path):
 
 def test_pictures_and_entries_of_an_image(rng, tmp_path):
   config = run_config({"name": "mine"})
-  segmentation.settle(config, DATASET)
+  segmentation.adopt_classes(config, DATASET)
   config.model.palette = ((200, 0, 0), (0, 150, 0), (0, 0, 250))
   image_HWC = np.full((30, 40, 3), 128, np.uint8)
   label_HW = np.zeros((30, 40), np.uint8)
   label_HW[:, 30:] = 2
   found = {"label_map": label_HW}
-  assert segmentation.entries(config, "a.jpg", found) == [
+  assert segmentation.to_entries(config, "a.jpg", found) == [
     {"file_name": "a.jpg", "shares": {"sky": 0.75, "bus": 0.25}}
   ]
-  alone = segmentation.draw(config, image_HWC, found, None, 0.5)
+  alone = segmentation.draw_prediction(config, image_HWC, found, None, 0.5)
   assert alone.dtype == np.uint8 and alone.shape[1] == 400 and alone.shape[0] > 300
   truth_HW = np.full((30, 40), 255, np.uint8)
-  pair = segmentation.draw(config, image_HWC, found, truth_HW, 0.5)
+  pair = segmentation.draw_prediction(config, image_HWC, found, truth_HW, 0.5)
   assert pair.shape[1] > 800
   (tmp_path / "predictions").mkdir()
-  segmentation.save(config, str(tmp_path), "a", "x/a.jpg", found)
+  segmentation.write_prediction(config, str(tmp_path), "a", "x/a.jpg", found)
   with PIL.Image.open(tmp_path / "predictions" / "a_labels.png") as saved:
     np.testing.assert_array_equal(np.asarray(saved), label_HW)

@@ -1,0 +1,108 @@
+"""Values that no config can have, found before any work begins."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from fpt_jax.errors import UserError
+
+SCHEDULES = ("step", "cosine", "poly")
+
+
+class Rule(NamedTuple):
+  """What a value must be, in words and as a function."""
+
+  needed: str
+  holds: Callable[[Any], bool]
+
+
+def one_of(*choices: str) -> Rule:
+  """One of a few words."""
+  return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+POSITIVE = Rule("1 or more", lambda value: value >= 1)
+NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
+ABOVE_ZERO = Rule("more than 0", lambda value: value > 0)
+SHARE = Rule("from 0 to less than 1", lambda value: 0 <= value < 1)
+SHARES = Rule("numbers between 0 and 1", lambda values: all(0 < value <= 1 for value in values))
+KEPT = Rule("more than 0 and at most 1", lambda value: 0 < value <= 1)
+THREE = Rule("three numbers, of R, G and B", lambda values: len(values) == 3)
+THREE_POSITIVE = Rule(
+  "three numbers above 0, of R, G and B", lambda values: len(values) == 3 and min(values) > 0
+)
+SIZES = Rule(
+  "pairs (height, width) of positive numbers of pixels",
+  lambda sizes: all(len(size) == 2 and min(size) >= 1 for size in sizes),
+)
+PIXELS = Rule("positive numbers of pixels", lambda sizes: all(size >= 1 for size in sizes))
+TRAIN_SIZES = Rule(
+  "positive numbers of pixels, of two the smaller one first",
+  lambda sizes: all(s >= 1 for s in sizes) and (len(sizes) != 2 or sizes[0] <= sizes[1]),
+)
+
+RULES = {
+  "batch_size": POSITIVE,
+  "train_images": POSITIVE,
+  "steps": NOT_NEGATIVE,
+  "log_every": POSITIVE,
+  "data.train_sizes": TRAIN_SIZES,
+  "data.short_edge": NOT_NEGATIVE,
+  "data.buckets": SIZES,
+  "data.canvas_multiple": POSITIVE,
+  "data.num_workers": NOT_NEGATIVE,
+  "data.prefetch": POSITIVE,
+  "model.num_classes": POSITIVE,
+  "model.pixel_mean": THREE,
+  "model.pixel_std": THREE_POSITIVE,
+  "model.channel_order": one_of("rgb", "bgr"),
+  "model.backbone.width": POSITIVE,
+  "model.pyramid.channels": POSITIVE,
+  "model.fpt.self_parts": POSITIVE,
+  "model.fpt.grounding_parts": POSITIVE,
+  "model.fpt.drop_block_size": POSITIVE,
+  "model.fpt.keep_probability": KEPT,
+  "optim.learning_rate": ABOVE_ZERO,
+  "optim.base_batch_size": POSITIVE,
+  "optim.momentum": SHARE,
+  "optim.weight_decay": NOT_NEGATIVE,
+  "optim.warmup_steps": NOT_NEGATIVE,
+  "optim.warmup_factor": NOT_NEGATIVE,
+  "optim.schedule": one_of(*SCHEDULES),
+  "optim.decay_at": SHARES,
+  "optim.decay_factor": ABOVE_ZERO,
+  "optim.power": ABOVE_ZERO,
+  "optim.clip_norm": NOT_NEGATIVE,
+  "eval.every_steps": POSITIVE,
+  "eval.batch_size": POSITIVE,
+  "checkpoint.every_steps": POSITIVE,
+  "checkpoint.keep": POSITIVE,
+}
+
+
+def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
+  """Checks the values of a config.
+
+  Args:
+    config: a whole config.
+    rules: by field, its names written with dots between them; such as `RULES`.
+
+  Raises:
+    UserError: a value breaks its rule.
+  """
+  for path, (needed, holds) in rules.items():
+    value = value_at(config, path)
+    try:
+      good = holds(value)
+    except TypeError:
+      good = False
+    if not good:
+      raise UserError(f"config.{path}={value!r} must be {needed}")
+
+
+def value_at(config: ConfigDict, path: str) -> Any:
+  """Returns the value of a field, its names written with dots between them."""
+  for name in path.split("."):
+    config = config[name]
+  return config

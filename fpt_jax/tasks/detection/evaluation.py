@@ -1,0 +1,89 @@
+"""Evaluation of detection: detections in every image of a split, scored by pycocotools.
+
+Shapes: B images of a batch, D detections.
+"""
+
+import json
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from fpt_jax.models.state import Arrays, Skeleton
+from fpt_jax.run import sharding
+from fpt_jax.run.folder import run_folder
+from fpt_jax.run.progress import Progress
+from fpt_jax.tasks.detection import batches, coco_ap, views
+from fpt_jax.tasks.detection.prediction import to_original_image
+
+RESULTS_FILE = "eval/coco_instances_results.json"
+
+
+def evaluate(
+  config: ConfigDict,
+  structure: Skeleton,
+  arrays: Arrays,
+  mesh: jax.sharding.Mesh,
+  workdir: str,
+) -> dict[str, float]:
+  """Evaluates a detector on `config.data.eval_split` with pycocotools.
+
+  Writes `eval/coco_instances_results.json` into the run's folder.
+
+  Args:
+    config: config of the run.
+    structure: skeleton of the model.
+    arrays: arrays of the model, on `mesh`.
+    mesh: devices that share each batch.
+    workdir: folder of the run.
+
+  Returns:
+    "bbox/AP", "segm/AP50", ..., x100; the same on every host.
+  """
+  detect = views.detector(config, structure, sharding.replicated(mesh))
+  split = config.data.eval_split
+  ground_truth = batches.coco_ground_truth(config.data, split)
+  results: list[dict] = []
+  eval_batches = batches.eval_batches(
+    config.data,
+    split,
+    batch_size=config.eval.batch_size,
+    short_edges=views.short_edges(config),
+    **sharding.this_host(),
+  )
+  total = len(ground_truth["images"])
+  with eval_batches, Progress(f"evaluate {split}", total) as progress:
+    for batch in eval_batches:
+      first = {k: batch[k] for k in ("image_BHWC", "size_B2")}
+      seen = [sharding.to_devices(v, mesh) for v in (first, *batch.get("other_views", ()))]
+      detections = jax.device_get(detect(arrays, seen))
+      described = sharding.from_all_hosts(
+        {k: batch[k] for k in ("size_B2", "original_size_B2", "image_id_B", "valid_B")}
+      )
+      for i in np.flatnonzero(described["valid_B"]):
+        found = to_original_image(
+          {name: values[i] for name, values in detections.items()},
+          described["size_B2"][i],
+          described["original_size_B2"][i],
+          config.model,
+        )
+        results += coco_ap.to_coco_results(described["image_id_B"][i], **found)
+      progress.advance(int(described["valid_B"].sum()))
+  return score(config, ground_truth, results, workdir)
+
+
+def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: str) -> dict:
+  """Writes the results file, logs the table, and returns the metrics."""
+  iou_types = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
+  metrics = coco_ap.evaluate(ground_truth, results, iou_types)
+  if jax.process_index() == 0:
+    path = run_folder(workdir) / RESULTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+    logging.info(
+      "%s: %d detections in %d images\n%s",
+      *(config.data.eval_split, len(results), len(ground_truth["images"])),
+      coco_ap.format_table(metrics),
+    )
+  return metrics

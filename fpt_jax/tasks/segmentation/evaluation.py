@@ -1,0 +1,105 @@
+"""Evaluation of segmentation: a label map of every image of a split, scored by mean IoU.
+
+Shapes: B images of a batch, H W rows and columns, T P true and predicted classes.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from fpt_jax import data
+from fpt_jax.data import VOID
+from fpt_jax.data.records.images import encode_png
+from fpt_jax.models.state import Arrays, Skeleton
+from fpt_jax.run import sharding
+from fpt_jax.run.folder import run_folder
+from fpt_jax.run.progress import Progress
+from fpt_jax.tasks.segmentation import batches, miou
+from fpt_jax.tasks.segmentation.classes import class_table
+from fpt_jax.tasks.segmentation.draw import draw_confusion
+from fpt_jax.tasks.segmentation.prediction import submission_writer
+from fpt_jax.tasks.segmentation.views import labeller
+
+CONFUSION_FILE = "eval/confusion.json"
+
+
+def evaluate(
+  config: ConfigDict,
+  structure: Skeleton,
+  arrays: Arrays,
+  mesh: jax.sharding.Mesh,
+  workdir: str,
+) -> dict[str, float]:
+  """Evaluates a segmenter on `config.data.eval_split`, at the sizes of the image files.
+
+  Writes `eval/confusion.json` and a picture of it into the run's folder and, with
+  `config.eval.submission`, the files for the data set's evaluation server into `eval/submission`.
+
+  Args:
+    config: config of the run; `eval` has the windows, scales and mirror images.
+    structure: skeleton of the model.
+    arrays: arrays of the model, on `mesh`.
+    mesh: devices that share each batch.
+    workdir: folder of the run.
+
+  Returns:
+    "mIoU", "mAcc", "aAcc" and "IoU/<class>", x100; the same on every host.
+
+  Raises:
+    UserError: the data do not fit the model, or the data set has no evaluation server.
+  """
+  split, model = config.data.eval_split, config.model
+  to_class = class_table(config, data.info(config.data))
+  label_batch = labeller(
+    config,
+    structure,
+    place=functools.partial(sharding.to_devices, mesh=mesh),
+    out_shardings=sharding.over_batch(mesh),
+  )
+  write_submission = submission_writer(config, workdir) if config.eval.submission else None
+  counts_TP = np.zeros((model.num_classes,) * 2, np.int64)
+  total = data.num_images(config.data, split)
+  eval_batches = batches.eval_batches(
+    config.data, split, batch_size=config.eval.batch_size, **sharding.this_host()
+  )
+  with eval_batches, Progress(f"evaluate {split}", total) as progress:
+    for batch in eval_batches:
+      truth_BHW = to_class[batch["original_label_BHW"]]
+      predicted_BHW = sharding.local_part(
+        label_batch(
+          arrays,
+          batch["image_BHWC"],
+          batch["size_B2"],
+          batch["original_size_B2"],
+          truth_BHW.shape[1:],
+        )
+      )
+      for i in np.flatnonzero(batch["valid_B"]):
+        height, width = batch["original_size_B2"][i]
+        predicted_HW = predicted_BHW[i, :height, :width]
+        counts_TP += miou.confusion_matrix(
+          truth_BHW[i, :height, :width], predicted_HW, model.num_classes, void=VOID
+        )
+        if write_submission:
+          write_submission(batch["file_name_B"][i].decode(), predicted_HW)
+      progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
+  counts_TP = sharding.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
+  return score(config, counts_TP, total, workdir)
+
+
+def score(config: ConfigDict, counts_TP: np.ndarray, images: int, workdir: str) -> dict:
+  """Writes the confusion matrix and its picture, logs the table, and returns the metrics."""
+  names = config.model.class_names
+  metrics = miou.scores(counts_TP, names)
+  if jax.process_index() == 0:
+    path = run_folder(workdir) / CONFUSION_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"class_names": list(names), "counts": counts_TP.tolist()}))
+    picture = draw_confusion(counts_TP, names)
+    path.with_suffix(".png").write_bytes(encode_png(picture))
+    logging.info("%s, %d images:\n%s", config.data.eval_split, images, miou.format_table(metrics))
+  return metrics

@@ -1,0 +1,105 @@
+"""Label maps of single images.
+
+Shapes: H W rows and columns.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fpt_jax import data
+from fpt_jax.data import transforms
+from fpt_jax.data.records.images import encode_png
+from fpt_jax.errors import UserError
+from fpt_jax.models.state import Arrays, Skeleton
+from fpt_jax.run.folder import run_folder
+from fpt_jax.tasks.segmentation import batches, crops, submissions
+from fpt_jax.tasks.segmentation.classes import class_table
+from fpt_jax.tasks.segmentation.views import labeller
+
+SUBMISSION_FOLDER = "eval/submission"
+
+
+def submission_writer(
+  config: ConfigDict, workdir: str
+) -> Callable[[str, np.ndarray], pathlib.Path]:
+  """Returns a function of file name and label map that writes the file for the evaluation server.
+
+  Raises:
+    UserError: the data set has no server, or the model has other classes.
+  """
+  name, classes = config.data.name, config.model.num_classes
+  if submissions.NUM_CLASSES.get(name) != classes:
+    servers = ", ".join(f"{n} ({k} classes)" for n, k in submissions.NUM_CLASSES.items())
+    raise UserError(
+      f"config.eval.submission: there are servers for {servers}, not for data.name={name!r} with "
+      f"{classes} classes; set --config.eval.submission=False"
+    )
+  folder = run_folder(workdir) / SUBMISSION_FOLDER
+  return functools.partial(submissions.write, name, folder)
+
+
+def predictor(
+  config: ConfigDict, structure: Skeleton, arrays: Arrays
+) -> Callable[[np.ndarray], dict]:
+  """Returns a function from an image, uint8 RGB [H, W, 3], to its `label_map`, uint8 [H, W].
+
+  It uses the windows, scales and mirror images of `config.eval`, as evaluation does.
+  """
+  label = labeller(config, structure)
+  multiple, short_edge = config.data.canvas_multiple, config.data.short_edge
+
+  def predict(image_HWC: np.ndarray) -> dict:
+    original = image_HWC.shape[:2]
+    size = crops.short_edge_size(original, short_edge) if short_edge else original
+    canvas = transforms.smallest_canvas(size, config.data.buckets, multiple)
+    image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
+    # rounded up, so that images of nearly the same size share a program
+    original_canvas = transforms.smallest_canvas(original, (), multiple)
+    sizes = (np.array([pair], np.int32) for pair in (size, original))
+    (label_HW,) = np.asarray(label(arrays, image[None], *sizes, original_canvas))
+    return {"label_map": label_HW[: original[0], : original[1]]}
+
+  return predict
+
+
+def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
+  """See `tasks.task.Task.to_result`: the label map."""
+  del image_HWC
+  return found
+
+
+def eval_images(config: ConfigDict) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+  """See `tasks.task.Task.eval_images`: ground truth is a label map of the model's classes."""
+  to_class = class_table(config, data.info(config.data))
+  for name, image_HWC, label_HW in batches.images(config.data, config.data.eval_split):
+    yield name, image_HWC, to_class[label_HW]
+
+
+def to_entries(config: ConfigDict, name: str, found: dict) -> list[dict]:
+  """See `tasks.task.Task.to_entries`: the share of each class in the pixels, the largest first."""
+  label_HW = found["label_map"]
+  classes, pixels = np.unique(label_HW, return_counts=True)
+  shares = {
+    config.model.class_names[classes[i]]: round(float(pixels[i] / label_HW.size), 6)
+    for i in np.argsort(-pixels, kind="stable")
+  }
+  return [{"file_name": name, "shares": shares}]
+
+
+def write_prediction(config: ConfigDict, workdir: str, stem: str, name: str, found: dict) -> None:
+  """See `tasks.task.Task.write_prediction`.
+
+  Writes the label map as `predictions/<stem>_labels.png`, classes as numbers, and, with
+  `config.eval.submission`, the file for the evaluation server.
+
+  Raises:
+    UserError: see `submission_writer`.
+  """
+  path = run_folder(workdir) / "predictions" / f"{stem}_labels.png"
+  path.write_bytes(encode_png(found["label_map"]))
+  if config.eval.submission:
+    submission_writer(config, workdir)(name, found["label_map"])

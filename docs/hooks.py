@@ -1,6 +1,6 @@
 """Builds the list of config fields: defaults from the configs, meanings from the comments in their source.
 
-A field's comment stands behind its assignment or in the lines directly above it. A field without one
+A field's comment is behind its assignment or in the lines directly above it. A field without one
 is a warning, which fails `mkdocs build --strict`.
 """
 
@@ -17,7 +17,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASKS = ("detection", "segmentation")
 MODULES = ("base", *TASKS)
 PAGE, PLACE = "config_fields.md", "<!-- config fields -->"
-HEADINGS = {"": "Run"}
 log = logging.getLogger("mkdocs.hooks.config_fields")
 
 
@@ -28,27 +27,27 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 
 def tables() -> str:
-  """Returns one table per group of fields, in Markdown."""
-  meanings = {}
+  """Returns one table per group of fields, in Markdown, in the order of the source."""
+  meanings: dict[str, str] = {}
   for module in MODULES:
     path = ROOT / "fpt_jax" / "configs" / f"{module}.py"
-    meanings = comments_of_fields(path.read_text(encoding="utf-8"), module) | meanings
+    for field, comment in fields_of(path.read_text(encoding="utf-8"), module):
+      meanings[field] = meanings.get(field) or comment
   defaults = {task: default_config(task) for task in TASKS}
-  fields = list(dict.fromkeys(name for task in TASKS for name in defaults[task]))
   groups: dict[str, list[str]] = {}
-  for field in fields:
-    groups.setdefault(field.rpartition(".")[0], []).append(field)
+  for field in dict.fromkeys([*meanings, *(name for task in TASKS for name in defaults[task])]):
+    if any(field in defaults[task] for task in TASKS):
+      groups.setdefault(field.rpartition(".")[0], []).append(field)
   lines = []
   for group, members in groups.items():
-    title = HEADINGS.get(group) or f"`{group}`"
+    title = f"`{group}`" if group else "Run"
     lines += ["", f"## {title}", "", "| field | default | meaning | task |", "|---|---|---|---|"]
     for field in members:
       meaning = meanings.get(field) or meanings.get(group, "")
       if not meaning:
         log.warning("config field %s has no comment in fpt_jax/configs", field)
-      lines.append(
-        row(field, meaning, {t: defaults[t][field] for t in TASKS if field in defaults[t]})
-      )
+      default_of = {task: defaults[task][field] for task in TASKS if field in defaults[task]}
+      lines.append(row(field, meaning, default_of))
   return "\n".join(lines)
 
 
@@ -59,7 +58,7 @@ def row(field: str, meaning: str, default_of: dict[str, str]) -> str:
     default = f"`{values[0]}`"
   else:
     default = "<br>".join(f"`{value}` ({task})" for task, value in default_of.items())
-  task = "both" if len(default_of) == len(TASKS) else next(iter(default_of))
+  task = "all" if len(default_of) == len(TASKS) else ", ".join(default_of)
   return f"| `{field}` | {default} | {escaped(meaning)} | {task} |"
 
 
@@ -89,8 +88,8 @@ def flattened(config, prefix: str = "") -> Iterator[tuple[str, str]]:
       yield prefix + name, "unset" if value is None else repr(value)
 
 
-def comments_of_fields(source: str, module: str) -> dict[str, str]:
-  """Returns the comment of each field that the functions of a module assign.
+def fields_of(source: str, module: str) -> Iterator[tuple[str, str]]:
+  """Yields each field that the functions of a module assign, with its comment or "".
 
   These are the function with the module's name and those called `add_...`; the others are variants.
 
@@ -99,17 +98,14 @@ def comments_of_fields(source: str, module: str) -> dict[str, str]:
     module: its name.
   """
   behind, above = comments_by_line(source)
-  found = {}
   for function in ast.parse(source).body:
     if isinstance(function, ast.FunctionDef) and (
       function.name == module or function.name.startswith("add_")
     ):
       for field, node in assigned_fields(function):
-        comment = behind.get(node.end_lineno) or behind.get(node.lineno)
-        comment = comment or above.get(node.lineno - 1)
-        if comment:
-          found.setdefault(field, comment)
-  return found
+        lines = range(node.lineno, node.end_lineno + 1)
+        comment = next((behind[line] for line in lines if line in behind), "")
+        yield field, comment or above.get(node.lineno - 1, "")
 
 
 def comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:

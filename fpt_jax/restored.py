@@ -49,9 +49,9 @@ class Restored:
       images: images, uint8 RGB [H, W, 3] each.
 
     Returns:
-      One dictionary per image. Of a detector: boxes_xyxy [N, 4] float32 in pixels of the image, scores
-      [N] float32 in descending order, labels [N] the data set's category ids and, with a mask head,
-      masks [N, H, W] bool. Of a segmenter: label_map [H, W] uint8, classes 0, 1, ... of
+      One dictionary per image. A detector returns boxes_xyxy [N, 4] float32 in pixels of the image,
+      scores [N] float32 in descending order, labels [N], the data set's category ids, and, with a mask
+      head, masks [N, H, W] bool. A segmenter returns label_map [H, W] uint8, classes 0, 1, ... of
       `config.model.class_names`.
 
     Raises:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks and tests: bash scripts/test.sh [PYTEST ARGUMENTS], for example -m 'not slow'.
-# The checks run in seconds to a minute, before the tests; the first one that fails ends the script.
+# The checks take about a minute and run before the tests; the first one that fails ends the script.
 set -euo pipefail
 
 source "$(dirname "$0")/_environment.sh"
@@ -9,6 +9,7 @@ use_environment requirements-test.txt
 site="$(mktemp -d)"
 trap 'rm -rf "$site"' EXIT
 export JAX_PLATFORMS=cpu
+export NO_MKDOCS_2_WARNING=1  # mkdocs-material's notice about its end of life
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .

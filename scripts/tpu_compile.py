@@ -76,7 +76,9 @@ def main() -> None:
     report("step", *training_step(config, mesh, (height, width)), donate_argnums=0)
     return
   model, strides = FrozenConfigDict(config.model), strides_of(config)
-  structure = skeleton(lambda: build_fpt(model, levels=len(strides), rngs=nnx.Rngs(0)))
+  structure = skeleton(
+    lambda: build_fpt(model, (model.pyramid.channels,) * len(strides), rngs=nnx.Rngs(0))
+  )
   for name, program in programs(structure).items():
     report(name, program, abstract_arguments(config, structure, mesh, strides, height, width))
 

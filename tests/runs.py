@@ -75,9 +75,14 @@ def tiny_segmentation_config(arg: str = "", **fields) -> ConfigDict:
   return _tiny(cityscapes.get_config(f"demo,{arg}"), SEGMENTATION_FIELDS, fields)
 
 
+def shared_data_dir() -> str:
+  """The folder of generated records that all tests share."""
+  return os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
+
+
 def _tiny(config: ConfigDict, tiny: dict, fields: dict) -> ConfigDict:
   config.data.builder = ConfigDict()
-  config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
+  config.data.data_dir = shared_data_dir()
   for name, value in (tiny | {k.replace("__", "."): v for k, v in fields.items()}).items():
     *path, last = name.split(".")
     part = config

@@ -24,7 +24,10 @@ DEMO = "--config=configs/coco_mask.py:demo"
       ("no field model.fpt.zzz;", "its fields are drop_block_size, enabled, "),
     ),
     ((DEMO, "--config.model.name.x=3"), ("model.name is a value",)),
-    (("--config=configs/coco_mask.py:demoo",), ("the word 'demoo'", "choose one of small, tiny, demo")),
+    (
+      ("--config=configs/coco_mask.py:demoo",),
+      ("the word 'demoo'", "choose one of small, tiny, demo"),
+    ),
     (("--config=configs/none.py",), ("configs/none.py does not exist",)),
     ((DEMO, "--config.batch_size=many"), ("config.batch_size=many",)),
     ((DEMO,), ("--workdir is missing",)),

@@ -199,6 +199,8 @@ def test_a_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path):
   lines = [line for line in error_lines(process) if line.startswith("error:")]
   assert process.returncode == 2
   assert (
-    len(lines) == 1 and "could not be written" in lines[0] and "the complete ones are [2, 4]" in lines[0]
+    len(lines) == 1
+    and "could not be written" in lines[0]
+    and "the complete ones are [2, 4]" in lines[0]
   )
   assert fpt_jax.restore(str(workdir)).step == 4

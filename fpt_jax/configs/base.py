@@ -35,28 +35,24 @@ def base() -> ConfigDict:
 def add_data(config: ConfigDict) -> None:
   """Adds the group `data`."""
   data = config.data = ConfigDict()
-  data.name = (
-    "coco"  # data set: coco, context_shapes, cityscapes, ade20k, lip, voc2012, camvid, image_folder
-  )
+  # data set: coco, context_shapes, cityscapes, ade20k, lip, voc2012, camvid, image_folder
+  data.name = "coco"
   data.source = ""  # folder with the data set's official layout, read by --mode=prepare
   data.data_dir = "~/fpt_jax_data"  # folder where prepared records are written and read
-  data.train_split = (
-    "train"  # split to train on, in TFDS syntax: "train[:100]" is its first 100 images
-  )
+  # split to train on, in TFDS syntax: "train[:100]" is its first 100 images
+  data.train_split = "train"
   data.eval_split = "val"  # split to evaluate on, in TFDS syntax
   data.skip_bad = False  # log and leave out bad images and annotations instead of stopping
   data.flip = True  # mirror half of the training images
   # shorter edge of training images, pixels; two numbers: any size from the first to the second;
   # more: one of them; (): data.short_edge in detection, factors of data.scale in segmentation
   data.train_sizes = ()
-  data.short_edge = (
-    800  # shorter edge of evaluated images, pixels; 0 in segmentation: size of the file
-  )
+  # shorter edge of evaluated images, pixels; 0 in segmentation: size of the file
+  data.short_edge = 800
   # canvases (height, width) that images are padded to, pixels; (): each image's size, rounded up
   data.buckets = ((800, 1024), (1024, 800))
-  data.canvas_multiple = (
-    32  # pixels; without buckets, canvas sizes are rounded up to multiples of this
-  )
+  # pixels; without buckets, canvas sizes are rounded up to multiples of this
+  data.canvas_multiple = 32
   data.num_workers = 0  # threads that read images; 0: one per core
   data.prefetch = 2  # batches that are read ahead
   builder = data.builder = ConfigDict()
@@ -64,9 +60,8 @@ def add_data(config: ConfigDict) -> None:
   builder.splits = placeholder(object)
   builder.num_classes = placeholder(int)  # image_folder: number of classes, or give class_names
   builder.class_names = placeholder(tuple)  # image_folder: name of each class
-  builder.void = placeholder(
-    int
-  )  # image_folder: label of pixels without a class; 255 if unset, -1: none
+  # image_folder: label of pixels without a class; 255 if unset, -1: none
+  builder.void = placeholder(int)
   builder.train_size = placeholder(int)  # context_shapes: number of training images
   builder.val_size = placeholder(int)  # context_shapes: number of validation images
   builder.image_size = placeholder(int)  # context_shapes: side of an image, pixels
@@ -85,34 +80,30 @@ def add_model(config: ConfigDict) -> None:
   backbone = model.backbone = ConfigDict()
   backbone.name = "resnet50"  # resnet18, resnet34, resnet50, resnet101 or efficientnet_lite0
   backbone.width = 64  # channels of a ResNet's stem
-  backbone.stride_in = (
-    "3x3"  # convolution of a bottleneck that has the stride: 3x3, or 1x1 as in Caffe
-  )
+  # convolution of a bottleneck that has the stride: 3x3, or 1x1 as in Caffe
+  backbone.stride_in = "3x3"
   # blocks in a ResNet: none, non_local, global_context or attention_augmented
   backbone.context = "none"
   backbone.norm = "frozen_bn"  # frozen_bn, sync_bn, bn (statistics per device), group_norm or none
   backbone.frozen = True  # the backbone keeps its weights
   pyramid = model.pyramid = ConfigDict()
-  pyramid.name = (
-    "bfp"  # detection: bfp, fpn, bpa or bfi; segmentation: ufp, ppm, aspp, afnb or none
-  )
+  # detection: bfp, fpn, bpa or bfi; segmentation: ufp, ppm, aspp, afnb or none
+  pyramid.name = "bfp"
   pyramid.channels = 256  # channels of each level
   fpt = model.fpt = ConfigDict()
   fpt.enabled = True  # False: the pyramid alone
-  fpt.self_transformer = True
-  fpt.grounding_transformer = True
-  fpt.rendering_transformer = True
+  fpt.self_transformer = True  # build the Self-Transformers
+  fpt.grounding_transformer = True  # build the Grounding Transformers
+  fpt.rendering_transformer = True  # build the Rendering Transformers
   fpt.self_parts = 2  # softmaxes in the mixture of the Self-Transformer (N in the paper)
   fpt.grounding_parts = 4  # softmaxes in the mixture of the Grounding Transformer
   fpt.scope = "all"  # levels that a level interacts with: all or adjacent
   fpt.gate = "identity"  # of the Rendering Transformer's channel weights: identity or sigmoid
-  fpt.window = placeholder(
-    int
-  )  # odd side of a locality-constrained Grounding Transformer; unset: global
+  # odd side of a locality-constrained Grounding Transformer; unset: global
+  fpt.window = placeholder(int)
   fpt.scale = placeholder(float)  # factor of the similarities; unset: 1 / sqrt(channels of a part)
-  fpt.norm = (
-    "sync_bn"  # behind the fusing convolution: sync_bn, bn (per device), group_norm or none
-  )
+  # behind the fusing convolution: sync_bn, bn (per device), group_norm or none
+  fpt.norm = "sync_bn"
   fpt.drop_block_size = 5  # side of a dropped block, positions
   fpt.keep_probability = 0.9  # share of values that DropBlock keeps; 1.0: no DropBlock
   fpt.implementation = "auto"  # of the attention: auto, naive, chunked or pallas
@@ -126,8 +117,8 @@ def add_optim(config: ConfigDict) -> None:
   optim = config.optim = ConfigDict()
   optim.learning_rate = 0.05  # at a batch size of base_batch_size; scaled linearly for others
   optim.base_batch_size = 8  # images
-  optim.momentum = 0.9
-  optim.weight_decay = 1e-4
+  optim.momentum = 0.9  # of SGD
+  optim.weight_decay = 1e-4  # added to the gradient, times the parameter
   optim.warmup_steps = 500  # steps in which the rate rises linearly
   optim.warmup_factor = 0.001  # of the rate at the first step
   optim.schedule = "step"  # step, cosine or poly

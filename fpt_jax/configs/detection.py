@@ -24,9 +24,8 @@ def detection() -> ConfigDict:
   model.aligned = True  # RoIAlign with the half-pixel offset; False: as torchvision's Mask R-CNN
   pyramid = model.pyramid
   pyramid.norm = "none"  # behind each convolution of the pyramid: none, sync_bn, bn or group_norm
-  pyramid.level_norm = (
-    "none"  # of the backbone's levels, before the pyramid: none, sync_bn, bn, group_norm
-  )
+  # of the backbone's levels, before the pyramid: none, sync_bn, bn, group_norm
+  pyramid.level_norm = "none"
   rpn = model.rpn = ConfigDict()
   rpn.anchor_sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))  # pixels, one tuple per level
   rpn.aspect_ratios = (0.5, 1.0, 2.0)  # height / width

@@ -27,9 +27,8 @@ def segmentation() -> ConfigDict:
   model.palette = ()  # R, G, B of each class
   model.class_weights = ()  # weight of each class's pixels in the loss; (): 1
   model.swaps = ()  # pairs of classes that a mirrored image exchanges, such as left and right arm
-  model.norm = (
-    "sync_bn"  # of the pyramid and the heads: sync_bn, bn (per device), group_norm or none
-  )
+  # of the pyramid and the heads: sync_bn, bn (per device), group_norm or none
+  model.norm = "sync_bn"
   model.backbone.name = "resnet101"
   model.backbone.output_stride = 8  # of the last level, pixels: 8, 16 or 32
   model.pyramid.name = "ufp"
@@ -45,9 +44,8 @@ def segmentation() -> ConfigDict:
   model.head.hidden = 512  # channels in front of the classifier
   model.head.dropout = 0.1  # share of these channels that is dropped
   auxiliary = model.auxiliary = ConfigDict()
-  auxiliary.weight = (
-    0.4  # of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
-  )
+  # of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
+  auxiliary.weight = 0.4
   auxiliary.hidden = 256  # channels in front of its classifier
 
   optim = config.optim

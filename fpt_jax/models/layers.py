@@ -245,19 +245,18 @@ class Norm(nnx.Module):
     check_choice("norm", kind, NORMS)
     self.kind = kind
     if kind == "frozen_bn":
-      self.norm = FrozenBatchNorm(channels, epsilon=epsilon, dtype=dtype)
+      norm: Any = FrozenBatchNorm(channels, epsilon=epsilon, dtype=dtype)
     elif kind in ("sync_bn", "bn"):
-      self.norm = BatchNorm(
+      norm = BatchNorm(
         channels, synchronised=kind == "sync_bn", momentum=0.9, epsilon=epsilon, dtype=dtype
       )
     elif kind == "group_norm":
       most = max(1, min(32, channels // 4))
       groups = max(g for g in range(1, most + 1) if channels % g == 0)
-      self.norm = nnx.GroupNorm(
-        channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs
-      )
+      norm = nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
     else:
-      self.norm = None
+      norm = None
+    self.norm = norm
 
   def __call__(
     self, x_BHWC: jax.Array, *, valid_BHW: jax.Array | None = None, train: bool = False

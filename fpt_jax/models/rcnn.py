@@ -49,10 +49,10 @@ class RCNN(nnx.Module):
       [Norm(config.pyramid.level_norm, c, **options) for c in self.backbone.channels]
     )
     self.pyramid = build_pyramid(config, DETECTION_PYRAMIDS, self.backbone.channels, rngs=rngs)
-    self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
+    self.fpt = build_fpt(config, self.pyramid.channels, rngs=rngs) if config.fpt.enabled else None
     self.rpn = RegionProposalNetwork(config.pyramid.channels, config.rpn, **options)
     self.box_head, self.mask_head = build_heads(
-      config, levels=len(self.backbone.channels), **options
+      config, levels=len(self.pyramid.channels), **options
     )
 
   def features(
@@ -201,6 +201,7 @@ class RCNN(nnx.Module):
 
   def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:
     """[B, R, m, m] float32: mask logits of each region's class."""
+    assert self.mask_head is not None
     return self.mask_head(self.pool(pyramid, boxes_BR4, valid_BR, self.config.mask_head), labels_BR)
 
   def pool(self, pyramid: Pyramid, boxes_BR4, valid_BR, config):

@@ -33,14 +33,13 @@ class Segmenter(nnx.Module):
     options = dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
     output_stride = config.backbone.output_stride
     self.backbone = build_backbone(config.backbone, output_stride=output_stride, **options)
-    *_, c4, c5 = self.backbone.channels
     self.pyramid = build_pyramid(config, SEGMENTATION_PYRAMIDS, self.backbone.channels, rngs=rngs)
-    levels = (c5,) if self.pyramid is None else self.pyramid.channels
+    levels = self.pyramid.channels
     if config.fpt.enabled and len(levels) == 1:
       raise ValueError(
         f"pyramid {config.pyramid.name!r} has one level, and fpt needs several; choose another pyramid"
       )
-    self.fpt = build_fpt(config, rngs=rngs) if config.fpt.enabled else None
+    self.fpt = build_fpt(config, levels, rngs=rngs) if config.fpt.enabled else None
     head = dict(
       output_stride=output_stride,
       num_classes=config.num_classes,
@@ -50,7 +49,7 @@ class Segmenter(nnx.Module):
     )
     self.head = SemanticHead(levels, hidden=config.head.hidden, name=config.head.name, **head)
     self.auxiliary = (
-      SemanticHead((c4,), hidden=config.auxiliary.hidden, **head)
+      SemanticHead(self.backbone.channels[-2:-1], hidden=config.auxiliary.hidden, **head)
       if config.auxiliary.weight
       else None
     )
@@ -84,7 +83,7 @@ class Segmenter(nnx.Module):
     fpt_key, head_key = (None, None) if key is None else jax.random.split(key)
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("pyramid"):
-      levels = levels[-1:] if self.pyramid is None else self.pyramid(levels, train=key is not None)
+      levels = self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
         levels = self.fpt(levels, key=fpt_key)

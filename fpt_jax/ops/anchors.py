@@ -1,4 +1,4 @@
-"""Anchor boxes of every level, as NumPy constants: they depend on shapes alone."""
+"""Anchor boxes of every level, as NumPy constants: they depend only on shapes."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ def anchors(
   sizes: Sequence[Sequence[float]],
   aspect_ratios: Sequence[float],
 ) -> tuple[np.ndarray, ...]:
-  """Anchors centred on the top left corner of every cell, their corners rounded to pixels.
+  """Makes anchors centred on the top left corner of every cell, with corners rounded to pixels.
 
   Args:
     feature_sizes: (rows, columns) of each level, fine to coarse.
-    strides: pixels between cells of each level; one number or (vertical, horizontal). The
-      pooled level of a canvas that it does not divide is further apart than a power of two:
-      torchvision takes canvas size // feature size.
-    sizes: for each level the square roots of the anchors' areas, pixels.
+    strides: pixels between cells of each level, one number or (vertical, horizontal). On a canvas whose
+      size is not a multiple of the stride, cells are further apart than a power of two: torchvision
+      takes canvas size // feature size.
+    sizes: square roots of the anchors' areas for each level, pixels.
     aspect_ratios: height / width, the same for all levels.
 
   Returns:
-    For each level [H * W * A, 4] float32 in the order (row, column, ratio, size),
-    A = len(ratios) * len(sizes of the level). Anchors may stick out of the image.
+    For each level [H * W * A, 4] float32 in pixels, in the order (row, column, ratio, size), with
+    A = len(ratios) * len(sizes of the level). Anchors may extend beyond the image.
 
   Raises:
     ValueError: the three sequences differ in length.
@@ -32,8 +32,8 @@ def anchors(
   """
   if not len(feature_sizes) == len(strides) == len(sizes):
     raise ValueError(
-      f"a level needs a feature size, a stride and sizes, got {len(feature_sizes)}, {len(strides)}"
-      f" and {len(sizes)} of them"
+      "feature_sizes, strides and sizes must have one entry per level, got "
+      f"{len(feature_sizes)}, {len(strides)} and {len(sizes)}"
     )
   return tuple(
     _level(rows, columns, stride, level_sizes, aspect_ratios)

@@ -1,7 +1,7 @@
-"""Means over a grid of bins, and back: each image's own extent is divided, not its canvas.
+"""Means over a grid of bins, and their interpolation. Bins divide each image, without its padding.
 
-Shapes: B batch, H W rows and columns of a map, n bins a side, C channels. Images lie in the upper left
-corner of their maps, so both ways are a matrix for the rows and one for the columns.
+Shapes: B batch, H W rows and columns of a map, n bins per side, C channels. Images lie in the upper left
+corner of their maps, so both functions multiply by a matrix for the rows and one for the columns.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @jax.named_scope("bins")
 def bin_means(x_BHWC: jax.Array, valid_BHW: jax.Array, bins: int) -> jax.Array:
-  """Means over n x n bins, adaptive average pooling.
+  """Computes means over n x n bins (adaptive average pooling).
 
   Bin i of an image of h rows holds rows floor(i h / n) up to, not including, ceil((i + 1) h / n), so
   neighbours overlap where n does not divide h.
@@ -18,7 +18,7 @@ def bin_means(x_BHWC: jax.Array, valid_BHW: jax.Array, bins: int) -> jax.Array:
   Args:
     x_BHWC: [B, H, W, C] float.
     valid_BHW: [B, H, W] bool, a rectangle in the upper left corner.
-    bins: n.
+    bins: n, bins per side.
 
   Returns:
     [B, n, n, C] float32.
@@ -27,29 +27,29 @@ def bin_means(x_BHWC: jax.Array, valid_BHW: jax.Array, bins: int) -> jax.Array:
   def weights(extent_B, size):
     edge_n, position_H = jnp.arange(bins), jnp.arange(size)
     first_Bn = edge_n[None] * extent_B[:, None] // bins
-    behind_Bn = -(-(edge_n[None] + 1) * extent_B[:, None] // bins)
+    stop_Bn = -(-(edge_n[None] + 1) * extent_B[:, None] // bins)
     inside_BnH = position_H[None, None] >= first_Bn[..., None]
-    inside_BnH &= position_H[None, None] < behind_Bn[..., None]
+    inside_BnH &= position_H[None, None] < stop_Bn[..., None]
     return inside_BnH / jnp.maximum(jnp.sum(inside_BnH, axis=-1, keepdims=True), 1)
 
   rows_BnH, columns_BmW = (
     weights(extent_B, size)
     for extent_B, size in zip(extents(valid_BHW), valid_BHW.shape[1:], strict=True)
   )
-  seen_BHWC = jnp.where(valid_BHW[..., None], x_BHWC, 0).astype(jnp.float32)
-  return jnp.einsum("BnH,BHWC,BmW->BnmC", rows_BnH, seen_BHWC, columns_BmW)
+  masked_BHWC = jnp.where(valid_BHW[..., None], x_BHWC, 0).astype(jnp.float32)
+  return jnp.einsum("BnH,BHWC,BmW->BnmC", rows_BnH, masked_BHWC, columns_BmW)
 
 
 @jax.named_scope("bins")
 def spread_bins(x_BnnC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
-  """Interpolates n x n bins over each image's extent: bilinear, with half-pixel centres.
+  """Interpolates n x n bins over each image, bilinearly, with half-pixel centres.
 
   Args:
     x_BnnC: [B, n, n, C] float.
     valid_BHW: [B, H, W] bool, a rectangle in the upper left corner.
 
   Returns:
-    [B, H, W, C] float32; beyond the image, what its border has.
+    [B, H, W, C] float32; the value at the border is repeated on padding.
   """
   bins = x_BnnC.shape[1]
 
@@ -67,5 +67,5 @@ def spread_bins(x_BnnC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
 
 
 def extents(valid_BHW: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Rows and columns that each image covers, int32 [B] each."""
+  """Returns the number of rows and of columns that each image covers, [B] int32 each."""
   return jnp.sum(valid_BHW[:, :, 0], axis=1), jnp.sum(valid_BHW[:, 0], axis=1)

@@ -1,7 +1,7 @@
-"""Geometry of boxes (x0, y0, x1, y1) in pixels; a box of zeros is padding and does no harm.
+"""Geometry of boxes (x0, y0, x1, y1) in pixels; boxes of zeros, as used for padding, are valid inputs.
 
-Shape suffixes: N, M boxes, 4 coordinates. Leading axes (batch, class) are welcome where a
-docstring writes `...`.
+Shape suffixes: N, M boxes, 4 coordinates. Leading axes (batch, class) are allowed where a docstring
+writes `...`.
 """
 
 import math
@@ -14,24 +14,27 @@ _MAX_LOG_SCALE = math.log(1000.0 / 16)
 
 
 def area(boxes_N4: jax.Array) -> jax.Array:
-  """Areas of boxes.
+  """Computes the areas of boxes.
 
   Args:
-    boxes_N4: [..., 4], pixels.
+    boxes_N4: [..., 4] float, pixels.
 
   Returns:
     [...], square pixels.
+
+  Raises:
+    ValueError: the shape or dtype is not that of boxes; this holds for all functions of this module.
   """
   _check(boxes_N4, "boxes_N4")
   return (boxes_N4[..., 2] - boxes_N4[..., 0]) * (boxes_N4[..., 3] - boxes_N4[..., 1])
 
 
 def iou(a_N4: jax.Array, b_M4: jax.Array) -> jax.Array:
-  """Intersection over union of every box of `a` with every box of `b`.
+  """Computes the intersection over union of every box of `a` with every box of `b`.
 
   Args:
-    a_N4: [N, 4], pixels.
-    b_M4: [M, 4], pixels.
+    a_N4: [N, 4] float, pixels.
+    b_M4: [M, 4] float, pixels.
 
   Returns:
     [N, M] in [0, 1]; 0 where the union is empty.
@@ -43,19 +46,19 @@ def iou(a_N4: jax.Array, b_M4: jax.Array) -> jax.Array:
   height_NM = jnp.minimum(a_N14[..., 3], b_1M4[..., 3]) - jnp.maximum(a_N14[..., 1], b_1M4[..., 1])
   intersection_NM = jnp.maximum(width_NM, 0) * jnp.maximum(height_NM, 0)
   union_NM = area(a_N14) + area(b_1M4) - intersection_NM
-  # The inner where keeps 0/0 out of the gradient too.
+  # The inner where keeps 0/0 out of the gradient.
   return jnp.where(union_NM > 0, intersection_NM / jnp.where(union_NM > 0, union_NM, 1), 0)
 
 
 def clip(
   boxes_N4: jax.Array, height: jax.typing.ArrayLike, width: jax.typing.ArrayLike
 ) -> jax.Array:
-  """Moves the corners of boxes into an image.
+  """Clips boxes to an image.
 
   Args:
-    boxes_N4: [..., 4], pixels.
-    height: scalar, pixels; may be traced.
-    width: scalar, pixels; may be traced.
+    boxes_N4: [..., 4] float, pixels.
+    height: height of the image, scalar, pixels; may be traced.
+    width: width of the image, scalar, pixels; may be traced.
 
   Returns:
     [..., 4] with x in [0, width] and y in [0, height].
@@ -70,7 +73,7 @@ def clip(
 
 
 def large_enough(boxes_N4: jax.Array, side: float) -> jax.Array:
-  """[...] bool: which boxes are at least `side` pixels wide and high."""
+  """Returns which of [..., 4] boxes are at least `side` pixels wide and high, [...] bool."""
   _check(boxes_N4, "boxes_N4")
   x0, y0, x1, y1 = _columns(boxes_N4)
   return (x1 - x0 >= side) & (y1 - y0 >= side)
@@ -79,11 +82,11 @@ def large_enough(boxes_N4: jax.Array, side: float) -> jax.Array:
 def encode(
   boxes_N4: jax.Array, reference_N4: jax.Array, weights: tuple[float, float, float, float]
 ) -> jax.Array:
-  """What a regressor should say at `reference` so that `decode` gives `boxes`.
+  """Computes the deltas from which `decode` gives `boxes` again.
 
   Args:
-    boxes_N4: [..., 4] boxes to be expressed, pixels.
-    reference_N4: [..., 4] anchors or proposals, pixels.
+    boxes_N4: [..., 4] float boxes to encode, pixels.
+    reference_N4: [..., 4] float anchors or proposals, pixels.
     weights: factors of (dx, dy, dw, dh).
 
   Returns:
@@ -107,12 +110,12 @@ def encode(
 def decode(
   deltas_N4: jax.Array, reference_N4: jax.Array, weights: tuple[float, float, float, float]
 ) -> jax.Array:
-  """Applies a regressor's deltas to its reference boxes.
+  """Applies predicted deltas to reference boxes.
 
   Args:
-    deltas_N4: [..., 4]; the scale deltas are clamped at log(1000 / 16).
-    reference_N4: [..., 4] anchors or proposals, pixels; same rank as the deltas.
-    weights: factors of (dx, dy, dw, dh), as given to `encode`.
+    deltas_N4: [..., 4] float deltas; dw and dh are clipped to at most log(1000 / 16).
+    reference_N4: [..., 4] float anchors or proposals, pixels; same rank as the deltas.
+    weights: factors of (dx, dy, dw, dh), as for `encode`.
 
   Returns:
     [..., 4] boxes, pixels, not clipped to the image.

@@ -1,8 +1,8 @@
-"""Depthwise convolution: every channel with a kernel of its own (Howard et al. 2017, section 3.1).
+"""Depthwise convolution: a separate kernel for every channel (Howard et al. 2017, section 3.1).
 
-XLA on CPUs computes it as a grouped convolution, one group after another. Here it is the sum of the
-kernel's taps, each a shifted map times a weight a channel, which XLA fuses: `scripts/benchmark_depthwise.py`
-has both. Elsewhere the platform's own convolution is used.
+XLA on CPUs computes it as a grouped convolution, one group after another. Here it is the sum over the
+kernel's taps of a shifted map times one weight per channel, which XLA fuses;
+`scripts/benchmark_depthwise.py` compares both. On other platforms, XLA's convolution is used.
 
 Shapes: B batch, H W rows and columns of the output, C channels, h w rows and columns of the kernel.
 """
@@ -19,15 +19,18 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 def depthwise(
   x_BHWC: jax.Array, kernel_hw1C: jax.Array, strides, padding, *, rhs_dilation=None, **options
 ) -> jax.Array:
-  """[B, H, W, C]: the convolution; in the place of `lax.conv_general_dilated` of an `nnx.Conv`.
+  """Convolves every channel; replaces `lax.conv_general_dilated` in an `nnx.Conv`.
 
   Args:
-    x_BHWC: [B, rows, columns, C].
-    kernel_hw1C: [h, w, 1, C], of the same dtype.
-    strides: of rows and columns.
-    padding: "SAME" or pads of zeros before and after, of rows and of columns.
-    rhs_dilation: of the kernel.
-    options: others of `lax.conv_general_dilated`.
+    x_BHWC: [B, rows, columns, C] float.
+    kernel_hw1C: [h, w, 1, C] of the same dtype.
+    strides: strides of rows and columns.
+    padding: "SAME", or zeros before and after the rows and the columns.
+    rhs_dilation: dilations of rows and columns; None for 1.
+    options: other arguments of `lax.conv_general_dilated`.
+
+  Returns:
+    [B, H, W, C].
   """
   strides, dilation = tuple(strides), tuple(rhs_dilation or (1, 1))
   if isinstance(padding, str):
@@ -53,16 +56,16 @@ def sum_of_taps(
   x_BHWC: jax.Array,
   kernel_hw1C: jax.Array,
 ) -> jax.Array:
-  """[B, H, W, C]: the convolution, a tap at a time."""
+  """[B, H, W, C]: the convolution as a sum over the taps of the kernel."""
   height, width = kernel_hw1C.shape[:2]
   windows = _windows(x_BHWC, (height, width), strides, pads, dilation)
   return sum(window_BHWC * kernel_hw1C[None, None, i, j] for (i, j), window_BHWC in windows)
 
 
 def _windows(x_BHWC, kernel, strides, pads, dilation):
-  """What each tap (i, j) of a kernel sees: [B, H, W, C]."""
+  """Yields each tap (i, j) of a kernel and the input values it multiplies, [B, H, W, C]."""
   padded = jnp.pad(x_BHWC, [(0, 0), *pads, (0, 0)])
-  # the last position a tap can be at, from which the strides count
+  # The range of positions of a tap.
   reach = [padded.shape[1 + axis] - dilation[axis] * (kernel[axis] - 1) for axis in range(2)]
   for i in range(kernel[0]):
     for j in range(kernel[1]):
@@ -81,8 +84,8 @@ def _backward(strides, pads, dilation, saved, dy_BHWC):
   x_BHWC, kernel_hw1C = saved
   kernel = kernel_hw1C.shape[:2]
 
-  # The input's gradient is a convolution of stride 1 with the kernel turned around; zeros stand where the
-  # strides passed by.
+  # The input's gradient is a convolution with stride 1 and the reversed kernel; zeros are inserted at the
+  # positions that the strides skipped.
   edges = []
   for axis in range(2):
     reach = dilation[axis] * (kernel[axis] - 1)
@@ -93,7 +96,7 @@ def _backward(strides, pads, dilation, saved, dy_BHWC):
   no_pads = ((0, 0), (0, 0))
   dx_BHWC = sum_of_taps((1, 1), no_pads, dilation, spread_BHWC, kernel_hw1C[::-1, ::-1])
 
-  # An image at a time: sums over a whole batch would read it from memory once a tap.
+  # One image at a time: sums over a whole batch would read it from memory once per tap.
   def add_image(total, image):
     x_HWC, dy_HWC = image
     sums = [

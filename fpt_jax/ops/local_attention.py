@@ -1,13 +1,13 @@
-"""Mixture-of-softmaxes attention to a square window of a coarser map.
+"""Mixture-of-softmaxes attention within a square window of a coarser map.
 
 Shapes: B batch, H W rows and columns of the queries' map, h w those of the keys' map, M parts,
 D channels of a part, C channels of a value; Y X rows and columns of tiles, q k the queries and keys
 of one tile, N keys of a window.
 
-The keys' map is cut into square tiles. All queries that lie on a tile meet all keys of the tile and
-of a margin of half a window around it, in one dense product; a constant bias hides from each query
-what lies outside its own window. That multiplies more than it must, but in matrices, with no gather,
-and one key is loaded for many queries.
+The keys' map is divided into square tiles. One dense product multiplies all queries on a tile with all
+keys of the tile and of a margin of half a window around it, and a constant bias masks the keys outside
+each query's window. This computes more products than necessary, but as matrix products without gathers,
+and each key is loaded once for many queries.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax import lax
 
 from fpt_jax.ops.mos_attention import Keys, attend, attend_backward, is_written_out
 
-# Side of a tile in queries that balances idle products in the margin against small matrices.
+# Side of a tile in queries: larger tiles compute more masked products, smaller ones smaller matrices.
 _TILE_QUERIES = 8
 
 
@@ -37,32 +37,32 @@ def local_mos_attention(
   key_valid_Bhw: jax.Array | None = None,
   implementation: Literal["auto", "naive", "tiled"] = "auto",
 ) -> jax.Array:
-  """Attends from each query to the window around its place (locality-constrained GT, paper 3.3).
+  """Attends from each query to the window around its position (locality-constrained GT, paper, 3.3).
 
-  A query at row y of H looks at rows `y // ratio - window // 2` to `y // ratio + window // 2` of h,
-  where `ratio = ceil(H / h)`; the same for columns. A position outside the map, or an invalid one,
-  is a zero key with a zero value, which still takes its share of the softmax.
+  A query at row y of H attends to rows `y // ratio - window // 2` to `y // ratio + window // 2` of h,
+  with `ratio = ceil(H / h)`; the same holds for columns. A position outside the map, or an invalid one,
+  counts as a zero key with a zero value, which takes part in the softmax.
 
   Args:
-    q_BHWMD: queries, float32 or bfloat16 (statistics are float32 in both).
-    k_BhwMD: keys, of the queries' dtype.
-    v_BhwC: values, of the queries' dtype.
-    pi_BM: the weight of each part, floating.
-    window: the odd side of the square, in positions of the keys' map.
+    q_BHWMD: [B, H, W, M, D] queries, float32 or bfloat16 (statistics are float32 in both cases).
+    k_BhwMD: [B, h, w, M, D] keys, of the queries' dtype.
+    v_BhwC: [B, h, w, C] values, of the queries' dtype.
+    pi_BM: [B, M] weight of each part, float.
+    window: side of the square, odd, in positions of the keys' map.
     similarity: "dot" for `q.k`, "euclidean" for `-||q - k||^2`.
-    scale: factor on the similarity.
-    key_valid_Bhw: bool, the keys that lie on the image; all where None.
+    scale: factor of the similarity.
+    key_valid_Bhw: [B, h, w] bool, the keys on the image; None for all.
     implementation: "naive" gathers every window, "tiled" multiplies tiles; "auto" is "tiled".
 
   Returns:
     [B, H, W, C] of the values' dtype.
 
   Raises:
-    ValueError: for shapes, dtypes or names that do not fit.
+    ValueError: shapes, dtypes or names do not fit.
   """
   _check_arguments(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, window, similarity, key_valid_Bhw)
   if implementation not in ("auto", "naive", "tiled"):
-    raise ValueError(f"implementation must be auto, naive or tiled, not {implementation!r}")
+    raise ValueError(f"implementation must be auto, naive or tiled, got {implementation!r}")
   if is_written_out():
     implementation = "naive"
   H, W = q_BHWMD.shape[1:3]
@@ -87,7 +87,7 @@ def local_mos_attention(
   if implementation == "naive":
     out_BHWC = _naive(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, ratio, window)
   else:
-    # Side by side in the channels, parts need no padding to the lanes of a TPU.
+    # With the parts concatenated in the channels, a TPU pads fewer lanes.
     q_BHWX, k_BhwX = (x.reshape(*x.shape[:3], -1) for x in (q_BHWMD, k_BhwMD))
     out_BHWC = _tiled(q_BHWX, k_BhwX, v_BhwC, pi_BM, bias_BhwM, _Tiling(tile, ratio, window))
   return out_BHWC[:, :H, :W]
@@ -110,7 +110,7 @@ def _check_arguments(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, window, similarity, key_va
     raise ValueError(f"batch, maps, parts or channels disagree or are empty: {shapes}")
   for fine, coarse in ((H, h), (W, w)):
     if -(-fine // -(-fine // coarse)) != coarse:
-      raise ValueError(f"no integer ratio takes {H} x {W} queries to {h} x {w} keys")
+      raise ValueError(f"{H} x {W} queries are not a (rounded) multiple of {h} x {w} keys")
   dtypes = {x.dtype for x in (q_BHWMD, k_BhwMD, v_BhwC)}
   if len(dtypes) > 1 or not all(jnp.issubdtype(d, jnp.floating) for d in (*dtypes, pi_BM.dtype)):
     raise ValueError(
@@ -118,9 +118,9 @@ def _check_arguments(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, window, similarity, key_va
       f"{q_BHWMD.dtype}, {k_BhwMD.dtype}, {v_BhwC.dtype} and {pi_BM.dtype}"
     )
   if window < 1 or window % 2 == 0:
-    raise ValueError(f"window must be odd and positive, not {window}")
+    raise ValueError(f"window must be odd and positive, got {window}")
   if similarity not in ("dot", "euclidean"):
-    raise ValueError(f"similarity must be dot or euclidean, not {similarity!r}")
+    raise ValueError(f"similarity must be dot or euclidean, got {similarity!r}")
   if key_valid_Bhw is not None and (
     key_valid_Bhw.shape != (B, h, w) or key_valid_Bhw.dtype != jnp.bool_
   ):
@@ -134,9 +134,9 @@ def _pad_map(x_Bhw, rows, columns):
 
 
 def _euclidean_as_dot(q_BHWMD, k_BhwMD, scale):
-  """`-scale ||q - k||^2` as `2 scale q.k + bias`, up to a constant of each softmax's row.
+  """Writes `-scale ||q - k||^2` as `2 scale q.k + bias`, up to a constant per row of the softmax.
 
-  The origin moves to the mean key, where that loses the fewest digits; zero keys move along.
+  The origin is moved to the mean key, which loses the fewest digits; zero keys are moved as well.
   """
   dtype = q_BHWMD.dtype
   mean_B11MD = jnp.mean(k_BhwMD.astype(jnp.float32), axis=(1, 2), keepdims=True)
@@ -148,7 +148,7 @@ def _euclidean_as_dot(q_BHWMD, k_BhwMD, scale):
 
 
 def _naive(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, ratio, window):
-  """The formula, with a copy of its window for every position: the oracle of the tiles."""
+  """The literal formula, with a copy of the window for every position: the reference for the tiles."""
   f32 = jnp.float32
   B, H, W, M, D = q_BHWMD.shape
   h, w = H // ratio[0], W // ratio[1]
@@ -164,7 +164,7 @@ def _naive(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, ratio, window):
   if bias_BhwM is not None:
     s_BhrwsMN += jnp.swapaxes(windows(bias_BhwM), 3, 4)[:, :, None, :, None]
   p_BhrwsMN = jax.nn.softmax(s_BhrwsMN, axis=-1)
-  # A weight for each query, as in `mos_attention`: a short sum before the long one in its gradient.
+  # One weight per query, as in `mos_attention._naive`: its gradient is summed row by row first.
   pi_BhrwsM = jnp.broadcast_to(pi_BM[:, None, None, None, None], p_BhrwsMN.shape[:-1])
   w_BhrwsN = jnp.einsum("bhrwsm,bhrwsmn->bhrwsn", pi_BhrwsM, p_BhrwsMN)
   out_BhrwsC = jnp.einsum(
@@ -177,7 +177,13 @@ def _naive(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, bias_BhwM, ratio, window):
 
 
 class _Tiling(NamedTuple):
-  """How the maps are cut: the tile's side in keys, queries a key by axis, the window's side."""
+  """The division of the maps into tiles.
+
+  Attributes:
+    tile: side of a tile, keys.
+    ratio: queries per key, along rows and columns.
+    window: side of the window, keys.
+  """
 
   tile: int
   ratio: tuple[int, int]
@@ -185,12 +191,12 @@ class _Tiling(NamedTuple):
 
 
 def _tile_side(ratio: int, window: int, longest: int) -> int:
-  """Keys along a tile: no fewer than its margins, no more than the map."""
+  """Returns the side of a tile in keys: at least its margins, at most the map."""
   return max(window - 1, min(-(-_TILE_QUERIES // ratio), longest), 1)
 
 
 def _hidden(tiling: _Tiling) -> np.ndarray:
-  """The bias [1, q, k] of a tile: 0 within a query's window, -inf outside."""
+  """[1, q, k]: the bias of a tile, 0 within a query's window and -inf outside."""
   tile, ratio, window = tiling
   keys = np.arange(tile + window - 1)
 
@@ -239,7 +245,7 @@ def _tiled_backward(tiling, saved, dout_BHWC):
       _merge(q_BXqX, pi_BM), dout_TqC, rows, [keys], pi_TM, bias_BhwM is not None
     )
     sums = _strip_gradient(here, strip, pi_TM, tiling)
-    # The first rows are complete with what the tiles above gave; the last await the tiles below.
+    # The sums of the tiles above complete the first rows; the last rows are completed by the tiles below.
     sums = jax.tree.map(lambda s, a: s.at[:, :margins].add(a), sums, above)
     done = jax.tree.map(lambda s, x: s[:, :tile].astype(x.dtype), sums, maps)
     below = jax.tree.map(lambda s: s[:, tile:], sums)
@@ -265,7 +271,7 @@ _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 class _Maps(NamedTuple):
-  """The padded maps of the keys, or strips of them, or their gradients."""
+  """The padded maps of keys, values and biases, or strips of them, or their gradients."""
 
   k_BhwX: jax.Array
   v_BhwC: jax.Array
@@ -290,14 +296,14 @@ def _join_queries(x_YBXq, shape, tiling):
 
 
 def _merge(q_BXqX, pi_BM):
-  """The tiles of a row join the batch: T = B X; and the parts get an axis."""
+  """Merges the tiles of a row into the batch, T = B X, and separates the parts."""
   *_, q, X = q_BXqX.shape
   M = pi_BM.shape[1]
   return q_BXqX.reshape(-1, q, M, X // M)
 
 
 def _strip(maps, y, tiling):
-  """The rows of the padded maps that row y of the tiles and its margins cover."""
+  """Returns the rows of the padded maps that row y of the tiles and its margins cover."""
   high = tiling.tile + tiling.window - 1
   return jax.tree.map(
     lambda x_Bhw: lax.dynamic_slice_in_dim(x_Bhw, y * tiling.tile, high, axis=1), maps
@@ -305,7 +311,7 @@ def _strip(maps, y, tiling):
 
 
 def _overlap(x_Baw, tiling):
-  """Cuts a strip [B, a, w, ...] into tiles with margins [T, a * a, ...]."""
+  """Divides a strip [B, a, w, ...] into tiles with margins [T, a * a, ...]."""
   B, high, wide, *rest = x_Baw.shape
   tile, margins = tiling.tile, tiling.window - 1
   X = (wide - margins) // tile
@@ -316,7 +322,7 @@ def _overlap(x_Baw, tiling):
 
 
 def _tile_keys(strip, pi_BM, hidden_1qk, tiling) -> tuple[Keys, jax.Array]:
-  """The keys of each tile of a strip as a batch of their own, and the batch's pi."""
+  """Returns the keys of the tiles of a strip, with the tiles as a batch, and pi of each tile."""
   k_TkX, v_TkC, bias_TkM = jax.tree.map(lambda x: _overlap(x, tiling), strip)
   M = pi_BM.shape[1]
   biases = [
@@ -327,7 +333,7 @@ def _tile_keys(strip, pi_BM, hidden_1qk, tiling) -> tuple[Keys, jax.Array]:
 
 
 def _strip_gradient(here, strip, pi_TM, tiling) -> _Maps:
-  """What the tiles' keys have gathered, added up where their margins overlap."""
+  """Returns the gradients of a strip: those of its tiles, summed where their margins overlap."""
   dk_TXk = jnp.concatenate(
     [pi_TM[:, m, None, None] * dk for m, (dk,) in enumerate(here.dk)], axis=1
   )

@@ -1,7 +1,7 @@
-"""Losses in float32, and how they are reduced: over everything that counts in the whole batch.
+"""Losses in float32, reduced over the whole batch.
 
-Shape suffixes: B images, N anchors, R regions, K classes (of detection, background is class 0), P rows
-and columns of a mask, H W of an image, 4 box deltas.
+Shape suffixes: B images, N anchors, R regions, K classes (in detection, background is class 0), P rows
+and columns of a mask, H W rows and columns of an image, 4 box deltas.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Where smooth L1 turns from a parabola into a line, for box deltas.
+# The point where smooth L1 changes from a parabola to a line, for box deltas.
 BOX_BETA = 1 / 9
 
 
 def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Binary cross-entropy, element by element.
+  """Computes the element-wise binary cross-entropy.
 
   Args:
-    logits: any shape, float.
-    targets: same shape, probabilities of 1.
+    logits: logits of any shape, float.
+    targets: probabilities of the positive class, same shape.
 
   Returns:
     Same shape, float32.
@@ -28,7 +28,7 @@ def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Cross-entropy of integer labels.
+  """Computes the cross-entropy of integer labels.
 
   Args:
     logits: [..., K] float.
@@ -41,12 +41,12 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def smooth_l1(predictions: jax.Array, targets: jax.Array, beta: float) -> jax.Array:
-  """0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta, element by element.
+  """Computes 0.5 d^2 / beta where |d| < beta, else |d| - 0.5 beta, element-wise.
 
   Args:
-    predictions: any shape, float.
-    targets: same shape.
-    beta: positive.
+    predictions: predictions of any shape, float.
+    targets: targets, same shape; d is their difference.
+    beta: point where the loss becomes linear, positive.
 
   Returns:
     Same shape, float32.
@@ -68,18 +68,18 @@ def rpn_losses(
   targets_BN4: jax.Array,
   selected_BN: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses of the region proposal network.
+  """Computes the losses of the region proposal network.
 
   Args:
-    objectness_BN: [B, N] logits.
-    deltas_BN4: [B, N, 4] predicted deltas.
+    objectness_BN: [B, N] float logits.
+    deltas_BN4: [B, N, 4] float predicted deltas.
     labels_BN: [B, N] integers: 1 foreground, 0 background, -1 ignored.
-    targets_BN4: [B, N, 4] deltas to be predicted; read where foreground.
+    targets_BN4: [B, N, 4] float target deltas; used where foreground.
     selected_BN: [B, N] bool, the sampled anchors.
 
   Returns:
-    (objectness, box) float32 scalars, each divided by the number of sampled anchors of the batch:
-    binary cross-entropy of all sampled, smooth L1 of the sampled foreground. 0 without samples.
+    (objectness, box) float32 scalars: binary cross-entropy of the sampled anchors and smooth L1 of the
+    sampled foreground, both divided by the number of sampled anchors in the batch. 0 without samples.
 
   Raises:
     ValueError: shapes disagree.
@@ -103,19 +103,19 @@ def box_losses(
   targets_BR4: jax.Array,
   valid_BR: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses of the box head.
+  """Computes the losses of the box head.
 
   Args:
-    logits_BRK: [B, R, K] class logits.
-    deltas_BRK4: [B, R, K, 4] predicted deltas of every class.
+    logits_BRK: [B, R, K] float class logits.
+    deltas_BRK4: [B, R, K, 4] float predicted deltas of every class.
     labels_BR: [B, R] integers in [0, K), 0 background.
-    targets_BR4: [B, R, 4] deltas to be predicted; read where foreground.
+    targets_BR4: [B, R, 4] float target deltas; used where foreground.
     valid_BR: [B, R] bool, the sampled regions.
 
   Returns:
-    (classification, box) float32 scalars, each divided by the number of sampled regions of the
-    batch: cross-entropy of all, smooth L1 of the foreground's deltas of its own class. 0 without
-    samples.
+    (classification, box) float32 scalars: cross-entropy of the sampled regions and smooth L1 of the
+    foreground's deltas for its class, both divided by the number of sampled regions in the batch. 0
+    without samples.
 
   Raises:
     ValueError: shapes disagree.
@@ -136,13 +136,13 @@ def box_losses(
 
 
 def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.Array) -> jax.Array:
-  """Loss of the mask head: the mean over the pixels of each foreground region, summed over regions.
+  """Computes the loss of the mask head: the mean over the pixels of a region, summed over regions.
 
-  Divided by the number of foreground regions of the batch, it is the loss of the source.
+  Divided by the number of foreground regions in the batch, it is the loss of the source.
 
   Args:
-    logits_BRPP: [B, R, P, P] mask logits of each region's own class.
-    targets_BRPP: [B, R, P, P] in [0, 1].
+    logits_BRPP: [B, R, P, P] float mask logits of each region's class.
+    targets_BRPP: [B, R, P, P] float in [0, 1].
     positive_BR: [B, R] bool, the foreground regions.
 
   Returns:
@@ -162,18 +162,18 @@ def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.
 def segmentation_loss(
   logits_BHWK: jax.Array, labels_BHW: jax.Array, weights_K: Sequence[float] = ()
 ) -> jax.Array:
-  """Cross-entropy, the mean over the labelled pixels of the whole batch.
+  """Computes the mean cross-entropy over the labelled pixels of the batch.
 
   Args:
-    logits_BHWK: [B, H, W, K].
-    labels_BHW: [B, H, W] integers; pixels outside [0, K) have no class and do not count.
-    weights_K: positive; the mean is weighted by those of the pixels' classes. (): all pixels alike.
+    logits_BHWK: [B, H, W, K] float.
+    labels_BHW: [B, H, W] integers; pixels with values outside [0, K) have no class and are ignored.
+    weights_K: positive weight of each class in the mean; () for equal weights.
 
   Returns:
     Float32 scalar; 0 without labelled pixels.
 
   Raises:
-    ValueError: shapes disagree, or the number of weights is not that of classes.
+    ValueError: shapes disagree, or there are not as many weights as classes.
   """
   _agree(logits_BHWK[..., 0], labels_BHW)
   labelled_BHW = (labels_BHW >= 0) & (labels_BHW < logits_BHWK.shape[-1])

@@ -1,7 +1,8 @@
-"""Instance masks: from COCO's segmentations to box-relative bitmaps, to training targets, and back.
+"""Instance masks: COCO's segmentations, box-relative bitmaps, training targets, and pasting into images.
 
-Shape suffixes: N boxes, R regions, G ground truths, H W the image, h w a mask, m a square mask.
-All but `mask_targets` is NumPy on the host. Coordinates are continuous: pixel j covers [j, j + 1].
+Shape suffixes: N boxes, R regions, G ground truths, H W rows and columns of the image, h w those of a
+mask, m side of a square mask. All functions but `mask_targets` are NumPy on the host. Coordinates are
+continuous: pixel j covers [j, j + 1].
 """
 
 from typing import Any
@@ -25,10 +26,10 @@ def _coco_mask():
 
 
 def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-  """Draws a COCO segmentation as the bitmap of the whole image.
+  """Draws a COCO segmentation as a bitmap of the whole image.
 
   Args:
-    segmentation: polygons `[[x0, y0, x1, y1, ...], ...]` in pixels, whose union is meant; an RLE
+    segmentation: polygons `[[x0, y0, x1, y1, ...], ...]` in pixels, which are united; an RLE
       `{"size": [height, width], "counts": list | str | bytes}`; or a bitmap [H, W].
     height: rows of the image.
     width: columns of the image.
@@ -37,16 +38,16 @@ def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray
     [H, W] bool.
 
   Raises:
-    ValueError: the segmentation is none of the three, or is of another size.
+    ValueError: the segmentation is none of the three, or has another size.
   """
   if isinstance(segmentation, np.ndarray):
     if segmentation.shape != (height, width):
-      raise ValueError(f"a bitmap of {(height, width)} expected, got {segmentation.shape}")
+      raise ValueError(f"expected a bitmap of {(height, width)}, got {segmentation.shape}")
     return segmentation.astype(bool)
   if isinstance(segmentation, dict):
     if list(segmentation.get("size", ())) != [height, width] or "counts" not in segmentation:
       raise ValueError(
-        f"an RLE with counts and size {[height, width]} expected, "
+        f"expected an RLE with counts and size {[height, width]}, "
         f"got keys {sorted(segmentation)} and size {segmentation.get('size')}"
       )
     if isinstance(segmentation["counts"], list):
@@ -61,17 +62,17 @@ def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray
 
 
 def _polygons(segmentation: list) -> list[np.ndarray]:
-  """The polygons as float64 [points, 2], or a ValueError."""
+  """Returns polygons as float64 [points, 2]; raises ValueError if they are malformed."""
   if not isinstance(segmentation, list) or not segmentation:
-    raise ValueError(f"polygons, an RLE or a bitmap expected, got {segmentation!r:.80}")
+    raise ValueError(f"expected polygons, an RLE or a bitmap, got {segmentation!r:.80}")
   for polygon in segmentation:
     if not isinstance(polygon, list | tuple | np.ndarray) or len(polygon) < 6 or len(polygon) % 2:
-      raise ValueError(f"a polygon is 6 or more numbers x0, y0, x1, ..., got {polygon!r:.80}")
+      raise ValueError(f"expected a polygon of 6 or more numbers x0, y0, ..., got {polygon!r:.80}")
   return [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation]
 
 
 def _fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-  """The union of polygons [points, 2] as a bitmap [H, W] bool."""
+  """[H, W] bool: the union of polygons [points, 2]."""
   rles = _coco_mask().frPyObjects([p.ravel().tolist() for p in polygons], height, width)
   return _coco_mask().decode(_coco_mask().merge(rles)).astype(bool)
 
@@ -79,14 +80,14 @@ def _fill(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
 def box_bitmap(
   segmentation: Segmentation, box_xyxy: np.ndarray, height: int, width: int, size: int = 112
 ) -> np.ndarray:
-  """Draws a COCO segmentation in the frame of its box.
+  """Draws a COCO segmentation as a bitmap of its box.
 
-  Polygons are scaled into the frame before they are drawn, so a small object loses nothing to the
-  grid of the image; of an RLE or a bitmap, a cell is set where at least half of its area is.
+  Polygons are scaled to the box before they are drawn, so the pixel grid of the image does not limit the
+  detail of small objects. For an RLE or a bitmap, a cell is set if at least half of its area is covered.
 
   Args:
     segmentation: as for `rasterize`.
-    box_xyxy: [4] the frame in pixels of the image, of positive width and height.
+    box_xyxy: [4] box in pixels of the image, of positive width and height.
     height: rows of the image.
     width: columns of the image.
     size: rows and columns of the result.
@@ -99,14 +100,14 @@ def box_bitmap(
   """
   box = np.asarray(box_xyxy, np.float64)
   if box.shape != (4,) or not (box[2] > box[0] and box[3] > box[1]):
-    raise ValueError(f"a box x0 < x1, y0 < y1 expected, got {box_xyxy!r}")
+    raise ValueError(f"expected a box with x0 < x1 and y0 < y1, got {box_xyxy!r}")
   if isinstance(segmentation, list):
     scale = size / (box[2:] - box[:2])
-    framed = [
+    scaled = [
       np.clip((polygon - box[:2]) * scale, -_REACH * size, _REACH * size)
       for polygon in _polygons(segmentation)
     ]
-    return _fill(framed, size, size).astype(np.uint8)
+    return _fill(scaled, size, size).astype(np.uint8)
   left, top = np.maximum(np.floor(box[:2]), 0).astype(int)
   right, bottom = np.maximum(np.ceil(box[2:]), 0).astype(int)
   crop_hw = rasterize(segmentation, height, width)[top:bottom, left:right].astype(np.float32)
@@ -116,7 +117,7 @@ def box_bitmap(
 
 
 def _cover(start: float, stop: float, pixels: int, cells: int) -> np.ndarray:
-  """[cells, pixels]: the share of each cell of [start, stop] that lies on each pixel."""
+  """[cells, pixels]: the share of each cell of [start, stop] that each pixel covers."""
   edges = np.linspace(start, stop, cells + 1)
   pixel = np.arange(pixels)
   overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
@@ -124,7 +125,7 @@ def _cover(start: float, stop: float, pixels: int, cells: int) -> np.ndarray:
 
 
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
-  """Compresses a bitmap [H, W] to COCO's RLE, with `counts` a string that JSON can hold."""
+  """Compresses a bitmap [H, W] to COCO's RLE, with `counts` as a string for JSON."""
   rle = _coco_mask().encode(np.asfortranarray(mask_HW, dtype=np.uint8))
   return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
@@ -132,23 +133,26 @@ def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
 def paste(
   masks_Nmm: np.ndarray, boxes_N4: np.ndarray, height: int, width: int, aligned: bool = False
 ) -> np.ndarray:
-  """Pastes box-relative mask probabilities into images of zeros, one a detection.
+  """Pastes box-relative mask probabilities into images of zeros, one per detection.
 
   Args:
-    masks_Nmm: [N, m, m] float, probabilities.
-    boxes_N4: [N, 4] x0 y0 x1 y1 in pixels of the image; may stick out of it.
+    masks_Nmm: [N, m, m] float probabilities.
+    boxes_N4: [N, 4] boxes (x0, y0, x1, y1) in pixels of the image; may extend beyond it.
     height: rows of the image.
     width: columns of the image.
-    aligned: True: each pixel's centre is looked up in the box as it is, which is the inverse of
-      `mask_targets(..., aligned=True)`. False: as torchvision's `paste_masks_in_image`, which first
-      adds a border of zeros and truncates the box to whole pixels; small objects suffer.
+    aligned: True to look up each pixel's centre in the box as it is, the inverse of
+      `mask_targets(..., aligned=True)`. False for torchvision's `paste_masks_in_image`, which first adds a
+      border of zeros and truncates the box to whole pixels, and is less exact for small objects.
 
   Returns:
     [N, H, W] float32.
+
+  Raises:
+    ValueError: the shapes are not as described.
   """
   masks_Nmm, boxes_N4 = np.asarray(masks_Nmm), np.asarray(boxes_N4)
   if masks_Nmm.ndim != 3 or boxes_N4.shape != (len(masks_Nmm), 4):
-    raise ValueError(f"[N, m, m] and [N, 4] expected, got {masks_Nmm.shape}, {boxes_N4.shape}")
+    raise ValueError(f"expected [N, m, m] and [N, 4], got {masks_Nmm.shape}, {boxes_N4.shape}")
   images_NHW = np.zeros((len(masks_Nmm), height, width), np.float32)
   for image_HW, mask_mm, box in zip(images_NHW, masks_Nmm, boxes_N4, strict=True):
     crop, rows, cols = _paste_crop(mask_mm, box, height, width, aligned)
@@ -164,14 +168,14 @@ def paste_rle(
   threshold: float = 0.5,
   aligned: bool = False,
 ) -> dict[str, Any]:
-  """Pastes one mask as `paste` does and keeps what exceeds `threshold`, as COCO's RLE.
+  """Pastes one mask as `paste` does, and returns the pixels above a threshold as COCO's RLE.
 
   Args:
-    mask_mm: [m, m] float, probabilities.
-    box_xyxy: [4] in pixels of the image; may stick out of it.
+    mask_mm: [m, m] float probabilities.
+    box_xyxy: [4] box in pixels of the image; may extend beyond it.
     height: rows of the image.
     width: columns of the image.
-    threshold: the probability a pixel of the object must exceed.
+    threshold: probability above which a pixel belongs to the object.
     aligned: as for `paste`.
 
   Returns:
@@ -187,7 +191,7 @@ def paste_rle(
 def _paste_crop(
   mask_mm: np.ndarray, box: np.ndarray, height: int, width: int, aligned: bool
 ) -> tuple[np.ndarray, slice, slice]:
-  """The part of the pasted mask that lies on the image, and its rows and columns."""
+  """Returns the part of the pasted mask on the image, and its rows and columns."""
   look_up = _look_up_aligned if aligned else _look_up_truncated
   x0, y0, x1, y1 = box.astype(np.float32)
   y, rows = look_up(y0, y1, height, mask_mm.shape[0])
@@ -199,7 +203,7 @@ def _paste_crop(
 def _look_up_aligned(
   low: np.float32, high: np.float32, pixels: int, cells: int
 ) -> tuple[np.ndarray, slice]:
-  """Where the centres of the pixels near [low, high] lie among its cells, bordered by a zero."""
+  """Returns the positions of the pixels near [low, high] among its cells with a border, and the pixels."""
   cell = (high - low) / cells
   if not cell > 0:
     return np.zeros(0, np.float32), slice(0, 0)
@@ -210,8 +214,8 @@ def _look_up_aligned(
 def _look_up_truncated(
   low: np.float32, high: np.float32, pixels: int, cells: int
 ) -> tuple[np.ndarray, slice]:
-  """The same for the whole pixels that [low, high], grown by the border, is truncated to."""
-  # float32 throughout: the truncation must fall on the same pixel as torchvision's
+  """As `_look_up_aligned`, for [low, high] with the border, truncated to whole pixels."""
+  # All float32: the truncation must give the same pixel as torchvision's.
   half = (high - low) * np.float32(0.5) * np.float32((cells + 2) / cells)
   centre = (high + low) * np.float32(0.5)
   first, last = np.trunc(centre - half), np.trunc(centre + half)
@@ -222,14 +226,14 @@ def _look_up_truncated(
 
 
 def _visible(first: float, stop: float, pixels: int) -> tuple[np.ndarray, slice]:
-  """The pixels first..stop - 1 that lie on the image, as numbers and as a slice."""
+  """Returns the pixels first..stop - 1 on the image, as numbers and as a slice."""
   first, stop = (int(np.clip(position, 0, pixels)) for position in (first, stop))
   return np.arange(first, stop, dtype=np.float32), slice(first, stop)
 
 
 def _interpolate(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """Linear interpolation between the rows of a matrix."""
-  # two taps, not a matrix product: a threaded BLAS is slower than the work at this size
+  """Interpolates linearly between the rows of a matrix."""
+  # Two taps instead of a matrix product: at this size, the threads of BLAS cost more than the work.
   above = np.minimum(rows.astype(np.int64), len(values) - 2)
   fraction = (rows - above).astype(np.float32)[:, None]
   return values[above] * (1 - fraction) + values[above + 1] * fraction
@@ -243,28 +247,31 @@ def mask_targets(
   size: int = 28,
   aligned: bool = False,
 ) -> jax.Array:
-  """Cuts what the mask head shall predict in each RoI out of its ground truth's bitmap.
+  """Crops the target of the mask head for each RoI from the bitmap of its ground truth.
 
-  RoIAlign with ceil(RoI / size) samples a bin, as torchvision's Mask R-CNN makes its targets. On
-  bitmaps of the whole canvas, `mask_boxes_G4` = (0, 0, w, h), it is equal to that; on box-relative
-  bitmaps it looks at the same points of the canvas, and sees zeros outside the box.
+  RoIAlign with ceil(RoI / size) samples per bin, as for the targets of torchvision's Mask R-CNN. For
+  bitmaps of the whole canvas, `mask_boxes_G4` = (0, 0, w, h), the result is the same. For box-relative
+  bitmaps, it samples the same points of the canvas, with zeros outside the box.
 
   Args:
-    masks_Ghw: [G, h, w] bitmaps, of any dtype.
-    mask_boxes_G4: [G, 4] the part of the canvas that each bitmap spans, in pixels.
-    rois_R4: [R, 4] float32, in pixels of the canvas.
+    masks_Ghw: [G, h, w] bitmaps of any dtype.
+    mask_boxes_G4: [G, 4] the part of the canvas that each bitmap covers, pixels.
+    rois_R4: [R, 4] float32, pixels of the canvas.
     matched_R: [R] int, the ground truth of each RoI.
     size: rows and columns of a target.
-    aligned: False: torchvision's targets, half a pixel up and left of where the object is. True:
-      where it is.
+    aligned: False for torchvision's targets, which are shifted by half a pixel up and to the left; True
+      for targets at the object's position.
 
   Returns:
-    [R, size, size] float32 between 0 and 1; no gradient flows through it.
+    [R, size, size] float32 between 0 and 1, without a gradient.
+
+  Raises:
+    ValueError: the shapes are not as described.
   """
   if masks_Ghw.ndim != 3 or mask_boxes_G4.shape != (masks_Ghw.shape[0], 4):
-    raise ValueError(f"[G, h, w], [G, 4] expected, got {masks_Ghw.shape}, {mask_boxes_G4.shape}")
+    raise ValueError(f"expected [G, h, w], [G, 4], got {masks_Ghw.shape}, {mask_boxes_G4.shape}")
   if rois_R4.ndim != 2 or rois_R4.shape[1] != 4 or matched_R.shape != rois_R4.shape[:1]:
-    raise ValueError(f"[R, 4] and [R] expected, got {rois_R4.shape} and {matched_R.shape}")
+    raise ValueError(f"expected [R, 4] and [R], got {rois_R4.shape} and {matched_R.shape}")
   rois_R4 = jax.lax.stop_gradient(rois_R4.astype(jnp.float32))
   frames_R4 = mask_boxes_G4.astype(jnp.float32)[matched_R]
   rows_Rsh = _target_matrix(rois_R4[:, 1::2], frames_R4[:, 1::2], size, masks_Ghw.shape[1], aligned)
@@ -280,26 +287,26 @@ def _target_matrix(
 ) -> jax.Array:
   """RoIAlign along one axis: the mean weight [R, size, cells] of each cell in each bin.
 
-  The samples of a bin are an arithmetic progression and a cell's weight rises and falls linearly
-  over one cell to either side. So the samples on either slope are counted and their mean is
-  weighed, whatever their number: no loop over samples, and no static bound on it.
+  The samples of a bin form an arithmetic progression, and the weight of a cell rises and falls linearly
+  over one cell on either side. So the sum over the samples on each slope is their number times the weight
+  of their mean: there is no loop over samples and no static bound on their number.
   """
   start_R11, stop_R11 = rois_R2[:, :1, None], rois_R2[:, 1:, None]
   low_R11, high_R11 = frames_R2[:, :1, None], frames_R2[:, 1:, None]
-  # padded ground truths have empty boxes: their targets are never used, but must stay finite
+  # Padded ground truths have empty boxes: their targets are not used, but must be finite.
   extent_R11 = jnp.where(high_R11 > low_R11, high_R11 - low_R11, 1.0)
   scale_R11 = cells / extent_R11
-  # a RoI that is not aligned is never shorter than a pixel; an aligned one must not be empty
+  # If not aligned, a RoI is at least one pixel long; if aligned, it must not be empty.
   length_R11 = jnp.maximum(stop_R11 - start_R11, 1e-3 if aligned else 1.0)
   count_R11 = jnp.ceil(length_R11 / size)
   step_R11 = length_R11 / size / count_R11
   bin_1s1 = jnp.arange(size, dtype=jnp.float32)[None, :, None]
   cell_11c = jnp.arange(cells, dtype=jnp.float32)[None, None, :]
   point_Rs1 = start_R11 + bin_1s1 * (length_R11 / size) + 0.5 * step_R11
-  # RoIAlign that is not aligned puts pixel j at j, where its centre is j + 0.5
+  # If not aligned, RoIAlign places pixel j at j, although its centre is at j + 0.5.
   point_Rs1 = (point_Rs1 + (0.0 if aligned else 0.5) - low_R11) * scale_R11 - 0.5
   step_R11 = step_R11 * scale_R11
-  # RoIAlign repeats the border for half a pixel; where cells are smaller, half a cell is enough
+  # RoIAlign repeats the border for half a pixel; for cells smaller than a pixel, half a cell is enough.
   margin_R11 = 0.5 * jnp.minimum(scale_R11, 1.0)
   first_11c, last_11c = cell_11c == 0, cell_11c == cells - 1
   left_R1c = jnp.where(first_11c, -0.5 - margin_R11, cell_11c - 1)

@@ -5,11 +5,11 @@ value, N blocks of queries, q queries of one block.
 
     out_i = sum_j W_ij v_j,    W_ij = sum_m pi_m exp(s_mij - lse_mi)
 
-Three facts make it cheap. `-||q - k||^2` is `2 q.k - ||k||^2` up to a constant of the row, which
-the softmax does not see, so both similarities are a dot product with a bias a key; a mask is a bias
-too. Once the parts' normalisers are known, W is one matrix, so the values are multiplied once, not M
-times, and so are `dO V^T` and `W^T dO` in the backward pass. And the backward pass needs no more
-than two numbers a row, from which it computes W again.
+Three facts make it cheap. `-||q - k||^2` is `2 q.k - ||k||^2` up to a constant per row, to which the
+softmax is invariant, so both similarities are a dot product with a bias per key; a mask is a bias too.
+Once the normalisers of the parts are known, W is one matrix, so the values are multiplied once, not M
+times, and so are `dO V^T` and `W^T dO` in the backward pass. The backward pass needs only two numbers per
+row, from which it computes W again.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import contextvars
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 Similarity = Literal["dot", "euclidean"]
 Implementation = Literal["auto", "naive", "chunked", "pallas"]
 
-# Below this many scores the whole matrix is small change, and one einsum has the least overhead.
+# Up to this many scores, the whole matrix needs little memory, and one einsum has the least overhead.
 _NAIVE_MAX_SCORES = 1 << 18
-# Of the chunked form, measured on CPUs: the scores of a block of queries in one part, the bounds on
-# a block's queries, and the most keys that one product takes at once.
+# For "chunked", measured on CPUs: scores of a block of queries in one part, bounds on the number of
+# queries in a block, and the largest number of keys in one product.
 _BLOCK_SCORES = 1 << 21
 _MIN_BLOCK, _MAX_BLOCK = 64, 256
 _MAX_PIECE = 4096
@@ -44,7 +44,7 @@ _written_out = contextvars.ContextVar("written_out", default=False)
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-  """Inside, every attention is traced as "naive", the formula itself: to count it, not to run it."""
+  """Makes a context in which every attention is traced as "naive", the formula itself, to be counted."""
   token = _written_out.set(True)
   try:
     yield
@@ -53,6 +53,7 @@ def written_out() -> Iterator[None]:
 
 
 def is_written_out() -> bool:
+  """Returns whether attention is being traced inside `written_out`."""
   return _written_out.get()
 
 
@@ -71,22 +72,22 @@ def mos_attention(
   """Attends with `sum_m pi_m softmax_j(scale * s_m(i, j))` (eq. 2, 3 and 5 of the FPT paper).
 
   Args:
-    q_BQMD: queries, float32 or bfloat16 (statistics are float32 in both).
-    k_BKMD: keys, of the queries' dtype.
-    v_BKC: values, of the queries' dtype.
-    pi_BM: the weight of each part, floating; summing to one is the caller's business.
+    q_BQMD: [B, Q, M, D] queries, float32 or bfloat16 (statistics are float32 in both cases).
+    k_BKMD: [B, K, M, D] keys, of the queries' dtype.
+    v_BKC: [B, K, C] values, of the queries' dtype.
+    pi_BM: [B, M] weight of each part, float; the caller makes the weights sum to one.
     similarity: "dot" for `q.k`, "euclidean" for `-||q - k||^2`.
-    scale: factor on the similarity, the inverse of a temperature.
-    key_valid_BK: bool, the keys that may be attended to; all where None. A batch element without
-      any gives zeros, and zero gradients.
-    implementation: "naive" is the formula, "chunked" the same in little memory, "pallas" the TPU
-      kernels; "auto" takes the kernels on TPU, elsewhere naive or chunked by size.
+    scale: factor of the similarity, the inverse of a temperature.
+    key_valid_BK: [B, K] bool, the keys that may be attended to; None for all. A batch element without a
+      valid key gives zeros, and zero gradients.
+    implementation: "naive" for the formula, "chunked" for the same in little memory, "pallas" for the TPU
+      kernels; "auto" uses the kernels on TPU, and naive or chunked by size elsewhere.
 
   Returns:
     [B, Q, C] of the values' dtype.
 
   Raises:
-    ValueError: for shapes, dtypes or names that do not fit.
+    ValueError: shapes, dtypes or names do not fit.
   """
   _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation)
   if is_written_out():
@@ -94,15 +95,15 @@ def mos_attention(
   if implementation == "auto":
     implementation = _choose(q_BQMD.shape[1] * k_BKMD.shape[1])
   if key_valid_BK is not None:
-    # Whatever lies under the mask, be it NaN, can then reach neither the output nor a gradient.
+    # So masked values, including NaN, reach neither the output nor a gradient.
     k_BKMD = jnp.where(key_valid_BK[:, :, None, None], k_BKMD, 0)
     v_BKC = jnp.where(key_valid_BK[:, :, None], v_BKC, 0)
   if similarity == "euclidean":
     q_BQMD, k_BKMD = _centre(q_BQMD, k_BKMD)
   mean_B1C = None
   if v_BKC.dtype != jnp.bfloat16:
-    # Attention to v is attention to v - mean, plus the mean: and differences of values are what the
-    # gradients of q and k are made of. In bfloat16 the move itself would cost more than it saves.
+    # Attention to v is attention to v - mean, plus the mean. The gradients of q and k are computed from
+    # differences of values, which are more exact this way. In bfloat16, the subtraction would lose more.
     mean_B1C = lax.stop_gradient(jnp.mean(v_BKC, axis=1, keepdims=True))
     v_BKC -= mean_B1C
 
@@ -122,7 +123,7 @@ def mos_attention(
 
 
 def _weight_sum(pi_BM, key_valid_BK):
-  """[B, 1, 1]: what the weights of a row add up to."""
+  """[B, 1, 1]: the sum of the weights of a row."""
   sum_B11 = jnp.sum(pi_BM, axis=1)[:, None, None]
   if key_valid_BK is None:
     return sum_B11
@@ -130,6 +131,7 @@ def _weight_sum(pi_BM, key_valid_BK):
 
 
 def _choose(scores: int) -> Implementation:
+  choice: Implementation
   if jax.default_backend() == "tpu":
     choice = "pallas"
   else:
@@ -146,7 +148,7 @@ def _log_once(choice, backend):
 def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation):
   if implementation not in ("auto", "naive", "chunked", "pallas"):
     raise ValueError(
-      f"implementation must be auto, naive, chunked or pallas, not {implementation!r}"
+      f"implementation must be auto, naive, chunked or pallas, got {implementation!r}"
     )
   shapes = f"q {q_BQMD.shape}, k {k_BKMD.shape}, v {v_BKC.shape}, pi {pi_BM.shape}"
   if (q_BQMD.ndim, k_BKMD.ndim, v_BKC.ndim, pi_BM.ndim) != (4, 4, 3, 2):
@@ -166,7 +168,7 @@ def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, imp
       f"{q_BQMD.dtype}, {k_BKMD.dtype}, {v_BKC.dtype} and {pi_BM.dtype}"
     )
   if similarity not in ("dot", "euclidean"):
-    raise ValueError(f"similarity must be dot or euclidean, not {similarity!r}")
+    raise ValueError(f"similarity must be dot or euclidean, got {similarity!r}")
   if key_valid_BK is not None and (key_valid_BK.shape != (B, K) or key_valid_BK.dtype != jnp.bool_):
     raise ValueError(
       f"key_valid must be bool {(B, K)}, got {key_valid_BK.dtype} {key_valid_BK.shape}"
@@ -176,7 +178,7 @@ def _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, imp
 def _centre(q_BQMD, k_BKMD):
   """Moves the origin to the mean key, where `2 q.k - ||k||^2` loses the fewest digits.
 
-  A distance does not see the move, so that no gradient runs through the mean.
+  Distances are invariant to the move, so the mean needs no gradient.
   """
   dtype = q_BQMD.dtype
   mean_B1MD = lax.stop_gradient(jnp.mean(k_BKMD.astype(jnp.float32), axis=1, keepdims=True))
@@ -184,7 +186,7 @@ def _centre(q_BQMD, k_BKMD):
 
 
 def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK):
-  """The formula, with the whole matrix of weights in memory."""
+  """The literal formula, with the whole matrix of weights in memory."""
   f32 = jnp.float32
   s_BMQK = _biased_product(
     "bqmd,bkmd->bmqk", q_BQMD, k_BKMD, None if bias_BMK is None else bias_BMK[:, :, None]
@@ -194,20 +196,20 @@ def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK):
   e_BMQK = jnp.exp(s_BMQK - lax.stop_gradient(top_BMQ1))
   total_BMQ1 = jnp.sum(e_BMQK, axis=-1, keepdims=True)
   p_BMQK = e_BMQK / jnp.where(total_BMQ1 > 0, total_BMQ1, 1)
-  # A weight for each query, though all are equal: its gradient is summed row by row, then over
-  # rows, which keeps digits that one long sum would lose.
+  # One weight per query, although all are equal: its gradient is summed row by row, then over rows,
+  # which keeps digits that one long sum would lose.
   pi_BMQ = jnp.broadcast_to(pi_BM.astype(f32)[:, :, None], p_BMQK.shape[:3])
   w_BQK = jnp.einsum("bmq,bmqk->bqk", pi_BMQ, p_BMQK)
   return _product("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC).astype(v_BKC.dtype)
 
 
 def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
-  """Both similarities and the mask as `q'.k + bias`, up to a constant of each softmax's row."""
+  """Writes both similarities and the mask as `q'.k + bias`, up to a constant per row of the softmax."""
   B, K, M, _ = k_BKMD.shape
   bias_BMK = None
   if similarity == "euclidean":
     kk_BMK = jnp.einsum("bkmd,bkmd->bmk", k_BKMD, k_BKMD, preferred_element_type=jnp.float32)
-    # Less a constant of the row, again, so that scores are small and round off little.
+    # Minus a constant per row, again, so that scores are small and lose few digits.
     mean_BM1 = lax.stop_gradient(jnp.mean(kk_BMK, axis=-1, keepdims=True))
     bias_BMK = -scale * (kk_BMK - mean_BM1)
     scale = 2 * scale
@@ -218,24 +220,24 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
 
 
 def _block_of_queries(Q: int, K: int) -> int:
-  """Queries worked on at once: about `_BLOCK_SCORES` scores, all blocks nearly full."""
+  """Returns the number of queries per block: about `_BLOCK_SCORES` scores, with all blocks nearly full."""
   most = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // K // 8 * 8))
   blocks = -(-Q // most)
   return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
 
 
 def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list["Keys"]:
-  """Cuts the keys into pieces of about equal length, the unit of work of the caches."""
+  """Divides the keys into pieces of about equal length, which fit into the caches."""
   K, M = k_BKMD.shape[1:3]
   length = -(-K // (16 * -(-K // _MAX_PIECE))) * 16
-  cuts = [slice(start, min(start + length, K)) for start in range(0, K, length)]
+  pieces = [slice(start, min(start + length, K)) for start in range(0, K, length)]
   return [
     Keys(
-      [k_BKMD[:, cut, m] for m in range(M)],
-      v_BKC[:, cut],
-      [None if bias_BMK is None else bias_BMK[:, m, None, cut] for m in range(M)],
+      [k_BKMD[:, piece, m] for m in range(M)],
+      v_BKC[:, piece],
+      [None if bias_BMK is None else bias_BMK[:, m, None, piece] for m in range(M)],
     )
-    for cut in cuts
+    for piece in pieces
   ]
 
 
@@ -259,7 +261,10 @@ def _chunked_backward(bias_has_gradient, saved, dout_BQC):
   keys = _cut_keys(k_BKMD, v_BKC, bias_BMK)
 
   def one_block(sums, block):
-    dq_BqMD, here, delta_BMq = attend_backward(*block, keys, pi_BM, bias_has_gradient)
+    q_BqMD, dout_BqC, block_rows = block
+    dq_BqMD, here, delta_BMq = attend_backward(
+      q_BqMD, dout_BqC, block_rows, keys, pi_BM, bias_has_gradient
+    )
     return jax.tree.map(jnp.add, sums, here), (dq_BqMD.astype(dtype), delta_BMq)
 
   block = rows.top_BMq.shape[-1]
@@ -286,17 +291,27 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 class Keys(NamedTuple):
-  """A piece of the keys: a list of parts, since XLA on CPU is slow along an axis of parts."""
+  """A piece of the keys and values, in lists of parts: XLA on CPUs is slow along an axis of parts.
 
-  k_parts: list[jax.Array]  # [B, K, D], by part
+  Attributes:
+    k_parts: [B, K, D] keys of each part.
+    v_BKC: [B, K, C] values.
+    bias_parts: biases of each part, [B, 1, K] or another shape that broadcasts with [B, q, K], or None.
+  """
+
+  k_parts: list[jax.Array]
   v_BKC: jax.Array
-  bias_parts: list[jax.Array | None]  # [B, 1, K] or what broadcasts with [B, q, K], by part
+  bias_parts: list[jax.Array | None]
 
 
 class Rows(NamedTuple):
-  """What the backward pass needs of each row: `p = exp(s - top) * share`.
+  """Statistics of each row for the backward pass: `p = exp(s - top) * share`.
 
-  Two numbers, for `top + log(sum)` in one would round off digits where scores are large.
+  Two numbers, because one, `top + log(sum)`, would lose digits where scores are large.
+
+  Attributes:
+    top_BMq: largest score.
+    share_BMq: inverse of the sum of the exponentials; 0 without a valid key.
   """
 
   top_BMq: jax.Array
@@ -304,27 +319,39 @@ class Rows(NamedTuple):
 
 
 class KeyGradients(NamedTuple):
-  """Sums over queries, in pieces like the keys; the keys come last, as the products like it."""
+  """Sums over queries, in the pieces of the keys; keys are the last axis, which is fastest.
 
-  dk: list[list[jax.Array]]  # [B, D, K], by part and piece
-  dv: list[jax.Array]  # [B, C, K], by piece
-  dbias: list[list[jax.Array]]  # [B, K], by part and piece; empty where nobody asks
+  Attributes:
+    dk: [B, D, K] by part and piece.
+    dv: [B, C, K] by piece.
+    dbias: [B, K] by part and piece; empty if the bias has no gradient.
+  """
+
+  dk: list[list[jax.Array]]
+  dv: list[jax.Array]
+  dbias: list[list[jax.Array]]
 
 
 def attend(q_BqMD: jax.Array, keys: list[Keys], pi_BM: jax.Array) -> tuple[jax.Array, Rows]:
-  """Attends from one block of queries to all pieces of the keys; see `attend_backward`.
+  """Attends from one block of queries to all pieces of the keys.
+
+  Args:
+    q_BqMD: [B, q, M, D] queries, already multiplied by the scale.
+    keys: all pieces of the keys.
+    pi_BM: [B, M] float32 weight of each part.
 
   Returns:
-    out_BqC of the values' dtype, and the rows' statistics.
+    out_BqC of the values' dtype, and the statistics of the rows for `attend_backward`.
   """
   dtype = keys[0].v_BKC.dtype
-  w_pieces, tops, shares = [0.0] * len(keys), [], []
+  w_pieces: list[Any] = [0.0] * len(keys)
+  tops, shares = [], []
   for m in range(pi_BM.shape[1]):
     s_pieces = [_scores(q_BqMD, piece, m) for piece in keys]
-    # The largest score of a row without a valid key is -inf; from a finite one, no NaN arises.
+    # The largest score of a row without a valid key is -inf; a finite one avoids NaN.
     lowest = jnp.finfo(s_pieces[0].dtype).min
     top_Bq = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in s_pieces], lowest)
-    # The barrier keeps the exponentials from being computed twice, for their sum and for W.
+    # The barrier keeps XLA from computing the exponentials twice, for their sum and for W.
     e_pieces = [lax.optimization_barrier(jnp.exp(s - top_Bq[:, :, None])) for s in s_pieces]
     total_Bq = sum(jnp.sum(e, axis=-1) for e in e_pieces)
     share_Bq = jnp.where(total_Bq > 0, 1 / total_Bq, 0)
@@ -332,7 +359,7 @@ def attend(q_BqMD: jax.Array, keys: list[Keys], pi_BM: jax.Array) -> tuple[jax.A
     w_pieces = [w + factor_Bq1 * e for w, e in zip(w_pieces, e_pieces, strict=True)]
     tops.append(top_Bq)
     shares.append(share_Bq)
-  out_BqC = sum(
+  out_BqC: Any = sum(
     _product("bqk,bkc->bqc", w.astype(dtype), piece.v_BKC)
     for w, piece in zip(w_pieces, keys, strict=True)
   )
@@ -347,23 +374,30 @@ def attend_backward(
   pi_BM: jax.Array,
   bias_has_gradient: bool,
 ) -> tuple[jax.Array, KeyGradients, jax.Array]:
-  """The gradients of `attend`, all float32, for one block of queries.
+  """Computes the gradients of `attend` for one block of queries, in float32.
+
+  Args:
+    q_BqMD, keys, pi_BM: as for `attend`.
+    dout_BqC: [B, q, C] gradient of the output.
+    rows: statistics from `attend`.
+    bias_has_gradient: whether to compute the gradient of the bias.
 
   Returns:
-    dq_BqMD; the sums over these queries for the keys, of which those of k and of the bias still
-    lack the factor pi of their part (it meets smaller arrays once they are summed over all blocks);
-    and delta_BMq, whose sum over the queries is the gradient of pi.
+    dq_BqMD; the sums over these queries for the keys, where those of k and of the bias still lack the
+    factor pi of their part (multiplying after the sum over all blocks is cheaper); and delta_BMq, whose
+    sum over the queries is the gradient of pi.
   """
   dtype = q_BqMD.dtype
   dw_pieces = [_product("bqc,bkc->bqk", dout_BqC, piece.v_BKC) for piece in keys]
-  w_pieces, dq_parts, deltas = [0.0] * len(keys), [], []
+  w_pieces: list[Any] = [0.0] * len(keys)
+  dq_parts, deltas = [], []
   sums = KeyGradients([], [], [])
   for m in range(pi_BM.shape[1]):
     top_Bq1, share_Bq1 = (x[:, m, :, None] for x in rows)
     p_pieces = [jnp.exp(_scores(q_BqMD, piece, m) - top_Bq1) * share_Bq1 for piece in keys]
     pi_B11 = pi_BM[:, m, None, None]
     w_pieces = [w + pi_B11 * p for w, p in zip(w_pieces, p_pieces, strict=True)]
-    # As a product, this sum over the row writes nothing of its size to memory.
+    # As a matrix product, this sum over the row writes no array of its size to memory.
     products = [_product("bqk,bqk->bq", p, dw) for p, dw in zip(p_pieces, dw_pieces, strict=True)]
     delta_Bq = sum(products)
     ds_pieces = [p * (dw - delta_Bq[:, :, None]) for p, dw in zip(p_pieces, dw_pieces, strict=True)]
@@ -414,13 +448,13 @@ def _biased_product(subscripts, q_D, k_D, bias):
   half = q_D.shape[-1] // 2
   if half < 64 or q_D.dtype == jnp.bfloat16:
     return _product(subscripts, q_D, k_D) + bias
-  # In two sums, which round off less than one: a distance is less forgiving than a dot product.
+  # Two partial sums lose fewer digits than one, which matters for distances.
   first = _product(subscripts, q_D[..., :half], k_D[..., :half])
   return first + bias + _product(subscripts, q_D[..., half:], k_D[..., half:])
 
 
 def _split(x_BQ, block):
-  """[B, Q, ...] -> [N, B, block, ...], zeros after the last query."""
+  """[B, Q, ...] -> [N, B, block, ...], with zeros after the last query."""
   B, Q = x_BQ.shape[:2]
   N = -(-Q // block)
   x_BQ = jnp.pad(x_BQ, [(0, 0), (0, N * block - Q)] + [(0, 0)] * (x_BQ.ndim - 2))

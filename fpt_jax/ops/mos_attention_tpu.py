@@ -3,21 +3,22 @@
 Shapes: B batch, Q queries, K keys, M parts, D channels of a part, C channels of a value; q k the
 queries and keys of one block, 1 an axis kept for broadcasting.
 
-Every kernel walks over blocks of scores that never leave the chip. The forward one passes over the
-keys twice: first for each row's largest score and sum, online, then for the output, whose one mixed
-weight W meets the values once for all parts. Of the gradient
+Every kernel iterates over blocks of scores that never leave the chip. The forward kernel passes over the
+keys twice: first for the largest score and the sum of each row, online, then for the output, where the
+mixed weight W multiplies the values once for all parts. For the gradient
 
     ds = p (dw - delta),    dw = dO V^T,    delta = sum_j p dw
 
-a first kernel makes dQ and delta in one pass over the keys, though ds needs delta beforehand: it
-sums `p (dw - c) K` and `p K` apart and joins them in the end. The constant of the row c = dO . O,
-the mean of delta over the parts, keeps that difference from losing digits. A second kernel, queries
-innermost, makes dK, dV and the gradient of the bias.
+a first kernel computes dQ and delta in one pass over the keys, although ds depends on delta: it sums
+`p (dw - c) K` and `p K` separately and combines them at the end. The constant per row c = dO . O, the mean
+of delta over the parts, keeps this difference from losing digits. A second kernel, with queries innermost,
+computes dK, dV and the gradient of the bias.
 
-Rows of scores lie along lanes in memory; `_column` turns them where a kernel wants them upright.
+Rows of scores lie along lanes in memory; `_column` transposes them where a kernel needs a column.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-# Queries and keys of a block: what fits beside the accumulators in 16 MB of VMEM, v5e's default.
+# Queries and keys per block: they fit into 16 MB of VMEM, v5e's default, along with the accumulators.
 _BLOCK = 512
 _LANES = 128
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -44,12 +45,12 @@ def mos_attention_tpu(
   """Attends with `sum_m pi_m softmax(q_m . k_m + bias_m)`, in interpret mode where there is no TPU.
 
   Args:
-    q_BQMD: queries, float32 or bfloat16, with the scale multiplied in.
-    k_BKMD: keys.
-    v_BKC: values.
-    pi_BM: float32.
-    bias_BMK: float32, -inf for a key not to be attended to; zero where None.
-    bias_has_gradient: whether the bias's gradient is wanted, or zero will do.
+    q_BQMD: [B, Q, M, D] queries, float32 or bfloat16, already multiplied by the scale.
+    k_BKMD: [B, K, M, D] keys, of the queries' dtype.
+    v_BKC: [B, K, C] values, of the queries' dtype.
+    pi_BM: [B, M] float32 weight of each part.
+    bias_BMK: [B, M, K] float32, -inf for masked keys; None for zero.
+    bias_has_gradient: whether to compute the gradient of the bias; otherwise it is zero.
 
   Returns:
     [B, Q, C] of the values' dtype.
@@ -99,7 +100,7 @@ mos_attention_tpu.defvjp(_forward, _backward)
 
 
 def _pad_keys_and_queries(q_BQMD, k_BKMD, v_BKC, bias_BMK):
-  """Whole blocks of both, parts side by side in the channels, and a bias that hides the padding."""
+  """Pads queries and keys to whole blocks, concatenates the parts, and masks the padding by the bias."""
   B, Q, M, D = q_BQMD.shape
   K = k_BKMD.shape[1]
   full_Q, full_K = (-(-n // _block(n)) * _block(n) for n in (Q, K))
@@ -120,7 +121,7 @@ def _pad_axis(x, axis, size):
 
 
 def _run(call, args):
-  """Runs a kernel: compiled on TPU, interpreted elsewhere, on each device for its own images."""
+  """Runs a kernel, compiled on TPU and interpreted elsewhere, on each device for its own images."""
 
   def on_one_device(*args):
     return lax.platform_dependent(
@@ -134,7 +135,7 @@ def _run(call, args):
     mesh = _mesh(args[0])
     if mesh.size <= 1:
       return on_one_device(*args)
-    # XLA cannot split a kernel; it has to be told that nothing crosses the batch.
+    # XLA cannot partition a kernel; `shard_map` states that images are independent.
     split = args[0].shape[0] % mesh.size == 0
     spec = PartitionSpec(mesh.axis_names) if split else PartitionSpec()
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
@@ -143,7 +144,7 @@ def _run(call, args):
 
   @on_all_devices.def_vmap
   def fold(axis_size, in_batched, *args):
-    """A mapped axis joins the batch."""
+    """Merges the mapped axis into the batch."""
     whole = [
       x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
       for x, batched in zip(args, in_batched, strict=True)
@@ -156,7 +157,7 @@ def _run(call, args):
 
 
 def _mesh(x) -> jax.sharding.AbstractMesh:
-  """The mesh that a traced array lies on; empty where it lies on one device, or is already local."""
+  """Returns the mesh of a traced array; an empty one if it is on one device or already local."""
   mesh = jax.sharding.get_abstract_mesh()
   mesh = jax.typeof(x).sharding.mesh if mesh.empty else mesh
   local = jax.sharding.AxisType.Manual in mesh.axis_types
@@ -170,11 +171,12 @@ def _dot(a, b, contract):
 
 
 def _column(row_1n):
-  """[1, n] -> [n, 1], by way of the square transposes that the hardware has."""
+  """[1, n] -> [n, 1], by a transpose of whole tiles, which the hardware supports."""
   return jnp.broadcast_to(row_1n, (_LANES, row_1n.shape[1])).T[:, :1]
 
 
 def _row(column_n1):
+  """[n, 1] -> [1, n], as `_column`."""
   return jnp.broadcast_to(column_n1, (column_n1.shape[0], _LANES)).T[:1]
 
 
@@ -211,7 +213,7 @@ def _forward_kernel(pi, q, k, v, bias, out, top, share, top_qM, sum_qM, out_qC):
   @pl.when((turn == 0) & last)
   def _():
     out_qC[...] = jnp.zeros(out_qC.shape, jnp.float32)
-    # From here on the shares of the rows stand where their sums stood.
+    # From here on, `sum_qM` holds the inverse of the sum.
     sum_qM[...] = jnp.where(sum_qM[...] > 0, 1 / sum_qM[...], 0)
     for m in range(M):
       top[0, _one(m)] = _row(top_qM[:, _one(m)])
@@ -219,7 +221,7 @@ def _forward_kernel(pi, q, k, v, bias, out, top, share, top_qM, sum_qM, out_qC):
 
   @pl.when(turn == 1)
   def _():
-    w_qk = 0.0
+    w_qk: Any = 0.0
     for m in range(M):
       factor_q1 = pi[b, m] * sum_qM[:, _one(m)]
       w_qk += factor_q1 * jnp.exp(scores(m) - top_qM[:, _one(m)])
@@ -243,7 +245,7 @@ def _forward_kernel_call(q_BQX, k_BKX, v_BKC, pi_BM, bias_BMK, interpret):
       pl.BlockSpec(memory_space=pltpu.SMEM),
       pl.BlockSpec((1, q, X), lambda b, i, t, j: (b, i, 0)),
       pl.BlockSpec((1, k, X), lambda b, i, t, j: (b, j, 0)),
-      # The first pass needs no values: it stays at the block the second begins with.
+      # The first pass needs no values: it keeps the block that the second pass begins with.
       pl.BlockSpec((1, k, C), lambda b, i, t, j: (b, t * j, 0)),
       pl.BlockSpec((1, M, k), lambda b, i, t, j: (b, 0, j)),
     ],
@@ -363,7 +365,7 @@ def _query_gradient_call(
 def _key_gradient_kernel(
   pi, q, k, v, bias, dout, top, share, delta, dk, dv, dbias, bias_kM, dk_kX, dv_kC, dbias_kM
 ):
-  """Grid (B, blocks of keys, blocks of queries); scores stand upright, keys by queries."""
+  """Grid (B, blocks of keys, blocks of queries); scores are transposed, keys by queries."""
   b, i = pl.program_id(0), pl.program_id(2)
   M = pi.shape[1]
   D = q.shape[2] // M
@@ -376,7 +378,7 @@ def _key_gradient_kernel(
       x[...] = jnp.zeros(x.shape, jnp.float32)
 
   dw_kq = _dot(v[0], dout[0], (1, 1))
-  w_kq = 0.0
+  w_kq: Any = 0.0
   for m in range(M):
     part = slice(m * D, (m + 1) * D)
     q_qD = q[0, :, part]

@@ -1,8 +1,9 @@
-"""Non-maximum suppression with static shapes: greedy, by score, a strict threshold.
+"""Non-maximum suppression with static shapes: greedy, in order of score, with a strict threshold.
 
-Shape suffixes: N boxes, T boxes of a tile, 4 coordinates. Everything can be vmapped.
+Shape suffixes: N boxes, T boxes of a tile, 4 coordinates. All functions can be vmapped.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -23,26 +24,26 @@ def nms(
   valid_N: jax.Array | None = None,
   implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-  """Keeps the best box of every group of overlapping ones.
+  """Keeps the boxes that no kept box of higher score suppresses.
 
-  A box falls if its IoU with a kept box of higher score is greater than the threshold; of equal
-  scores the lower index comes first.
+  A box is suppressed if its IoU with a kept box of higher score exceeds the threshold. Among equal
+  scores, the lower index comes first.
 
   Args:
     boxes_N4: [N, 4] float, pixels.
     scores_N: [N] float.
-    iou_threshold: in [0, 1], static.
+    iou_threshold: IoU in [0, 1], static.
     max_outputs: number of indices to return, static; may exceed N.
-    valid_N: [N] bool; other boxes neither appear nor suppress. None: all are valid.
-    implementation: "sequential" goes box by box (CPU), "tiled" by tiles of 256 boxes (TPU);
-      "auto" takes the one for the platform. Both keep the same set.
+    valid_N: [N] bool; invalid boxes are neither kept nor suppress others. None for all valid.
+    implementation: "sequential" processes one box at a time (CPU), "tiled" tiles of 256 boxes (TPU);
+      "auto" chooses by platform. Both keep the same boxes.
 
   Returns:
     indices [max_outputs] int32 into the boxes in order of score (0 where not valid), and
     valid [max_outputs] bool.
 
   Raises:
-    ValueError: a shape, dtype or the implementation is not as said.
+    ValueError: a shape, a dtype or the implementation is not as described.
   """
   return _nms(boxes_N4, scores_N, None, iou_threshold, max_outputs, valid_N, implementation)
 
@@ -57,10 +58,10 @@ def batched_nms(
   valid_N: jax.Array | None = None,
   implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-  """`nms` within each class (or pyramid level), all classes ranked together.
+  """Applies `nms` within each class (or pyramid level), with all classes ranked together.
 
-  Boxes are compared as they are, only if of one class: no offsets are added to coordinates,
-  so no overlap is rounded.
+  Boxes of different classes are not compared. No offsets are added to coordinates, so overlaps are not
+  rounded.
 
   Args:
     boxes_N4: [N, 4] float, pixels.
@@ -75,7 +76,7 @@ def batched_nms(
     As `nms`.
 
   Raises:
-    ValueError: a shape, dtype or the implementation is not as said.
+    ValueError: a shape, a dtype or the implementation is not as described.
   """
   if classes_N.shape != scores_N.shape or not jnp.issubdtype(classes_N.dtype, jnp.integer):
     raise ValueError(
@@ -101,27 +102,25 @@ def _nms(boxes_N4, scores_N, classes_N, iou_threshold, max_outputs, valid_N, imp
   scores_N = jax.lax.stop_gradient(jnp.asarray(scores_N))
   classes_N = None if classes_N is None else jnp.asarray(classes_N)
   valid_N = jnp.ones(num_boxes, bool) if valid_N is None else jnp.asarray(valid_N)
-  # Two stable keys: validity first, so that a valid score of -inf still ranks before padding.
+  # Two stable keys, validity first, so that a valid score of -inf ranks before padding.
   order_N = jnp.lexsort((-scores_N, ~valid_N)).astype(jnp.int32)
 
   sorted_classes_N = None if classes_N is None else classes_N[order_N]
   arguments = (boxes_N4[order_N], sorted_classes_N, valid_N[order_N])
-  static = (_float32_at_most(iou_threshold), max_outputs)
+  threshold = _float32_at_most(iou_threshold)
+  sequential = functools.partial(_sequential, threshold=threshold, max_outputs=max_outputs)
+  tiled = functools.partial(_tiled, threshold=threshold, max_outputs=max_outputs)
   match implementation:
     case "auto":
-      keep_N = jax.lax.platform_dependent(
-        *arguments,
-        cpu=lambda *args: _sequential(*args, *static),
-        default=lambda *args: _tiled(*args, *static),
-      )
+      keep_N = jax.lax.platform_dependent(*arguments, cpu=sequential, default=tiled)
     case "sequential":
-      keep_N = _sequential(*arguments, *static)
+      keep_N = sequential(*arguments)
     case "tiled":
-      keep_N = _tiled(*arguments, *static)
+      keep_N = tiled(*arguments)
     case _:
       raise ValueError(f"implementation must be auto, sequential or tiled, got {implementation!r}")
 
-  # Kept boxes to the front, in order of score.
+  # Move the kept boxes to the front, in order of score.
   front = jnp.argsort(~keep_N, stable=True)[:max_outputs]
   num_padding = max_outputs - len(front)
   kept = jnp.pad(keep_N[front], (0, num_padding))
@@ -129,24 +128,24 @@ def _nms(boxes_N4, scores_N, classes_N, iou_threshold, max_outputs, valid_N, imp
 
 
 def _float32_at_most(threshold: float) -> np.float32:
-  """The largest float32 <= threshold: `iou > it` says what comparing in float64 would say."""
+  """Returns the largest float32 <= threshold: comparing with it equals a comparison in float64."""
   rounded = np.float32(threshold)
   return rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf))
 
 
 def _overlaps(a_4, area_a, b_4, area_b, threshold):
-  """Whether the IoU exceeds the threshold, for tuples of four broadcastable columns."""
+  """Returns whether the IoU exceeds the threshold, for tuples of four broadcastable columns."""
   (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a_4, b_4
   width = jnp.maximum(jnp.minimum(ax1, bx1) - jnp.maximum(ax0, bx0), 0)
   height = jnp.maximum(jnp.minimum(ay1, by1) - jnp.maximum(ay0, by0), 0)
   intersection = width * height
-  # Two empty boxes have no union: 0 / tiny overlaps nothing.
+  # The union of two empty boxes is empty; 0 / tiny never exceeds the threshold.
   union = jnp.maximum(area_a + area_b - intersection, np.finfo(np.float32).tiny)
   return intersection / union > threshold
 
 
 def _sequential(boxes_N4, classes_N, alive_N, threshold, max_outputs):
-  """Each box that is alive when its turn comes strikes out the later ones it overlaps."""
+  """Lets each box that is still alive suppress the later boxes that it overlaps, in order of score."""
   num_boxes = len(alive_N)
   columns = tuple(boxes_N4.T)
   areas_N = (columns[2] - columns[0]) * (columns[3] - columns[1])
@@ -156,20 +155,20 @@ def _sequential(boxes_N4, classes_N, alive_N, threshold, max_outputs):
     i, _, num_kept = state
     return (i < num_boxes) & (num_kept < max_outputs)
 
-  def turn(state):
+  def iteration(state):
     i, alive_N, num_kept = state
-    struck_N = _overlaps([c[i] for c in columns], areas_N[i], columns, areas_N, threshold)
+    suppressed_N = _overlaps([c[i] for c in columns], areas_N[i], columns, areas_N, threshold)
     if classes_N is not None:
-      struck_N &= classes_N == classes_N[i]
-    struck_N &= alive_N[i] & (rank_N > i)
-    return i + 1, alive_N & ~struck_N, num_kept + alive_N[i]
+      suppressed_N &= classes_N == classes_N[i]
+    suppressed_N &= alive_N[i] & (rank_N > i)
+    return i + 1, alive_N & ~suppressed_N, num_kept + alive_N[i]
 
-  # Boxes beyond the last turn were not all compared; the caller takes max_outputs from the front.
-  return jax.lax.while_loop(unfinished, turn, (0, alive_N, 0))[1]
+  # Boxes after the last iteration were not all compared; the caller takes max_outputs from the front.
+  return jax.lax.while_loop(unfinished, iteration, (0, alive_N, 0))[1]
 
 
 def _tiled(boxes_N4, classes_N, alive_N, threshold, max_outputs):
-  """Settles a tile of boxes at once, then strikes out what the tile's survivors overlap."""
+  """Decides on the boxes of one tile, then suppresses the later boxes that the kept ones overlap."""
   num_boxes = len(alive_N)
   tile = min(_TILE, num_boxes)
   padding = -num_boxes % tile
@@ -185,13 +184,13 @@ def _tiled(boxes_N4, classes_N, alive_N, threshold, max_outputs):
     t, _, num_kept = state
     return (t < num_tiles) & (num_kept < max_outputs)
 
-  def turn(state):
+  def iteration(state):
     t, alive_N, num_kept = state
 
     def of_tile(x_N):
       return jax.lax.dynamic_slice_in_dim(x_N, t * tile, tile)
 
-    strikes_TN = _overlaps(
+    overlaps_TN = _overlaps(
       [of_tile(c)[:, None] for c in columns],
       of_tile(areas_N)[:, None],
       [c[None] for c in columns],
@@ -199,23 +198,23 @@ def _tiled(boxes_N4, classes_N, alive_N, threshold, max_outputs):
       threshold,
     )
     if classes_N is not None:
-      strikes_TN &= of_tile(classes_N)[:, None] == classes_N[None]
-    strikes_TN &= rank_N[None] > of_tile(rank_N)[:, None]
-    strikes_TT = jax.lax.dynamic_slice_in_dim(strikes_TN, t * tile, tile, axis=1)
+      overlaps_TN &= of_tile(classes_N)[:, None] == classes_N[None]
+    overlaps_TN &= rank_N[None] > of_tile(rank_N)[:, None]
+    overlaps_TT = jax.lax.dynamic_slice_in_dim(overlaps_TN, t * tile, tile, axis=1)
     candidates_T = of_tile(alive_N)
 
-    # The greedy answer is the one fixed point of this step: after n of them the first n boxes
-    # of the tile are settled, and mostly a handful are enough.
+    # The greedy result is the only fixed point of this step: after n steps the first n boxes of the
+    # tile are final, and usually a handful of steps is enough.
     def step(state):
       _, keep_T = state
-      return keep_T, candidates_T & ~jnp.any(strikes_TT & keep_T[:, None], axis=0)
+      return keep_T, candidates_T & ~jnp.any(overlaps_TT & keep_T[:, None], axis=0)
 
     _, keep_T = jax.lax.while_loop(
       lambda state: jnp.any(state[0] != state[1]),
       step,
       step((candidates_T, candidates_T)),
     )
-    alive_N = alive_N & ~jnp.any(strikes_TN & keep_T[:, None], axis=0)
+    alive_N = alive_N & ~jnp.any(overlaps_TN & keep_T[:, None], axis=0)
     return t + 1, alive_N, num_kept + jnp.sum(keep_T)
 
-  return jax.lax.while_loop(unfinished, turn, (0, alive_N, 0))[1][:num_boxes]
+  return jax.lax.while_loop(unfinished, iteration, (0, alive_N, 0))[1][:num_boxes]

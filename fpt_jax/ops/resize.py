@@ -1,4 +1,4 @@
-"""Bilinear enlargement of maps whose padding must not be seen.
+"""Bilinear upsampling of maps with padding.
 
 Shapes: B batch, h w rows and columns of the coarse map, H W of the fine one, C channels.
 """
@@ -11,29 +11,30 @@ import jax.numpy as jnp
 def upsample_bilinear(
   x_BhwC: jax.Array, valid_Bhw: jax.Array, factor: int, height: int, width: int
 ) -> jax.Array:
-  """Enlarges a map by a whole factor, with half-pixel centres.
+  """Upsamples a map by an integer factor, with half-pixel centres, without reading its padding.
 
-  Fine position p lies at (p + 0.5) / factor - 0.5 of the coarse map. An invalid neighbour has no
-  weight and the others have as much more, so at an image's border its last position is repeated,
-  whatever canvas it lies on. Between invalid positions only, the result is 0.
+  Fine position p lies at (p + 0.5) / factor - 0.5 on the coarse map. Invalid neighbours have weight zero,
+  and the other weights are normalised, so the last position is repeated at the border of an image,
+  independently of its canvas. Between invalid positions, the result is 0.
 
   Args:
     x_BhwC: [B, h, w, C] float.
     valid_Bhw: [B, h, w] bool.
-    factor: fine positions a coarse one.
-    height, width: of the result, at most `factor` times h and w; it is cut at the bottom and the right.
+    factor: fine positions per coarse position.
+    height, width: size of the result, at most `factor` times h and w; it is cropped at the bottom and
+      the right.
 
   Returns:
     [B, height, width, C] float32.
 
   Raises:
-    ValueError: the map is too small for that.
+    ValueError: the map is too small for this size.
   """
   size = (height, width)
   if any(factor * n < m for n, m in zip(x_BhwC.shape[1:3], size, strict=True)):
     raise ValueError(f"a map of {x_BhwC.shape[1:3]} times {factor} does not cover {size}")
 
-  def enlarge(y_BhwC):
+  def upsample(y_BhwC):
     return jax.image.scale_and_translate(
       y_BhwC,
       (y_BhwC.shape[0], *size, y_BhwC.shape[3]),
@@ -45,6 +46,6 @@ def upsample_bilinear(
     )
 
   valid_Bhw1 = valid_Bhw[..., None]
-  values_BHWC = enlarge(jnp.where(valid_Bhw1, x_BhwC, 0).astype(jnp.float32))
-  weight_BHW1 = enlarge(valid_Bhw1.astype(jnp.float32))
+  values_BHWC = upsample(jnp.where(valid_Bhw1, x_BhwC, 0).astype(jnp.float32))
+  weight_BHW1 = upsample(valid_Bhw1.astype(jnp.float32))
   return values_BHWC / jnp.where(weight_BHW1 > 0, weight_BHW1, 1)

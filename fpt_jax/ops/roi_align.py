@@ -1,9 +1,9 @@
 """RoIAlign: a fixed grid of averaged bilinear samples from every region of a feature map.
 
-The samples of a bin form a grid, and a bilinear weight is a row weight times a column weight, so
-the mean over a bin factorises: out[r, p, q] = sum_hw Y[r, p, h] X[r, q, w] features[h, w]. The
-"einsum" implementation builds Y and X and multiplies (TPU: no gathers); "gather" fetches the few
-rows and columns that have weight (CPU).
+The samples of a bin form a grid, and a bilinear weight is a row weight times a column weight, so the mean
+over a bin factorises: out[r, p, q] = sum_hw Y[r, p, h] X[r, q, w] features[h, w]. The "einsum"
+implementation builds Y and X and multiplies (TPU: no gathers); "gather" reads only the rows and columns
+with nonzero weight (CPU).
 
 Shape suffixes: H W rows and columns of a map, C channels, R regions, P Q bins, S samples of a bin
 along one axis, T taps (pixels with weight) along one axis, 4 coordinates.
@@ -21,10 +21,10 @@ from fpt_jax.ops import boxes as box_ops
 
 Implementation = Literal["auto", "gather", "einsum"]
 
-# FPN (Lin et al., eq. 1): a region of the side 224 pixels is pooled from the level of stride 2**4.
+# FPN (Lin et al., eq. 1): a region with a side of 224 pixels is pooled from the level of stride 2**4.
 CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4.0
 
-# Regions handled at once: bounds the memory of intermediate results.
+# Regions processed at once, which bounds the memory of intermediate results.
 _EINSUM_REGIONS = 64
 _GATHER_REGIONS = 8
 
@@ -42,25 +42,25 @@ def roi_align(
 ) -> jax.Array:
   """Pools each box of one feature map into a grid of bins.
 
-  A sample more than one pixel outside the map counts as zero; nearer ones take the border's
-  value. Differentiable in the features only: boxes get no gradient.
+  A sample more than one pixel outside the map counts as zero; a nearer one has the value of the border.
+  Differentiable with respect to the features only.
 
   Args:
     features_HWC: [H, W, C] float.
     boxes_R4: [R, 4] float, pixels of the image.
     output_size: bins (rows, columns), or one number for both.
     spatial_scale: cells of the map per pixel of the image.
-    sampling_ratio: samples per bin along each axis; 0 or less: as many as cells, rounded up.
-    aligned: True: a pixel's centre lies at +0.5. False, as in torchvision's detectors: at +0,
-      and a box is at least one cell wide and high.
-    implementation: "gather" (CPU) or "einsum" (TPU); "auto" takes the one for the platform.
-      Adaptive sampling may weigh any number of cells, so it is an einsum either way.
+    sampling_ratio: samples per bin along each axis; 0 or less for the number of cells per bin, rounded up.
+    aligned: True if a pixel's centre lies at +0.5. False as in torchvision's detectors: it lies at +0, and
+      a box is at least one cell wide and high.
+    implementation: "gather" (CPU) or "einsum" (TPU); "auto" chooses by platform. With an adaptive number
+      of samples, any number of cells may have weight, so "einsum" is always used.
 
   Returns:
     [R, P, Q, C] in the features' dtype.
 
   Raises:
-    ValueError: a shape, dtype or option is not as said.
+    ValueError: a shape, a dtype or an option is not as described.
 
   Source: He et al., Mask R-CNN, section 3; sample positions as in torchvision.
   """
@@ -89,10 +89,10 @@ def multilevel_roi_align(
   """Pools each box from the level of a pyramid that fits its size.
 
   Args:
-    pyramid: maps [H, W, C], fine to coarse, of the same channels and dtype.
+    pyramid: [H, W, C] maps, fine to coarse, with the same channels and dtype.
     strides: pixels per cell of each level, powers of two, each twice the one before.
     boxes_R4: [R, 4] float, pixels of the image.
-    valid_R: [R] bool; an invalid region gives zeros and no gradient.
+    valid_R: [R] bool; invalid regions give zeros and no gradient.
     output_size: as for `roi_align`.
     sampling_ratio: as for `roi_align`.
     aligned: as for `roi_align`.
@@ -103,12 +103,12 @@ def multilevel_roi_align(
     [R, P, Q, C] in the features' dtype.
 
   Raises:
-    ValueError: a shape, dtype or option is not as said.
+    ValueError: a shape, a dtype or an option is not as described.
 
   Source: Lin et al., Feature Pyramid Networks, eq. 1.
   """
   if not pyramid or len(pyramid) != len(strides):
-    raise ValueError(f"{len(pyramid)} levels need as many strides, got {strides}")
+    raise ValueError(f"expected one stride for each of {len(pyramid)} levels, got {strides}")
   for features_HWC in pyramid:
     _check(features_HWC, boxes_R4)
   if len({(f.shape[-1], f.dtype) for f in pyramid}) > 1:
@@ -129,15 +129,15 @@ def multilevel_roi_align(
 def assign_levels(
   boxes_R4: jax.Array, strides: tuple[int, ...], canonical_size: float = CANONICAL_SIZE
 ) -> jax.Array:
-  """The index of the level each box is pooled from.
+  """Chooses the level that each box is pooled from.
 
   Args:
     boxes_R4: [R, 4] float, pixels of the image.
     strides: pixels per cell of each level, powers of two, each twice the one before.
-    canonical_size: pixels, the side of the smallest square from the level of stride 16.
+    canonical_size: side of the smallest square that is pooled from the level of stride 16, pixels.
 
   Returns:
-    [R] int32 in [0, len(strides)): floor(4 + log2(sqrt(area) / canonical_size)), clipped to the levels.
+    [R] int32 indices in [0, len(strides)): floor(4 + log2(sqrt(area) / canonical_size)), clipped.
 
   Raises:
     ValueError: the strides are not consecutive powers of two.
@@ -153,7 +153,7 @@ def assign_levels(
 
 
 class _Spec(NamedTuple):
-  """What is static about a call."""
+  """The static part of a call."""
 
   shapes: tuple[tuple[int, int, int], ...]
   dtype: jnp.dtype
@@ -193,15 +193,15 @@ def _check(features_HWC, boxes_R4):
     raise ValueError(f"boxes_R4 must be [R, 4], got {boxes_R4.shape}")
 
 
-# The pooling is linear in the features, so its backward pass needs the boxes alone: the weights
-# are made again rather than kept, and nothing of the forward pass's size stays in memory.
+# Pooling is linear in the features, so the backward pass needs only the boxes: the weights are computed
+# again instead of saved, and nothing as large as the forward pass stays in memory.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _pool(pyramid, boxes_R4, level_R, spec):
   pools = {
-    "gather": _one_image_at_a_time(lambda *args: _gather(*args, spec)),
-    "einsum": lambda *args: _einsum(*args, spec),
+    "gather": _one_image_at_a_time(lambda *args: _gather(spec, *args)),
+    "einsum": lambda *args: _einsum(spec, *args),
   }
   return _dispatch(pools, spec, pyramid, boxes_R4, level_R)
 
@@ -213,8 +213,8 @@ def _pool_forward(pyramid, boxes_R4, level_R, spec):
 def _pool_backward(spec, residuals, gradient_RPQC):
   boxes_R4, level_R = residuals
   transposes = {
-    "gather": _one_image_at_a_time(lambda *args: _gather_transpose(*args, spec)),
-    "einsum": lambda *args: _einsum_transpose(*args, spec),
+    "gather": _one_image_at_a_time(lambda *args: _gather_transpose(spec, *args)),
+    "einsum": lambda *args: _einsum_transpose(spec, *args),
   }
   return _dispatch(transposes, spec, gradient_RPQC, boxes_R4, level_R), None, None
 
@@ -222,7 +222,7 @@ def _pool_backward(spec, residuals, gradient_RPQC):
 _pool.defvjp(_pool_forward, _pool_backward)
 
 
-# Gathers with a batch axis are several times slower on CPU than the same gathers in turn.
+# Gathers with a batch axis are several times slower on CPUs than the same gathers one by one.
 _one_image_at_a_time = jax.custom_batching.sequential_vmap
 
 
@@ -232,8 +232,8 @@ def _dispatch(functions, spec, *args):
   return functions[spec.implementation](*args)
 
 
-def _einsum(pyramid, boxes_R4, level_R, spec):
-  # float32 features keep float32 weights on TPU too; bfloat16 ones are multiplied as such.
+def _einsum(spec, pyramid, boxes_R4, level_R):
+  # float32 features have float32 weights on TPU too; bfloat16 features are multiplied as bfloat16.
   precision = "highest" if spec.dtype == jnp.float32 else None
   einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=spec.dtype)
 
@@ -250,15 +250,15 @@ def _einsum(pyramid, boxes_R4, level_R, spec):
   return _map(one_region, (boxes_R4, level_R), _EINSUM_REGIONS)
 
 
-def _einsum_transpose(gradient_RPQC, boxes_R4, level_R, spec):
+def _einsum_transpose(spec, gradient_RPQC, boxes_R4, level_R):
   pyramid = tuple(jax.ShapeDtypeStruct(shape, spec.dtype) for shape in spec.shapes)
   transpose = jax.linear_transpose(
-    lambda pyramid: _einsum(pyramid, boxes_R4, level_R, spec), pyramid
+    lambda pyramid: _einsum(spec, pyramid, boxes_R4, level_R), pyramid
   )
   return transpose(gradient_RPQC)[0]
 
 
-def _gather(pyramid, boxes_R4, level_R, spec):
+def _gather(spec, pyramid, boxes_R4, level_R):
   flat_NC = jnp.concatenate([features.reshape(-1, features.shape[-1]) for features in pyramid])
 
   def one_region(box_4, level):
@@ -273,7 +273,7 @@ def _gather(pyramid, boxes_R4, level_R, spec):
   return _map(one_region, (boxes_R4, level_R), _GATHER_REGIONS)
 
 
-def _gather_transpose(gradient_RPQC, boxes_R4, level_R, spec):
+def _gather_transpose(spec, gradient_RPQC, boxes_R4, level_R):
   channels = spec.shapes[0][-1]
   sizes = [height * width for height, width, _ in spec.shapes]
 
@@ -298,7 +298,7 @@ def _map(one_region, regions, batch_size):
 
 
 def _bins(box_4, axis, scale, spec):
-  """First edge and size of the bins of a region along one axis (0: rows), in cells."""
+  """Returns the first edges and the size of a region's bins along one axis (0: rows), in cells."""
   offset = 0.5 if spec.aligned else 0.0
   start = box_4[1 - axis] * scale - offset
   extent = box_4[3 - axis] * scale - offset - start
@@ -309,7 +309,7 @@ def _bins(box_4, axis, scale, spec):
 
 
 def _matrix(box_4, axis, length, scale, spec):
-  """Weights [P, length] of all cells of one axis in each bin."""
+  """[P, length]: the weight of every cell of one axis in each bin."""
   first_P, size = _bins(box_4, axis, scale, spec)
   cell_H = jnp.arange(length, dtype=jnp.float32)
   if spec.sampling_ratio:
@@ -319,8 +319,8 @@ def _matrix(box_4, axis, length, scale, spec):
   else:
     count = jnp.ceil(size)
     step = size / jnp.maximum(count, 1)
-    # Samples are half a cell apart or more (or there is one only), so at most five lie in the
-    # two cells where a cell has weight; the sixth is for rounding. So no box is too large.
+    # Samples are at least half a cell apart (or there is only one), so at most five lie within the two
+    # cells where a cell has weight; a sixth allows for rounding. So there is no limit on the box size.
     reach_PH = (cell_H - 1)[None] - (first_P + 0.5 * step)[:, None]
     nearest_PH = jnp.maximum(jnp.floor(reach_PH / jnp.maximum(step, 1e-6)), 0)
     sample_PHS = nearest_PH[..., None] + jnp.arange(6, dtype=jnp.float32)[None, None]
@@ -332,9 +332,10 @@ def _matrix(box_4, axis, length, scale, spec):
 
 
 def _taps(box_4, level, spec):
-  """The cells that have weight in a region: X rows a row of bins, Y columns a column of bins.
+  """Finds the cells with weight in a region: X rows per row of bins, Y columns per column of bins.
 
-  Returns: index [P, X, Q, Y] into the flattened pyramid, weights [P, X] and [Q, Y].
+  Returns:
+    Indices [P, X, Q, Y] into the flattened pyramid, and weights [P, X] and [Q, Y].
   """
   height, width = (jnp.asarray([shape[i] for shape in spec.shapes])[level] for i in (0, 1))
   sizes = [height * width for height, width, _ in spec.shapes]

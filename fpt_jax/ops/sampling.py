@@ -1,7 +1,7 @@
-"""Which anchors and proposals belong to which ground truth, and which of them are trained on.
+"""Matching of anchors and proposals with ground truth, and their sampling for training.
 
-Shape suffixes: G ground truths, N anchors or proposals, S samples. Everything can be vmapped
-over images.
+Shape suffixes: G ground truths, N anchors or proposals, S samples. All functions can be vmapped over
+images.
 """
 
 import jax
@@ -17,24 +17,24 @@ def match(
   bg_threshold: float,
   allow_low_quality: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gives each box the ground truth it overlaps most, and says whether that is enough.
+  """Assigns each box to the ground truth that it overlaps most, and labels it.
 
   Args:
-    iou_GN: [G, N] float, G > 0.
-    gt_valid_G: [G] bool; padded ground truths match nothing.
-    fg_threshold: foreground from this IoU on.
-    bg_threshold: background below this IoU; between the two a box is ignored.
-    allow_low_quality: whether the boxes that overlap a ground truth most (all of them, if tied)
-      are foreground whatever their IoU. Such a box still belongs to the ground truth that it
-      overlaps most itself. A ground truth that overlaps no box has no such boxes.
+    iou_GN: [G, N] float IoU of every ground truth with every box, G > 0.
+    gt_valid_G: [G] bool; invalid ground truths match nothing.
+    fg_threshold: smallest IoU of foreground.
+    bg_threshold: IoU below which a box is background; between the two thresholds it is ignored.
+    allow_low_quality: whether the boxes that overlap a ground truth most (all of them, if tied) are
+      foreground at any IoU. Such a box is still assigned to the ground truth that it overlaps most. A
+      ground truth that overlaps no box has no such boxes.
 
   Returns:
-    matched_gt [N] int32 (the lowest index of equals; meaningful for foreground) and
-    label [N] int32: 1 foreground, 0 background, -1 ignored. Without a valid ground truth all
-    boxes are background.
+    matched_gt [N] int32 (the lowest index if tied; meaningful for foreground) and
+    label [N] int32: 1 foreground, 0 background, -1 ignored. Without a valid ground truth, all boxes are
+    background.
 
   Raises:
-    ValueError: a shape or dtype is not as said, or bg_threshold > fg_threshold.
+    ValueError: a shape or dtype is not as described, or bg_threshold > fg_threshold.
 
   Source: Ren et al., Faster R-CNN, section 3.1.2; ties as in torchvision.
   """
@@ -47,8 +47,8 @@ def match(
   if bg_threshold > fg_threshold:
     raise ValueError(f"bg_threshold {bg_threshold} exceeds fg_threshold {fg_threshold}")
 
-  # The barrier makes one array of it: were the IoU computed anew in two fusions, its last bit
-  # could differ and the comparison with its own maximum fail.
+  # The barrier keeps one array: if two fusions computed the IoU separately, its last bit could differ,
+  # and the comparison with its maximum could fail.
   iou_GN = jax.lax.optimization_barrier(jnp.where(gt_valid_G[:, None], iou_GN, -1.0))
   best_N = jnp.max(iou_GN, axis=0)
   label_N = jnp.where(
@@ -64,19 +64,19 @@ def match(
 def sample(
   labels_N: jax.Array, key: jax.Array, num_samples: int, positive_fraction: float
 ) -> jax.Array:
-  """Draws boxes at random, at most a fraction of them foreground, the rest background.
+  """Samples boxes at random, at most a fraction of them foreground, the rest background.
 
   Args:
     labels_N: [N] integers: > 0 foreground, 0 background, -1 ignored.
-    key: random key.
-    num_samples: how many in all, static; as many as there are if fewer.
-    positive_fraction: at most int(num_samples * positive_fraction) are foreground.
+    key: PRNG key.
+    num_samples: number of samples, static; fewer if there are not enough boxes.
+    positive_fraction: at most int(num_samples * positive_fraction) samples are foreground.
 
   Returns:
-    [N] bool: drawn.
+    [N] bool, the sampled boxes.
 
   Raises:
-    ValueError: a shape or dtype is not as said.
+    ValueError: a shape or dtype is not as described.
 
   Source: Ren et al., Faster R-CNN, section 3.1.3.
   """
@@ -95,7 +95,7 @@ def sample(
 def sample_indices(
   labels_N: jax.Array, key: jax.Array, num_samples: int, positive_fraction: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`sample` as a list of fixed length: foreground first, then background, then padding.
+  """Samples as `sample`, as a list of fixed length: foreground first, then background, then padding.
 
   Args:
     labels_N: as for `sample`.
@@ -104,12 +104,12 @@ def sample_indices(
     positive_fraction: as for `sample`.
 
   Returns:
-    With S = min(num_samples, N): indices [S] int32 (rising within each group; 0 where padded),
-    positive [S] bool, valid [S] bool. The first int(num_samples * positive_fraction) places hold
-    all foreground.
+    With S = min(num_samples, N): indices [S] int32 (ascending within each group; 0 where padded),
+    positive [S] bool, valid [S] bool. All foreground is within the first
+    int(num_samples * positive_fraction) entries.
 
   Raises:
-    ValueError: a shape or dtype is not as said.
+    ValueError: a shape or dtype is not as described.
   """
   drawn_N = sample(labels_N, key, num_samples, positive_fraction)
   group_N = jnp.where(drawn_N, 1 + (labels_N > 0).astype(jnp.int32), 0)
@@ -118,7 +118,7 @@ def sample_indices(
 
 
 def _draw(candidates_N, key, count, most):
-  """[N] bool: `count` (traced, at most the static `most`) of the candidates, or all there are."""
+  """[N] bool: `count` (traced, at most the static `most`) of the candidates, or all if there are fewer."""
   most = min(most, len(candidates_N))
   priority_N = jnp.where(candidates_N, jax.random.uniform(key, candidates_N.shape), -1.0)
   priority_S, indices_S = jax.lax.top_k(priority_N, most)

@@ -79,7 +79,11 @@ def test_settings_name_the_pyramids_there_are():
   assert tuple(BACKBONES) == variants.BACKBONES
   for name in DETECTION_PYRAMIDS:
     config = coco_mask.get_config(f"pyramid={name},scope=adjacent,head=augmented").model
-    assert (config.pyramid.name, config.fpt.scope, config.head.name) == (name, "adjacent", "augmented")
+    assert (config.pyramid.name, config.fpt.scope, config.head.name) == (
+      name,
+      "adjacent",
+      "augmented",
+    )
   for arg in ("pyramid=nas", "scope=near", "head=panet"):
     with pytest.raises(UserError, match=f"{arg} does not exist; choose one of"):
       coco_mask.get_config(arg)

@@ -1,4 +1,4 @@
-"""float64 NumPy for the tests of backbones: convolution by loops, and gradients by differences."""
+"""float64 NumPy for tests of models: convolution by loops, and gradients by finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from fpt_jax.models.state import arrays_of
 
 
 def convolve(x_BHWC, kernel, *, stride=1, dilation=1, pads=None, bias=0.0):
-  """A convolution position by position; `pads` are those before the rows and the columns."""
+  """Convolves position by position; `pads` are the pads before the rows and the columns."""
   k, _, inputs, outputs = kernel.shape
   B, H, W, C = x_BHWC.shape
   top, left = pads or (dilation * (k // 2),) * 2
@@ -29,7 +29,7 @@ def batch_norm(x, arrays, name, epsilon=1e-5):
 
 
 def randomised(module, rng) -> dict[str, jax.Array]:
-  """float32 arrays for a module, none of them zero or one as when it starts."""
+  """Returns random float32 arrays for a module, since many initial values are zero or one."""
   arrays = {}
   for name, value in arrays_of(module).items():
     spread = np.sqrt(2 / max(1, np.prod(value.shape[:-1]))) if value.ndim > 1 else 0.3
@@ -40,16 +40,17 @@ def randomised(module, rng) -> dict[str, jax.Array]:
 
 
 def assert_equals_reference(ours, reference, arrays, x, seen, rng, tolerance=2e-5, step=1e-5):
-  """Values, and the slope along a random direction of every array and of x, equal the reference's.
+  """Asserts that values and directional derivatives equal those of a reference.
 
   Args:
-    ours: (arrays, x) -> output.
+    ours: function (arrays, x) -> output.
     reference: the same in float64 NumPy.
-    arrays, x: float32.
-    seen: where the output counts, broadcast with it.
-    rng: of the directions.
-    tolerance: of the largest value.
-    step: to either side of every number; the smaller, the fewer kinks of a ReLU or a maximum lie in it.
+    arrays: float32 arrays by name; derivatives are taken with respect to each of them and x.
+    x: float32 input.
+    seen: mask of the outputs to compare, broadcast with them.
+    rng: generator of the directions.
+    tolerance: largest difference of values, relative to the largest value.
+    step: step of the finite differences; smaller steps meet fewer kinks of a ReLU or a maximum.
   """
   arrays64 = {n: np.asarray(a, np.float64) for n, a in arrays.items()}
   x64 = x.astype(np.float64)

@@ -1,4 +1,4 @@
-"""The paper's three transformers in float64 NumPy, written from its equations, one loop an index.
+"""The paper's three transformers in float64 NumPy, written from its equations, one loop per index.
 
 Parameters come by the names of `models.state.arrays_of`; images are single: H W C, no batch.
 """
@@ -16,7 +16,7 @@ def conv1x1(x_HWC, p, name):
 
 
 def conv3x3(x_HWC, kernel, stride, size):
-  """Output (i, j) is centred on input (i * stride, j * stride); zeros lie around the map."""
+  """3x3 convolution; output (i, j) is centred on input (i * stride, j * stride), with zero padding."""
   height, width, _ = x_HWC.shape
   out = np.zeros((*size, kernel.shape[-1]))
   for i in range(size[0]):

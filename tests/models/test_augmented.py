@@ -1,4 +1,4 @@
-"""PANet's heads against their formulas, and the regions they are given."""
+"""PANet's heads against their formulas, and their input regions."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ LABELS_BR = np.array([[1, 2, 0], [2, 2, 1]])
 
 
 def norm_relu(x, a, name):
-  """GroupNorm of four channels a group, each region by itself."""
+  """GroupNorm with four channels per group, for each region separately."""
   groups = x.reshape(len(x), -1, x.shape[-1] // 4, 4)
   mean, var = groups.mean(axis=(1, 3), keepdims=True), groups.var(axis=(1, 3), keepdims=True)
   normed = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
@@ -39,7 +39,7 @@ def dense(x, a, name):
 
 
 def fused(x_LBRPPC, a):
-  """Liu et al. 2018, 3.2: every level through a layer of its own, then the maximum."""
+  """Liu et al. 2018, 3.2: a separate layer for every level, then the maximum."""
   return np.max(
     [
       layer(x.reshape(-1, *x.shape[2:]), a, f"fused.convs.{level}")
@@ -50,7 +50,7 @@ def fused(x_LBRPPC, a):
 
 
 def box_head(a, x_LBRPPC):
-  """[B, R, K, 5]: a logit and four deltas a class."""
+  """[B, R, K, 5]: one logit and four deltas per class."""
   x = fused(x_LBRPPC, a)
   for i in range(3):
     x = layer(x, a, f"convs.{i}")
@@ -106,7 +106,7 @@ def test_equals_formula(name, rng):
 
 
 def maps(sizes, make):
-  """Feature maps of two images, as the heads are given them."""
+  """Makes feature maps of two images."""
   return tuple(
     FeatureMap(make((2, *size, 4)), np.ones((2, *size), bool), 4 * 2**i)
     for i, size in enumerate(sizes)
@@ -120,7 +120,7 @@ def demo(masks=True):
   return config
 
 
-def test_every_region_is_cut_out_of_every_level(rng):
+def test_every_region_is_pooled_from_every_level(rng):
   config = demo(masks=False)
   structure = models.structure_of(config)
   model = structure.fill({n: np.zeros(s.shape, s.dtype) for n, s in structure.shapes.items()})
@@ -144,7 +144,7 @@ def test_every_region_is_cut_out_of_every_level(rng):
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_detector(masks):
-  """With masks and for boxes only, training and detecting fit together."""
+  """Training and detection work with masks and with boxes only."""
   structure = models.structure_of(demo(masks))
   of_shape = jax.ShapeDtypeStruct
   pyramid = maps(

@@ -1,4 +1,4 @@
-"""Counts by hand, on shapes alone."""
+"""Counts of operations against counts by hand, from shapes only."""
 
 import functools
 
@@ -31,7 +31,7 @@ LINEAR = skeleton(lambda: Linear(nnx.Rngs(0)))
 
 
 def count_of(run, *inputs) -> dict[str, Cost]:
-  """The cost of a function of arrays, with the 35 parameters of `inner` besides."""
+  """Returns the cost of a function of arrays, apart from the 35 parameters of `inner`."""
   costs = count(lambda arrays, *inputs: run(*inputs), LINEAR, *inputs)
   assert costs.pop("inner") == Cost(parameters=35)
   return costs
@@ -44,7 +44,7 @@ POSITIONS = [height * width for height, width in SIZES]
 
 @pytest.fixture(scope="module", params=[None, 5])
 def transformed(request):
-  """The window, and the cost of a pyramid's FPT."""
+  """The window, and the cost of an FPT with it."""
   C = CHANNELS
   structure = skeleton(
     lambda: FeaturePyramidTransformer((C,) * 3, channels=C, window=request.param, rngs=nnx.Rngs(0))
@@ -89,7 +89,7 @@ def test_fpt_by_hand(transformed, level):
   assert fuse == Cost(9 * inputs * C * C, 9 * inputs * n * C * C, 0, 4 * n * C)
 
 
-def test_resnet50_is_the_known_one():
+def test_resnet50_has_the_published_cost():
   """4.09 G multiply-adds at 224 x 224 and 25.6 M parameters (torchvision's documentation)."""
   structure = skeleton(lambda: ResNet("resnet50", norm="sync_bn", classes=1000, rngs=nnx.Rngs(0)))
 
@@ -103,7 +103,7 @@ def test_resnet50_is_the_known_one():
 
 
 @pytest.mark.parametrize("implementation", ["auto", "naive", "chunked"])
-def test_attention_counts_the_same_however_it_is_computed(implementation):
+def test_attention_counts_the_same_with_every_implementation(implementation):
   q_BQMD, k_BKMD, v_BKC, pi_BM = (
     shape(1, 900, 2, 4), shape(1, 700, 2, 4), shape(1, 700, 6), shape(1, 2),
   )  # fmt: skip
@@ -183,7 +183,7 @@ def test_products_in_loops_of_unknown_length_are_refused():
 
 
 def test_masked_and_unmasked_levels_cost_the_same():
-  """A map with padding is counted whole, as it is computed."""
+  """Padded positions are counted, since they are computed."""
   structure = skeleton(
     lambda: FeaturePyramidTransformer((4, 4), channels=4, scope="adjacent", rngs=nnx.Rngs(0))
   )

@@ -16,7 +16,7 @@ from fpt_jax.models.fpt import (
 from fpt_jax.models.state import arrays_of, skeleton
 from tests.models import reference
 
-FINE, COARSE = (7, 5), (4, 3)  # odd, and not the double of each other
+FINE, COARSE = (7, 5), (4, 3)  # odd, and not multiples of each other
 SIZES = ((9, 7), (5, 4), (3, 2))  # 9 to 3 and 7 to 2: four times, rounded up
 CHANNELS = 8
 
@@ -83,7 +83,7 @@ def test_transformer_equals_the_equations(kind, parts, rng):
     return np.sum(reference_of(kind)(*values, parameters) * cotangent)
 
   step = 1e-5
-  # some gradients are zero but for rounding: a key's bias moves all scores of a row alike
+  # some gradients are zero up to rounding: a key's bias shifts all scores of a row equally
   noise = 1e-6 * max(np.linalg.norm(g) for g in (*array_gradients.values(), *value_gradients))
   for name, gradient in array_gradients.items():
     direction = rng.standard_normal(gradient.shape)
@@ -109,7 +109,7 @@ def assert_same_slope(gradient, direction, expected, noise, name):
 
 
 def on_canvas(m: FeatureMap, rng, extra: int = 3) -> FeatureMap:
-  """The map in the corner of a larger canvas, with something else on the padding."""
+  """Returns the map in the corner of a larger canvas, with other values on the padding."""
   pad = ((0, 0), (0, extra), (0, extra + 1), (0, 0))
   values = jnp.pad(m.values_BHWC, pad)
   valid = jnp.pad(m.valid_BHW, pad[:3])

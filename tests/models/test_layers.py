@@ -26,7 +26,7 @@ def test_sync_bn_statistics_are_over_valid_positions(rng):
   np.testing.assert_allclose(y[valid], (x[valid] - mean) / np.sqrt(var + 1e-5), atol=1e-4)
   np.testing.assert_allclose(norm.norm.mean[...], 0.1 * mean, atol=1e-5)
   np.testing.assert_allclose(norm.norm.var[...], 0.9 + 0.1 * var, atol=1e-4)
-  # to infer, the running statistics count, and nothing is updated
+  # inference uses the running statistics and updates nothing
   y = norm(jnp.asarray(x), valid_BHW=jnp.asarray(valid))
   np.testing.assert_allclose(y, (x - 0.1 * mean) / np.sqrt(0.9 + 0.1 * var + 1e-5), atol=1e-4)
 
@@ -59,7 +59,7 @@ np.savez(sys.argv[2], devices=jax.device_count(), **results)
 
 
 def float64_batch_norm(x, valid, groups):
-  """Outputs, and the running mean and variance to move towards; `groups` devices, in order."""
+  """Returns the output, and the mean and variance of the batch, for `groups` devices in order."""
   y = np.zeros_like(x)
   means, variances = [], []
   for part in np.split(np.arange(len(x)), groups):
@@ -71,7 +71,7 @@ def float64_batch_norm(x, valid, groups):
 
 
 def test_bn_and_sync_bn_on_eight_devices(rng, tmp_path):
-  """Unsynchronised statistics are each device's own, synchronised ones those of all."""
+  """Unsynchronised statistics are those of one device, synchronised ones those of all devices."""
   x = (rng.standard_normal((8, 3, 4, 2)) + np.arange(8)[:, None, None, None]).astype(np.float32)
   valid = np.asarray(valid_positions(jnp.array([[3, 4], [2, 2]] * 4, jnp.int32), 3, 4))
   weight = rng.standard_normal(x.shape).astype(np.float32)
@@ -135,7 +135,7 @@ def test_drop_block_drops_squares_and_keeps_the_mean(block, keep):
   x = jnp.ones((4, 40, 36, 32))
   y = np.asarray(drop_block(x, jax.random.key(0), block_size=block, keep_probability=keep))
   dropped = y == 0
-  # gamma counts every seed's square as whole: overlaps leave a little more
+  # gamma does not account for overlaps, which leave slightly more
   assert keep - 0.02 < 1 - dropped.mean() < keep + 0.04
   np.testing.assert_allclose(y.mean(axis=(1, 2, 3)), 1, rtol=1e-5)
   # a dropped position lies in a square of dropped positions

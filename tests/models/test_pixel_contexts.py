@@ -1,7 +1,8 @@
-"""Pyramids and contexts of segmentation against float64 NumPy, written from their papers' formulas.
+"""Pyramids and heads of segmentation against float64 NumPy, written from the formulas of their papers.
 
-Each is called once, on two images of different sizes in the corners of one canvas with something else
-on the padding, and the formula on each image alone: so padding changes nothing either.
+Each is called once, on two images of different sizes in the corner of one canvas with other values on
+the padding, and the formula is applied to each image alone. So the test also shows that padding changes
+nothing.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The pyramids of segmentation against float64 NumPy; their sizes, and padding."""
+"""The pyramid of global convolutions against float64 NumPy; its parameters, and padding."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CHANNELS = 4
 
 
 def correlate(x_HWC, kernel_ijCD):
-  """A convolution as it is defined, zeros around the map."""
+  """A convolution by its definition, with zero padding."""
   height, width, _ = x_HWC.shape
   rows, columns = kernel_ijCD.shape[:2]
   out = np.zeros((height, width, kernel_ijCD.shape[-1]))
@@ -27,7 +27,7 @@ def correlate(x_HWC, kernel_ijCD):
 
 
 def on_canvas(x_BHWC, rng, height, width):
-  """The map in the corner of a larger canvas, with something else on the padding."""
+  """Returns the map in the corner of a larger canvas, with other values on the padding."""
   _, H, W, C = x_BHWC.shape
   canvas = 9 * rng.standard_normal((len(x_BHWC), height, width, C)).astype(np.float32)
   canvas[:, :H, :W] = x_BHWC

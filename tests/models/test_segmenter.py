@@ -1,4 +1,4 @@
-"""The segmenter as a whole: interface, padding, what is trained."""
+"""The whole segmenter: its interface, padding, and which parameters are trained."""
 
 import functools
 
@@ -19,7 +19,7 @@ SIZE, CANVAS = (43, 34), (64, 64)
 
 
 def tiny(arg: str = "", module=cityscapes, **fields):
-  """`cityscapes.py:demo,{arg}` with 8 channels; `fields` are set on top, with "__" for the dots."""
+  """Returns `cityscapes.py:demo,{arg}` with 8 channels, and `fields` set, with "__" for dots."""
   config = module.get_config(f"demo,{arg}")
   config.model.backbone.width = 4
   config.model.pyramid.update(dict(channels=8, kernels=(1, 3, 5, 7)))
@@ -68,7 +68,7 @@ def test_losses_and_logits(rng):
 
   slopes, losses = gradients(arrays, batch)
   assert set(losses) == {"loss_seg", "loss_aux"}
-  # classifiers start almost at zero: every class is as likely
+  # weights of classifiers start near zero: all classes are equally likely
   np.testing.assert_allclose(losses["loss_seg"], np.log(6), atol=0.05)
   np.testing.assert_allclose(losses["loss_aux"], 0.4 * np.log(6), atol=0.05)
   parameters = optim.trainable(config, structure.parameters())

@@ -1,4 +1,4 @@
-"""Boxes against numbers a reader can check by hand."""
+"""Boxes against numbers computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def test_decode_undoes_encode_for_every_class(rng):
   np.testing.assert_allclose(decoded, boxes_NK4, atol=1e-4)
 
 
-def test_decode_clamps_the_scale():
+def test_decode_clips_the_scale():
   decoded = boxes.decode(jnp.array([[0.0, 0, 99, 99]]), jnp.array([[0.0, 0, 16, 32]]), (1,) * 4)
   np.testing.assert_allclose(decoded, [[8 - 500, 16 - 1000, 8 + 500, 16 + 1000]], rtol=1e-5)
 

@@ -11,7 +11,7 @@ from fpt_jax.ops.depthwise import depthwise
 CASES = [  # rows, columns, kernel, stride, dilation, padding
   (9, 7, 3, 1, 1, "SAME"),
   (9, 7, 3, 2, 1, "SAME"),
-  (8, 10, 5, 2, 1, "SAME"),  # pads more behind than before
+  (8, 10, 5, 2, 1, "SAME"),  # pads more after than before
   (10, 8, 3, 1, 4, "SAME"),
   (7, 9, 3, 2, 2, ((2, 1), (0, 3))),
   (6, 6, 5, 3, 1, "VALID"),  # the last positions are in no window
@@ -29,7 +29,7 @@ def pads_of(padding, sides, reach, stride):
 
 
 def written_out(x, kernel, dy, stride, dilation, padding):
-  """The convolution, and the gradients of its product with `dy` where that is given; float64."""
+  """Returns the convolution and, if `dy` is given, the gradients of its product with it; float64."""
   reach = dilation * (kernel.shape[0] - 1)
   (top, bottom), (left, right) = pads_of(padding, x.shape[1:3], reach, stride)
   padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
@@ -74,7 +74,7 @@ def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation
 
 
 def test_of_a_layer_in_bfloat16(rng):
-  """In the place of a layer's own convolution; its kernel's gradient is summed in float32."""
+  """As the convolution of a layer; the gradient of its kernel is summed in float32."""
   layer = nnx.Conv(
     8,
     8,

@@ -1,4 +1,4 @@
-"""Local attention against float64 NumPy loops over single queries, values and all gradients."""
+"""Local attention against float64 NumPy loops over queries, values and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ TOLERANCE = 2e-6
 
 
 def oracle(q, k, v, pi, dout, window, similarity, scale, valid):
-  """One query after the other: its window of a zero-padded map, eq. 2 to 5, and their gradients."""
+  """For each query, eq. 2 to 5 on its window of the zero-padded map, and their gradients."""
   q, k, v, pi, dout = (np.asarray(x, np.float64) for x in (q, k, v, pi, dout))
   B, H, W, M, _ = q.shape
   h, w = k.shape[1:3]
@@ -65,11 +65,11 @@ def value_and_gradients(q, k, v, pi, dout, **options):
   ("similarity", "sizes", "window", "masked"),
   [
     ("dot", (2, 5, 7, 5, 7, 2, 4, 6), 5, False),  # smaller than a tile
-    ("dot", (1, 23, 19, 23, 19, 4, 8, 16), 5, True),  # several tiles, the last ones cut
+    ("dot", (1, 23, 19, 23, 19, 4, 8, 16), 5, True),  # several tiles, the last ones partial
     ("euclidean", (1, 9, 11, 9, 11, 2, 8, 16), 5, True),
     ("euclidean", (2, 13, 9, 7, 5, 1, 3, 4), 3, True),  # twice as fine, odd sides
     ("euclidean", (1, 24, 40, 6, 10, 2, 8, 16), 5, False),  # four times as fine
-    ("euclidean", (1, 20, 17, 10, 17, 2, 8, 8), 1, False),  # a ratio of its own for each axis
+    ("euclidean", (1, 20, 17, 10, 17, 2, 8, 8), 1, False),  # different ratios of the two axes
     ("dot", (1, 3, 2, 1, 1, 3, 2, 2), 7, False),  # a window far larger than the map
   ],
 )
@@ -97,7 +97,7 @@ def test_a_map_without_a_valid_key_gives_zeros(implementation):
 
 
 def test_a_window_over_the_whole_map_is_attention_beside_zero_keys():
-  """The 3 x 3 map, seen through 5 x 5 from its centre alone, is attention to it and 16 zeros."""
+  """A 5 x 5 window around the centre of a 3 x 3 map: attention to the map and 16 zero keys."""
   (q, k, v, pi, _), _ = draw(1, 3, 3, 3, 3, 2, 4, 5)
   options = {"similarity": "euclidean", "scale": 0.5}
   local = jax.jit(lambda *x: local_mos_attention(*x, window=5, **options))(q, k, v, pi)
@@ -136,8 +136,8 @@ def test_vmap_equals_a_loop():
   ("change", "message"),
   [
     ({"q": np.zeros((1, 6, 4, 2), np.float32)}, r"\(1, 6, 4, 2\)"),
-    ({"q": np.zeros((1, 5, 4, 2, 4), np.float32)}, "no integer ratio takes 5 x 4"),
-    ({"q": np.zeros((1, 2, 4, 2, 4), np.float32)}, "no integer ratio takes 2 x 4"),
+    ({"q": np.zeros((1, 5, 4, 2, 4), np.float32)}, "5 x 4 queries are not"),
+    ({"q": np.zeros((1, 2, 4, 2, 4), np.float32)}, "2 x 4 queries are not"),
     ({"v": np.zeros((1, 3, 2, 5), np.float16)}, "float16"),
     ({"pi": np.zeros((1, 3), np.float32)}, r"\(1, 3\)"),
     ({"window": 4}, "4"),
@@ -148,7 +148,7 @@ def test_vmap_equals_a_loop():
 )
 def test_mistakes_are_quoted(change, message):
   (q, k, v, pi, _), _ = draw(1, 6, 4, 3, 2, 2, 4, 5)
-  if message.startswith("no integer ratio takes 5"):
+  if message.startswith("5 x 4"):
     k, v = np.zeros((1, 4, 2, 2, 4), np.float32), np.zeros((1, 4, 2, 5), np.float32)
   options = {"q": q, "k": k, "v": v, "pi": pi} | change
   arrays = [options.pop(name) for name in ("q", "k", "v", "pi")]

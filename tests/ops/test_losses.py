@@ -57,7 +57,7 @@ def test_elements_are_float32_inside():
 
 
 def test_rpn_and_box_and_mask_reductions(rng):
-  # Two images of unequal weight: everything is divided by the batch's count, not an image's.
+  # Two images with different counts: losses are divided by the count of the batch, not of an image.
   labels = np.array([[1, 0, -1, 1, 0], [0, 0, 0, 1, 0]])
   chosen = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
   objectness, deltas, targets = (rng.normal(size=(2, 5, *t)) for t in ((), (4,), (4,)))
@@ -109,8 +109,8 @@ def test_shapes_must_agree():
     )
 
 
-# The whole RPN of torchvision beyond its convolutions: anchors, matching, sampling, coding, losses
-# and proposals, from the head's outputs in the golden file.
+# torchvision's RPN without its convolutions: anchors, matching, sampling, coding, losses and proposals,
+# from the outputs of the head in the golden file.
 
 
 def _rpn(golden):

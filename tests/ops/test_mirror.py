@@ -1,4 +1,4 @@
-"""Mirror images within their own width."""
+"""Mirror images of padded batches."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -19,7 +19,7 @@ from tests.runs import host_devices
 
 IMPLEMENTATIONS = ("naive", "chunked")
 SIMILARITIES = ("dot", "euclidean")
-# Float32 products of a few hundred terms round off about this much of an array's largest element.
+# Rounding error of float32 products of a few hundred terms, relative to the largest element of an array.
 TOLERANCE = 2e-6
 
 
@@ -126,7 +126,7 @@ def test_equals_the_equations_at_two_thousand_tokens(implementation, similarity,
 
 
 def test_keys_and_queries_in_several_pieces():
-  """More keys than one piece and more queries than one block, neither number round."""
+  """More keys than one piece and more queries than one block, and neither a multiple of it."""
   inputs = draw(1, 301, 4999, 2, 16, 8)
   valid = random_mask(1, 4999)
   options = {"similarity": "euclidean", "scale": 0.25, "key_valid_BK": valid}
@@ -139,7 +139,7 @@ def test_keys_and_queries_in_several_pieces():
 def test_an_image_without_a_valid_key_gives_zeros(implementation, similarity):
   q, k, v, pi, dout = draw(2, 9, 12, 2, 4, 8)
   valid = np.array([[False] * 12, [True] * 5 + [False] * 7])
-  # Whatever lies under the mask must not be seen.
+  # Masked values must not be read.
   k[~valid], v[~valid] = np.nan, np.inf
   options = {"similarity": similarity, "key_valid_BK": valid, "implementation": implementation}
   got = value_and_gradients(q, k, v, pi, dout, **options)
@@ -150,7 +150,7 @@ def test_an_image_without_a_valid_key_gives_zeros(implementation, similarity):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_masked_keys_are_as_good_as_absent(implementation):
+def test_masked_keys_equal_absent_keys(implementation):
   q, k, v, pi, dout = draw(1, 20, 30, 2, 4, 8)
   valid = np.arange(30)[None] < 17
   options = {"similarity": "euclidean", "implementation": implementation}
@@ -173,14 +173,14 @@ def test_extreme_logits_stay_finite(implementation, similarity):
     got = value_and_gradients(factor * q, factor * k, v, pi, dout, **options)
     for x in got:
       assert np.all(np.isfinite(np.asarray(x)))
-  # At a thousandfold each softmax has one winner, so each part gives the value of its best key.
+  # With logits a thousand times larger, each softmax selects one key, so each part gives its value.
   best = oracle(q, k, v, pi, dout, similarity, 1e6)[0]
   assert np.abs(np.asarray(got[0]) - best).max() < 1e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_euclidean_distance_far_from_the_origin(implementation):
-  """Moving queries and keys together changes no distance, and should cost few digits."""
+  """Moving queries and keys together changes no distance, and should lose few digits."""
   q, k, v, pi, dout = draw(1, 60, 70, 2, 8, 8)
   # Powers of two, so that the move itself rounds all inputs to a grid that float32 holds.
   q, k = (np.round(x * 2**12) / 2**12 for x in (q, k))
@@ -233,8 +233,8 @@ def test_remat_changes_nothing(implementation):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_sharded_batch_stays_where_it_is():
-  """Four devices, each with its own images: no array travels, and the numbers are the same."""
+def test_a_sharded_batch_needs_no_communication():
+  """Four devices, each with its own images: no communication, and the same numbers."""
   here = pathlib.Path(__file__)
   done = subprocess.run(
     [sys.executable, "-c", f"import {__name__} as test; test.run_sharded()"],

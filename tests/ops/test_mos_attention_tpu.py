@@ -35,7 +35,7 @@ def test_equals_the_equations(similarity, sizes, masked):
   got = value_and_gradients(*inputs, implementation="pallas", **options)
   want = oracle(*inputs, similarity, 0.25, valid)
   if sizes[2] == 1:
-    # With one key the gradients of q and k are zero, of which a relative error says nothing.
+    # With one key, the gradients of q and k are zero, and a relative error is meaningless.
     assert all(np.abs(x).max() < 1e-6 for x in got[1:3])
     got, want = (list(x[:1]) + [np.zeros(1)] * 2 + list(x[3:]) for x in (got, want))
   assert_close(got, want)
@@ -95,12 +95,12 @@ TPU_ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
 TOKENS = 51200
-# What the gradients of the two large maps, 51,200 tokens and local 200 x 256, may hold on a device.
+# Memory limit for the gradients of the two large maps, 51,200 tokens and local 200 x 256, per device.
 MOST_MB = {"v5e:2x2": (300, 350), "v5p:2x2x1": (300, 400), "v6e:2x2": (300, 400)}
 
 
 def compile_for_tpu(topology: str) -> None:
-  """Compiles gradients for each device of a topology; prints one JSON object a program."""
+  """Compiles gradients for each device of a topology; prints one JSON object per program."""
   from jax.experimental import topologies
   from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -163,7 +163,7 @@ def compile_for_tpu(topology: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", MOST_MB)
 def test_gradients_compile_for_tpu(topology):
-  """Every kernel fits, nothing crosses the devices, and the large maps stay within memory."""
+  """Every kernel compiles, there is no communication, and the large maps fit into memory."""
   done = subprocess.run(
     [sys.executable, "-c", f"import {__name__} as test; test.compile_for_tpu({topology!r})"],
     cwd=pathlib.Path(__file__).parents[len(__name__.split(".")) - 1],

@@ -1,4 +1,4 @@
-"""NMS against torchvision's sets, a loop in float64, and cases by hand."""
+"""NMS against torchvision's results, a loop in float64, and cases by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_threshold_is_strict_and_kept_in_float64(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_chain_keeps_every_second_box(implementation):
-  # Each box overlaps only its neighbours: the greedy answer takes as many steps as there are boxes.
+  # Each box overlaps only its neighbours, so the greedy result takes as many steps as there are boxes.
   x = np.arange(300, dtype=np.float32) * 2
   boxes = np.stack([x, 0 * x, x + 4, 0 * x + 1], axis=1)
   result = NMS(boxes, -x, 0.3, 300, implementation=implementation)

@@ -1,4 +1,4 @@
-"""Bilinear enlargement against a loop."""
+"""Bilinear upsampling against a loop."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from fpt_jax.ops.resize import upsample_bilinear
 
 
 def enlarged(x_hwC, factor, height, width):
-  """The whole map, position by position; beyond the outermost centres, the border's values."""
+  """Upsamples position by position; beyond the outermost centres, values of the border repeat."""
   out = np.zeros((height, width, x_hwC.shape[-1]))
   for r in range(height):
     for c in range(width):
@@ -40,6 +40,6 @@ def test_it_equals_the_loop_and_padding_changes_nothing(factor, size, rng):
   assert np.isfinite(gradient).all() and gradient[0, 4, 2, 0] > 0
 
 
-def test_too_small_a_map_is_told():
+def test_a_map_that_is_too_small_is_refused():
   with pytest.raises(ValueError, match=r"a map of \(5, 3\) times 8 does not cover \(41, 24\)"):
     upsample_bilinear(jnp.ones((1, 5, 3, 2)), jnp.ones((1, 5, 3), bool), 8, 41, 24)

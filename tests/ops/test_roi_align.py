@@ -100,9 +100,9 @@ def test_boxes_of_any_size_and_place_equal_the_loop(rng, sampling_ratio, impleme
       [0, 0, 0, 0],
       [3, 4, 3.2, 4.1],
       [-900, -700, 1100, 1300],  # most samples of a bin lie outside
-      [-30, 2, -12, 20],  # wholly outside
+      [-30, 2, -12, 20],  # completely outside
       [-4.5, -4, 22, 36.5],  # samples in the border's last pixel
-      [10, 8, 2, 1],  # inside out
+      [10, 8, 2, 1],  # negative size
     ],
     np.float32,
   )
@@ -163,11 +163,11 @@ def _value_and_gradient(pyramid, boxes, valid, implementation):
 
 
 def test_pyramid_pools_each_region_from_its_level(rng, monkeypatch):
-  # Fewer regions at once than there are, so that whole and part chunks are both seen.
+  # Fewer regions per chunk than there are, to test both full and partial chunks.
   monkeypatch.setattr(ops, "_EINSUM_REGIONS", 4)
   monkeypatch.setattr(ops, "_GATHER_REGIONS", 4)
   pyramid, (boxes, valid) = _pyramid(rng), _regions(rng)
-  # A new function, so that no trace made with other constants is taken from jit's cache.
+  # A new function, because jit's cache may hold a trace with other constants.
   gather, einsum = (
     jax.jit(lambda *args, name=name: _value_and_gradient.__wrapped__(*args, name))(
       pyramid, boxes, valid

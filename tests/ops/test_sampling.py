@@ -26,7 +26,7 @@ VALID_G = jnp.array([True, True, False, True])
 
 def test_thresholds_and_ties_by_hand():
   matched, label = MATCH(IOU_GN, VALID_G, 0.7, 0.3, False)
-  # Foreground from 0.7 on, background below 0.3; of equals (box 1) the first.
+  # Foreground from 0.7, background below 0.3; the first one if tied (box 1).
   np.testing.assert_array_equal(label, [1, -1, -1, -1, -1, 0])
   np.testing.assert_array_equal(matched, [0, 0, 0, 1, 1, 0])
   assert matched.dtype == label.dtype == jnp.int32
@@ -62,9 +62,9 @@ def _labels(num_foreground, num_background, num_ignored, rng):
 @pytest.mark.parametrize(
   ("foreground", "background", "expected"),
   [
-    (30, 50, (5, 15)),  # plenty of both: a quarter of 20
+    (30, 50, (5, 15)),  # enough of both: a quarter of 20
     (2, 50, (2, 18)),  # background takes the place of missing foreground
-    (30, 3, (5, 3)),  # but not the other way round
+    (30, 3, (5, 3)),  # but not vice versa
     (0, 0, (0, 0)),
   ],
 )
@@ -85,7 +85,7 @@ def test_counts(rng, foreground, background, expected):
   assert not indices[~valid].any()
 
 
-def test_nothing_is_drawn_away_where_all_fits(rng):
+def test_all_boxes_are_sampled_if_there_is_room(rng):
   labels = _labels(30, 40, 10, rng)
   drawn = SAMPLE(labels, jax.random.key(0), 10**6, 0.99999)
   np.testing.assert_array_equal(drawn, labels >= 0)

@@ -1,4 +1,4 @@
-"""State dicts saved by torch, and files nobody should trust."""
+"""State dicts saved by torch, and malicious or damaged files."""
 
 import collections
 import pickle
@@ -18,7 +18,7 @@ FORMATS = ("tensors_zip.pth", "tensors_legacy.pth")
 BASE = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 EXPECTED = {
   "contiguous": BASE,
-  # Views of the same 24 numbers: strides and offsets must be honoured.
+  # Views of the same 24 numbers: strides and offsets must be applied.
   "transposed": BASE.transpose(2, 0, 1),
   "slice_of_shared": BASE[:, 1, 1:],
   "strided": BASE.reshape(-1)[5::3],
@@ -84,7 +84,7 @@ def test_missing_and_unknown_files(tmp_path):
 
 
 def _save(path, content, storages=(), **extra):
-  """A zip file as torch lays it out, around any pickle."""
+  """Writes a zip file in torch's layout around any pickle."""
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("x/data.pkl", content if isinstance(content, bytes) else pickle.dumps(content))
     for key, data in [*storages, *extra.items()]:
@@ -93,7 +93,7 @@ def _save(path, content, storages=(), **extra):
 
 
 class _Call:
-  """Pickles as a call."""
+  """An object whose pickle is a function call."""
 
   def __init__(self, function, *args):
     self.call = function, args
@@ -109,11 +109,11 @@ class _Call:
     (_Call(collections.Counter, "abc"), "collections.Counter"),
     ({"args": collections.deque()}, "collections.deque"),
     (b"cos\nsystem\n(S'touch harmed'\ntR.", "os.system"),
-    # Protocol 4 may ask for an attribute of an admitted name.
+    # Protocol 4 can request an attribute of an accepted name.
     (b"\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_tensor_v2.__globals__\x93.", "__globals__"),
   ],
 )
-def test_names_that_are_no_tensors_are_refused(tmp_path, monkeypatch, content, name):
+def test_names_other_than_tensors_are_refused(tmp_path, monkeypatch, content, name):
   monkeypatch.chdir(tmp_path)
   path = _save(tmp_path / "evil.pth", content)
   with pytest.raises(UserError, match=rf"evil\.pth: contains .*{name}"):
@@ -129,7 +129,7 @@ def test_names_that_are_no_tensors_are_refused(tmp_path, monkeypatch, content, n
     ({"model": collections.OrderedDict()}, "entry 'model' is of type OrderedDict"),
   ],
 )
-def test_checkpoints_that_are_no_state_dicts(tmp_path, content, message):
+def test_checkpoints_other_than_state_dicts_are_refused(tmp_path, content, message):
   with pytest.raises(UserError, match=rf"c\.pth: {message}"):
     read_state_dict(_save(tmp_path / "c.pth", content))
 

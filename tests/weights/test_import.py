@@ -67,7 +67,7 @@ def test_the_script_makes_a_checkpoint(tmp_path):
   start = starting_arrays(config, models.structure_of(config), placement)
   name = "backbone.stages.2.1.conv2.kernel"
   np.testing.assert_array_equal(start[name], kernel)
-  # what was not imported follows the run's seed
+  # arrays that were not imported depend on the run's seed
   assert np.any(start["box_head.fc6.kernel"] != restored.arrays["box_head.fc6.kernel"])
 
   config = coco_mask.get_config("demo")

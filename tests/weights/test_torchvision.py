@@ -21,7 +21,7 @@ from fpt_jax.weights.torchvision import from_torchvision
 from tests.conftest import GOLDEN
 from tests.golden.fill import fill
 
-TOLERANCE = 1e-3  # of the array's largest value; what is reached is nearer 1e-5
+TOLERANCE = 1e-3  # relative to the largest value of an array; measured differences are about 1e-5
 
 
 def state_dict(name: str) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def golden_config():
   config.data.short_edge, config.data.long_edge = 160, 200
   config.model.rpn.train.update(dict(pre_nms=300, post_nms=150))
   config.model.rpn.test.update(dict(pre_nms=300, post_nms=150))
-  # as in the reference, nothing is sampled away
+  # as in the reference, all anchors and regions are used
   config.model.rpn.update(dict(samples=10**6, positive_fraction=0.99999))
   config.model.box_head.update(dict(samples=4000, positive_fraction=0.9999))
   config.model.test.score_threshold = 0.02
@@ -117,7 +117,7 @@ def test_detector_inference(detector, golden):
     )
     order_D = np.arange(len(golden[f"scores_{i}"]))
     if (found["category_ids"] != golden[f"labels_{i}"]).any():
-      # In float64, too, one pair of scores is 2e-5 apart: how a CPU rounds can swap it.
+      # One pair of scores differs by 2e-5, also in float64: rounding can swap it.
       ties = np.flatnonzero(-np.diff(golden[f"scores_{i}"]) < 3e-5)
       assert len(ties) <= 1
       order_D[ties], order_D[ties + 1] = ties + 1, ties
@@ -131,7 +131,7 @@ def test_detector_inference(detector, golden):
     masks_DHW = paste(masks_Dmm, found["boxes_xyxy"], *original)
     assert_close(masks_DHW[:5], golden[f"masks_first5_{i}"])
     areas_D = (masks_DHW > 0.5).sum(axis=(1, 2))
-    # a pixel at exactly one half may fall on either side
+    # a pixel at exactly one half may be rounded either way
     np.testing.assert_allclose(areas_D, golden[f"masks_over_half_area_{i}"], atol=1)
 
 
@@ -186,7 +186,7 @@ def test_training_losses_and_gradients(detector, golden):
 
 
 def training_batch(golden, canvas):
-  """The reference's ground truth on the canvas, masks as bitmaps of the whole canvas."""
+  """Returns the reference's ground truth on the canvas, with masks as bitmaps of the whole canvas."""
   count = 4
   batch = {
     "image_BHWC": golden["batched_BHWC"],

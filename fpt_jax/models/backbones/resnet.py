@@ -4,6 +4,7 @@ Shapes: B batch, H W rows and columns, C channels.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -208,13 +209,14 @@ class ResNet(nnx.Module):
     ):
       check_choice(what, value, choices)
     options = dict(dtype=dtype, rngs=rngs)
-    block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
-    if block is Bottleneck:
-      block = functools.partial(Bottleneck, stride_in=stride_in)
+    block: Callable = functools.partial(Bottleneck, stride_in=stride_in)
+    if name in ("resnet18", "resnet34"):
+      block = BasicBlock
     self.conv1 = conv(3, width, 7, stride=2, bias=False, **options)
     self.bn1 = Norm(norm, width, **options)
     in_channels, reached, dilation = width, 4, 1
-    stages, self.channels = [], ()
+    stages: list[nnx.List] = []
+    channels: tuple[int, ...] = ()
     for stage, blocks in enumerate(STAGE_BLOCKS[name]):
       stage_stride = min(4 * 2**stage, output_stride)
       before, dilation = dilation, 4 * 2**stage // stage_stride
@@ -233,7 +235,8 @@ class ResNet(nnx.Module):
         layers.append(layer)
         in_channels, reached = width * 2**stage * layer.expansion, stage_stride
       stages.append(nnx.List(layers))
-      self.channels += (in_channels,)
+      channels += (in_channels,)
+    self.channels = channels
     self.stages = nnx.List(stages)
     self.context = (
       NonLocal(self.channels[2], norm=norm, **options) if context == "non_local" else None

@@ -185,19 +185,17 @@ def source_level(name: str) -> int:
   return int(name.removeprefix("from_"))
 
 
-def build_fpt(config, *, levels: int = 4, rngs: nnx.Rngs) -> FeaturePyramidTransformer:
+def build_fpt(config, in_channels: tuple[int, ...], *, rngs: nnx.Rngs) -> FeaturePyramidTransformer:
   """Builds the FPT that a config describes.
 
   Args:
     config: `model` part of a config.
-    levels: number of levels, all with `config.pyramid.channels` channels.
+    in_channels: channels of each level of the pyramid, fine to coarse.
     rngs: source of the initial weights.
 
   Raises:
     ValueError: an option does not exist, or the channels cannot be divided into the parts.
   """
   options = {k: v for k, v in config.fpt.items() if k != "enabled"}
-  channels = config.pyramid.channels
-  return FeaturePyramidTransformer(
-    (channels,) * levels, channels=channels, dtype=jnp.dtype(config.dtype), rngs=rngs, **options
-  )
+  options.update(channels=config.pyramid.channels, dtype=jnp.dtype(config.dtype))
+  return FeaturePyramidTransformer(in_channels, rngs=rngs, **options)

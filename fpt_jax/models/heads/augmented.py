@@ -160,7 +160,10 @@ class AugmentedMaskHead(nnx.Module):
     if layers < 2:
       raise ValueError(f"an augmented mask head has at least 2 layers, got {layers}")
     options = dict(dtype=dtype, rngs=rngs)
-    region_conv = functools.partial(RegionConv, hidden, in_control_flow=True, **options)
+
+    def region_conv(channels: int) -> RegionConv:
+      return RegionConv(hidden, channels, in_control_flow=True, **options)
+
     half = max(1, hidden // 2)
     self.fused = FusedLevels(levels, channels, hidden, in_control_flow=True, **options)
     self.convs = nnx.List([region_conv(hidden) for _ in range(layers - 2)])

@@ -4,6 +4,7 @@ Shapes: B batch, H W rows and columns, C channels, K classes.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from fpt_jax.models.layers import ConvNorm, conv, drop_channels
 from fpt_jax.models.pixel_attention import concatenated
 
 # by name of the head: the module that turns the concatenated levels into one map
-MIXERS = {
+MIXERS: dict[str, Callable[..., nnx.Module]] = {
   "fcn": functools.partial(ConvNorm, kernel=3),
   "oc_base": BaseObjectContext,
   "oc_pyramid": PyramidObjectContext,

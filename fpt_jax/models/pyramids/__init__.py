@@ -18,6 +18,7 @@ from fpt_jax.models.pyramids.bfi import BidirectionalFeatureInteraction
 from fpt_jax.models.pyramids.bfp import BottomUpFeaturePyramid
 from fpt_jax.models.pyramids.bpa import BottomUpPathAugmentation
 from fpt_jax.models.pyramids.fpn import FeaturePyramidNetwork
+from fpt_jax.models.pyramids.last_level import LastLevel
 from fpt_jax.models.pyramids.ppm import PyramidPooling
 from fpt_jax.models.pyramids.ufp import UnscathedFeaturePyramid
 
@@ -30,6 +31,7 @@ PYRAMIDS = {
   "ppm": PyramidPooling,
   "aspp": AtrousSpatialPyramid,
   "afnb": AsymmetricFusion,
+  "none": LastLevel,
 }
 DETECTION_PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
 SEGMENTATION_PYRAMIDS = ("ufp", "ppm", "aspp", "afnb", "none")
@@ -37,7 +39,7 @@ SEGMENTATION_PYRAMIDS = ("ufp", "ppm", "aspp", "afnb", "none")
 
 def build_pyramid(
   config, names: tuple[str, ...], in_channels: tuple[int, ...], *, rngs: nnx.Rngs
-) -> nnx.Module | None:
+) -> nnx.Module:
   """Builds the pyramid that a config names.
 
   Args:
@@ -47,15 +49,13 @@ def build_pyramid(
     rngs: source of the initial weights.
 
   Returns:
-    A module (levels, *, train) -> levels, with `channels`, the channels of each level; None for "none".
+    A module (levels, *, train) -> levels, with `channels`, the channels of each level.
 
   Raises:
     ValueError: the pyramid is not one of `names`, or its options do not fit.
   """
   name = config.pyramid.name
   check_choice("pyramid", name, names)
-  if name == "none":
-    return None
   options: dict[str, Any] = {}
   if name == "ufp":
     options["kernels"] = tuple(config.pyramid.kernels)

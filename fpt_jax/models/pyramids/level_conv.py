@@ -13,7 +13,7 @@ from fpt_jax.models.layers import Norm, conv_arguments
 class LevelConv(nnx.Conv):
   """A convolution with a bias, or without one and with a normalisation behind it.
 
-  It derives from `nnx.Conv` so that its arrays are named `kernel` and `bias` whatever the normalisation.
+  It derives from `nnx.Conv` so that its arrays have the same names with every normalisation.
 
   Args:
     in_channels, out_channels, kernel: see `layers.conv`.
@@ -38,9 +38,7 @@ class LevelConv(nnx.Conv):
     super().__init__(**arguments, dtype=dtype, rngs=rngs)
     self.norm = Norm(norm, out_channels, dtype=dtype, rngs=rngs)
 
-  def __call__(  # type: ignore[override]  # a convolution of a level, which has valid positions
-    self, x_BhwC: jax.Array, valid_BHW: jax.Array, *, train: bool
-  ) -> jax.Array:
+  def __call__(self, x_BhwC: jax.Array, valid_BHW: jax.Array, *, train: bool) -> jax.Array:
     """Convolves and normalises.
 
     Args:

@@ -1,13 +1,13 @@
-"""Label maps as the benchmarks' servers want them."""
+"""Label maps in the formats of the benchmarks' evaluation servers."""
 
 import pathlib
 
 import numpy as np
 
 from fpt_jax.data.datasets import ade20k, cityscapes
-from fpt_jax.data.records import label_map
+from fpt_jax.data.records.images import encode_png
 
-# what the files hold for class 0, 1, ...
+# the number in the files for class 0, 1, ...
 _IDS = {
   "cityscapes": cityscapes.IDS,
   "ade20k": tuple(range(1, 1 + len(ade20k.LAYOUT.class_names))),
@@ -22,23 +22,23 @@ def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray)
   in a PNG of the image's name.
 
   Args:
-    name: of the data set, "cityscapes" or "ade20k".
-    folder: to write into; made where it is missing.
-    file_name: of the image.
-    label_HW: int, classes 0..num_classes-1, of the image file's size.
+    name: name of the data set, "cityscapes" or "ade20k".
+    folder: folder to write into; it is created if it does not exist.
+    file_name: name of the image file.
+    label_HW: classes 0..num_classes-1, int, of the size of the image file.
 
   Returns:
-    the file written.
+    The file that was written.
 
   Raises:
-    ValueError: the data set has no server, or the label map holds what is no class.
+    ValueError: the data set has no server, or the label map has numbers that are not classes.
   """
   if name not in _IDS:
-    raise ValueError(f"no submission format for {name!r}; known are {sorted(_IDS)}")
+    raise ValueError(f"no submission format for {name!r}; choose one of {sorted(_IDS)}")
   ids = np.array(_IDS[name], np.uint8)
   if label_HW.ndim != 2 or label_HW.min() < 0 or label_HW.max() >= len(ids):
     raise ValueError(
-      f"{file_name}: a map of classes 0..{len(ids) - 1} expected, got shape {label_HW.shape} with "
+      f"{file_name}: expected a map of classes 0..{len(ids) - 1}, got shape {label_HW.shape} with "
       f"{label_HW.min()}..{label_HW.max()}"
     )
   stem = pathlib.PurePath(file_name).stem
@@ -46,5 +46,5 @@ def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray)
     stem = stem.removesuffix("_leftImg8bit") + "_pred_labelIds"
   folder.mkdir(parents=True, exist_ok=True)
   file = folder / f"{stem}.png"
-  file.write_bytes(label_map.encode_label(ids[label_HW]))
+  file.write_bytes(encode_png(ids[label_HW]))
   return file

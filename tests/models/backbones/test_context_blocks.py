@@ -1,4 +1,4 @@
-"""Non-local, global context and attention-augmented blocks against their formulas, and their place."""
+"""Non-local, global context and attention-augmented blocks against their formulas, and their position."""
 
 import itertools
 import math
@@ -208,7 +208,7 @@ def test_padding_changes_nothing(name, rng):
       valid[..., None], np.pad(x, ((0, 0), (0, 8 - height), (0, 10 - width), (0, 0))), 0
     )
     _, h, w, _ = alone.shape
-    if augments:  # its convolution sees what lies beyond the border
+    if augments:  # its convolution reads the padding
       np.testing.assert_allclose(run(canvas, valid)[:, :h, :w], alone, atol=1e-5)
     junk = run(np.where(valid[..., None], canvas, np.nan).astype(np.float32), valid)
     channels = slice(-8, None) if augments else slice(None)
@@ -316,8 +316,8 @@ def test_place_in_the_resnet(name, context, first_changed, rng):
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "sync_bn", "group_norm"])
-def test_non_local_can_learn_whatever_the_norm(norm, rng):
-  """A block whose every path to the loss were closed would stay the identity for good."""
+def test_non_local_can_learn_with_every_norm(norm, rng):
+  """A block without any gradient would remain the identity."""
   block = NonLocal(32, norm=norm, rngs=nnx.Rngs(0))
   x, valid = batch(rng, 32)
 

@@ -151,11 +151,11 @@ def test_levels(name, output_stride):
     (functools.partial(ResNet, "resnet18", width=4), 0),
     (functools.partial(ResNet, "resnet50", width=4), 0),
     (functools.partial(ResNet, "resnet50", width=4, stride_in="1x1"), 0),
-    (EfficientNetLite0, None),  # "SAME" of an even map begins where the kernel's side says
+    (EfficientNetLite0, None),  # with "SAME" on even maps, the first position depends on the kernel
   ],
 )
 def test_dilation_keeps_the_features(build, first, output_stride, rng):
-  """Some of a dilated backbone's positions have exactly what it has without dilations."""
+  """Some positions of a dilated backbone equal those of the backbone without dilations."""
   plain, dilated = (build(output_stride=s, rngs=nnx.Rngs(0)) for s in (32, output_stride))
   arrays = randomised(plain, rng)
   image = jnp.asarray(rng.standard_normal((1, 64, 96, 3)), jnp.float32)
@@ -174,7 +174,7 @@ def test_dilation_keeps_the_features(build, first, output_stride, rng):
 
 
 def test_parameters_counted_by_hand():
-  """Of the published table: 4.65 million, the classifier included."""
+  """4.65 million including the classifier, as published."""
   shapes = skeleton(lambda: EfficientNetLite0(classes=1000, rngs=nnx.Rngs(0))).shapes
   total = sum(math.prod(s.shape) for n, s in shapes.items() if not n.endswith(("mean", "var")))
   expected, inputs = 27 * 32 + 2 * 32, 32
@@ -193,7 +193,7 @@ def test_parameters_counted_by_hand():
 
 @pytest.mark.parametrize("norm", ["sync_bn", "bn", "group_norm", "none"])
 def test_norms(norm):
-  """GroupNorm finds a number of groups for channels that 32 does not divide."""
+  """GroupNorm chooses a number of groups for numbers of channels that are not multiples of 32."""
   image, valid = jnp.zeros((1, 33, 64, 3)), jnp.ones((1, 33, 64), bool)
   levels = jax.eval_shape(
     lambda: EfficientNetLite0(norm=norm, rngs=nnx.Rngs(0))(image, valid, train=True)

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from fpt_jax import data
 from fpt_jax.data import transforms
 from fpt_jax.data.prepared import Reader
-from fpt_jax.data.records import images
+from fpt_jax.data.records.images import decode_image
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches
 from tests.data_sets import config, write_coco
@@ -69,7 +69,7 @@ def test_an_image_and_its_ground_truth_on_the_canvas(coco):
   np.testing.assert_allclose(
     batch["gt_boxes_BG4"][0], [[15.15, 6, 45.15, 18]] + [[0] * 4] * 3, rtol=1e-6
   )
-  pixels = images.decode_image(pathlib.Path(coco.source, "train2017/rgb.jpg").read_bytes())
+  pixels = decode_image(pathlib.Path(coco.source, "train2017/rgb.jpg").read_bytes())
   np.testing.assert_array_equal(
     batch["image_BHWC"][0], transforms.resize_and_pad(pixels, (30, 60), (31, 61)).numpy()
   )
@@ -123,9 +123,7 @@ def test_hosts_read_the_shares_of_one_batch(shapes):
 def test_evaluation_reads_every_image_once_on_all_hosts(coco):
   ids = []
   for host in range(2):
-    with eval_batches(
-      coco, "train", batch_size=2, process_index=host, process_count=2
-    ) as batches:
+    with eval_batches(coco, "train", batch_size=2, process_index=host, process_count=2) as batches:
       read = list(batches)
     assert [b["image_BHWC"].shape[1:3] for b in read] == [(20, 40), (20, 40), (40, 20)]
     assert all("gt_masks_BGmm" not in batch for batch in read)
@@ -212,19 +210,17 @@ def test_mistakes_are_told_in_a_line(shapes, change, words):
 
 
 def test_a_spoilt_image_names_its_record(coco, tmp_path, monkeypatch):
-  # a builder that does not look at its images stands for files spoilt after they were prepared
+  # a builder that does not decode its images stands for files damaged after they were prepared
   write_coco(tmp_path / "source")
   path = tmp_path / "source/train2017/grey.jpg"
   path.write_bytes(path.read_bytes()[:-100])
-  decode = images.decode_image
-  monkeypatch.setattr(
-    images,
-    "decode_image",
-    lambda content, **_: np.zeros(((40, 20) if b"PNG" in content else (20, 40)) + (3,), np.uint8),
-  )
-  broken = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
-  data.prepare(broken)
-  monkeypatch.setattr(images, "decode_image", decode)
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      "fpt_jax.data.datasets.coco.decode_image",
+      lambda content: np.zeros(((40, 20) if b"PNG" in content else (20, 40)) + (3,), np.uint8),
+    )
+    broken = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+    data.prepare(broken)
   with (
     pytest.raises(UserError, match=r"record 1 of split train .*image id 5: undecodable image"),
     train_batches(broken, batch_size=2, seed=0) as batches,

@@ -86,9 +86,7 @@ def test_plates_never_cover_each_other():
   best = int(scores.argmax())
   everything = draw_detections(image, boxes, names, scores)
   # the plate of the best is whole: what drawing it alone changes outside the box's surroundings
-  alone = draw_detections(
-    image, boxes[best : best + 1], [names[best]], scores[best : best + 1]
-  )
+  alone = draw_detections(image, boxes[best : best + 1], [names[best]], scores[best : best + 1])
   frame = np.zeros(image.shape[:2], bool)
   x0, y0, x1, y1 = boxes[best].astype(int)
   frame[max(y0 - 6, 0) : y1 + 7, max(x0 - 6, 0) : x1 + 7] = True

@@ -9,7 +9,7 @@ import pytest
 
 from fpt_jax import models
 from fpt_jax.models.rcnn import RCNN
-from fpt_jax.tasks.detection import views
+from fpt_jax.tasks.detection.views import detector, mirrored_view
 from tests.runs import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -51,7 +51,7 @@ def view(rng, size_B2, canvas):
 
 
 @pytest.fixture(scope="module")
-def seen_views():
+def views():
   rng = np.random.default_rng(0)
   first = view(rng, SIZE_B2, (64, 64))
   # the second image is its own mirror image
@@ -63,13 +63,13 @@ def seen_views():
 
 @pytest.fixture(scope="module")
 def detect(config, structure):
-  """Makes the function for some views."""
+  """Returns the function that makes a detector for some views."""
 
   @functools.cache
   def make(short_edges, flip):
     changed = config.copy_and_resolve_references()
-    changed.model.test.update(dict(short_edges=short_edges, flip=flip))
-    return views.detector(changed, structure)
+    changed.eval.update(dict(short_edges=short_edges, flip=flip))
+    return detector(changed, structure)
 
   return make
 
@@ -97,10 +97,10 @@ def test_identical_views_change_nothing(detect, arrays, views, plain):
 
 def test_mirrored_images_give_mirrored_detections(detect, arrays, views):
   detect = detect((), flip=True)
-  mirrored_view = views.mirror(views[0])
-  np.testing.assert_array_equal(mirrored_view["image_BHWC"][1], views[0]["image_BHWC"][1])
+  in_mirror = mirrored_view(views[0])
+  np.testing.assert_array_equal(in_mirror["image_BHWC"][1], views[0]["image_BHWC"][1])
   np.testing.assert_array_equal(
-    mirrored_view["image_BHWC"][0, :45, :61], views[0]["image_BHWC"][0, :45, 60::-1]
+    in_mirror["image_BHWC"][0, :45, :61], views[0]["image_BHWC"][0, :45, 60::-1]
   )
   found = jax.device_get(detect(arrays, (views[0],)))
   turned = jax.device_get(detect(arrays, (mirrored_view,)))
@@ -160,16 +160,16 @@ def test_sizes_and_mirror_images_against_numpy(
     patch.setattr(RCNN, "features", lambda *args: traced.append(args[1].shape) or features(*args))
     found = jax.device_get(detect((64, 96), flip=True)(arrays, views))
   assert traced == [(2, 64, 64, 3), (2, 96, 96, 3)]  # one compilation for each canvas
-  seen = [(views.mirror(v) if flip else v, flip) for v in views for flip in (False, True)]
+  seen = [(mirrored_view(v) if flip else v, flip) for v in views for flip in (False, True)]
 
   @jax.jit
-  def look(arrays, view):
+  def find_candidates(arrays, view):
     model = structure.fill(arrays)
     pyramid = model.features(view["image_BHWC"], view["size_B2"])
     canvas = view["image_BHWC"].shape[1:3]
     return pyramid, model.candidates(pyramid, view["size_B2"], canvas)
 
-  looked = [look(arrays, v) for v, _ in seen]
+  looked = [find_candidates(arrays, v) for v, _ in seen]
   sizes = [np.asarray(v["size_B2"]) for v, _ in seen]
   draw = jax.jit(lambda arrays, *inputs: structure.fill(arrays).masks(*inputs))
   masks = 0
@@ -207,4 +207,4 @@ def test_sizes_and_mirror_images_against_numpy(
     np.testing.assert_array_equal(found["labels_BD"][b][valid_D], labels)
     np.testing.assert_allclose(found["boxes_BD4"][b][valid_D], np.stack(boxes), atol=1e-3)
     np.testing.assert_allclose(found["masks_BDmm"][b][valid_D], masks[b][valid_D], atol=1e-4)
-  assert len(sources) > 2  # more than one size, and mirrored ones too, have a say
+  assert len(sources) > 2  # several sizes contribute, and mirrored images too

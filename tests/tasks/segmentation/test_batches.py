@@ -123,9 +123,7 @@ def test_any_step_can_be_the_first(folder):
 def test_hosts_read_the_shares_of_one_batch(folder):
   (whole,) = _take(train_batches(folder, batch_size=4, seed=0), 1)
   parts = [
-    _take(train_batches(folder, batch_size=4, seed=0, process_index=i, process_count=2), 1)[
-      0
-    ]
+    _take(train_batches(folder, batch_size=4, seed=0, process_index=i, process_count=2), 1)[0]
     for i in range(2)
   ]
   _assert_equal(whole, {k: np.concatenate([part[k] for part in parts]) for k in whole})

@@ -90,5 +90,7 @@ def test_other_classes_are_refused(finished):
   workdir, _ = finished
   names = ("background", "circle", "square", "triangle", "cat", "dog")
   config = tiny_segmentation_config("fpt=none", steps=3, model__class_names=names)
-  with pytest.raises(UserError, match=r"classes \['satellite of circle', .*that the model does not have"):
+  with pytest.raises(
+    UserError, match=r"classes \['satellite of circle', .*that the model does not have"
+  ):
     train(config, str(workdir))

@@ -1,0 +1,88 @@
+"""The words behind the colon give the same config in any order, and what cannot be is refused."""
+
+import itertools
+import json
+
+import pytest
+
+from fpt_jax.configs import ade20k, benchmarks, camvid, cityscapes, coco_box, coco_mask
+from fpt_jax.errors import UserError
+from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
+from fpt_jax.tasks.task import check_config
+
+
+@pytest.mark.parametrize(
+  ("module", "words"),
+  [
+    (coco_mask, ("multiscale", "small", "fpt=st+gt")),
+    (coco_mask, ("backbone=efficientnet_lite0", "tiny", "fpt=none")),
+    (coco_mask, ("torchvision", "backbone=resnet101", "multiscale")),
+    (coco_box, ("demo", "backbone=resnet34_gc", "pyramid=fpn", "head=augmented")),
+    (cityscapes, ("small", "backbone=resnet50", "fpt=lgt+rt")),
+    (camvid, ("demo", "sbn=off", "dropblock=off", "pyramid=ppm")),
+    (ade20k, ("small", "context=oc_base", "fpt=none")),
+  ],
+)
+def test_words_in_any_order(module, words):
+  configs = {
+    module.get_config(",".join(order)).to_json() for order in itertools.permutations(words)
+  }
+  assert len(configs) == 1
+
+
+def test_multiscale_is_relative_to_the_size():
+  assert coco_mask.get_config("multiscale").data.train_sizes == (400, 800)
+  assert coco_mask.get_config("multiscale,small").data.train_sizes == (96, 192)
+
+
+def test_a_backbone_comes_with_its_preprocessing():
+  config = camvid.get_config("backbone=resnet50")
+  model = config.model
+  assert (model.pixel_mean, model.pixel_std) == (IMAGENET.pixel_mean, IMAGENET.pixel_std)
+  assert model.backbone.norm == "frozen_bn" and model.backbone.frozen
+  assert config.optim.frozen == ()
+  config = coco_mask.get_config("small,backbone=efficientnet_lite0")
+  assert config.model.pixel_mean == EFFICIENTNET_LITE.pixel_mean
+  assert config.model.backbone.frozen and config.model.pyramid.level_norm == "sync_bn"
+  # the backbone that a benchmark has already changes nothing
+  assert camvid.get_config("backbone=efficientnet_lite0") == camvid.get_config()
+
+
+@pytest.mark.parametrize(
+  ("module", "arg", "words"),
+  [
+    (coco_mask, "tinyy", "the word 'tinyy' does not exist; choose one of small, tiny"),
+    (coco_mask, "fpn=st", "the setting 'fpn' does not exist; choose one of backbone"),
+    (coco_mask, "small,demo", "small and demo exclude each other"),
+    (coco_mask, "fpt=st,fpt=gt", "fpt=st and fpt=gt exclude each other"),
+    (coco_mask, "fpt=st+xt", "fpt=xt does not exist; choose one of none, st"),
+    (coco_mask, "fpt=none+st", "fpt=none.st: its parts exclude each other"),
+    (coco_mask, "backbone=resnet50_xx", "backbone=resnet50_xx does not exist"),
+    (coco_mask, "backbone=efficientnet_lite0_gc", "does not exist"),
+    (coco_mask, "pyramid=ufp", "pyramid=ufp does not exist; choose one of bfp, fpn, bpa, bfi"),
+    (cityscapes, "pyramid=bfp", "pyramid=bfp does not exist; choose one of ufp, ppm"),
+    (cityscapes, "context=oc", "context=oc does not exist; choose one of none, oc_base"),
+    (cityscapes, "head=fcn,pyramid=ppm", "head and pyramid exclude each other"),
+    (cityscapes, "sbn=maybe", "sbn=maybe does not exist; choose one of on, off"),
+  ],
+)
+def test_unknown_words_are_refused(module, arg, words):
+  with pytest.raises(UserError, match=words):
+    module.get_config(arg)
+
+
+def test_configs_are_locked():
+  config = coco_mask.get_config("demo")
+  with pytest.raises(AttributeError, match="optim2"):
+    config.optim2 = 1
+  with pytest.raises(AttributeError, match="learning_rat"):
+    config.optim.learning_rat = 1.0
+
+
+@pytest.mark.parametrize("name", sorted(benchmarks()))
+def test_every_benchmark_has_possible_values(name):
+  module = __import__(f"fpt_jax.configs.{name}", fromlist=["get_config"])
+  for arg in ("", "small", "demo"):
+    config = module.get_config(arg)
+    check_config(config)
+    json.loads(config.to_json())

@@ -1,0 +1,113 @@
+"""The config flag: benchmarks of an installed package, mistakes in files and in overrides."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from fpt_jax import configs
+from fpt_jax.errors import UserError
+from fpt_jax.run.command_line import check_field, find_config
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+BENCHMARKS = configs.benchmarks()
+ANALYZE = """
+from absl import flags
+from ml_collections import config_flags
+from fpt_jax import configs
+from fpt_jax.run import command_line
+CONFIG = config_flags.DEFINE_config_file("config")
+command_line.run(lambda: print("steps", CONFIG.value.steps), configs.benchmarks())
+"""
+
+
+def run(folder, *flags):
+  """A small command with a config flag, run in a folder; its status, output and error lines."""
+  done = subprocess.run(
+    [sys.executable, "-c", ANALYZE, *flags],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+  )
+  errors = [line for line in done.stderr.splitlines() if line.startswith(("error:", "Traceback"))]
+  return done.returncode, done.stdout, errors
+
+
+def test_benchmarks_are_found_by_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  file = str(BENCHMARKS["coco_mask"])
+  for given, expected in (
+    (["--config=configs/coco_mask.py"], [f"--config={file}"]),
+    (["--config=configs/coco_mask.py:demo,fpt=st"], [f"--config={file}:demo,fpt=st"]),
+    (["--config", "configs/coco_mask.py", "--x=1"], ["--config", file, "--x=1"]),
+    (["--config=mine/coco_mask.py"], ["--config=mine/coco_mask.py"]),
+    (["--config=configs/none.py"], ["--config=configs/none.py"]),
+  ):
+    assert find_config(given, BENCHMARKS) == expected
+  # a file on disk wins
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "coco_mask.py").write_text("")
+  given = ["--config=configs/coco_mask.py"]
+  assert find_config(given, BENCHMARKS) == given
+
+
+def test_a_benchmark_and_a_users_file_in_another_folder(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "from fpt_jax.configs import coco_mask\n\n\n"
+    "def get_config(arg=''):\n"
+    "  config = coco_mask.get_config('demo')\n"
+    "  config.steps = 7\n"
+    "  return config\n"
+  )
+  assert run(tmp_path, "--config=configs/coco_mask.py:demo")[:2] == (0, "steps 300\n")
+  assert run(tmp_path, "--config=mine.py")[:2] == (0, "steps 7\n")
+  assert run(tmp_path, "--config=mine.py", "--config.steps=9")[:2] == (0, "steps 9\n")
+
+
+@pytest.mark.parametrize(
+  ("line", "expected"),
+  [
+    ("import nothing_of_this_name", "line 4: No module named 'nothing_of_this_name'"),
+    ("config.steps = = 3", "line 4: invalid syntax"),
+    ("config.steps = undefined", "line 4: name 'undefined' is not defined"),
+    ("config.stepz = 3", "line 4: the config has no field stepz; did you mean steps?"),
+    ("config.images = 100", "line 4: the field images is now config.train_images"),
+    ("config.data.short_edge_min = 9", "line 4: the field short_edge_min is now config.data.train"),
+    ("config.eval.short_edges = (1, 2.5)['x']", "line 4: TypeError: tuple indices"),
+  ],
+)
+def test_mistakes_inside_a_config_file(line, expected, tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "from fpt_jax.configs import coco_mask\ndef get_config():\n"
+    f"  config = coco_mask.get_config('demo')\n  {line}\n  return config\n"
+  )
+  status, _, errors = run(tmp_path, "--config=mine.py")
+  assert status == 2 and len(errors) == 1, errors
+  assert errors[0].startswith(f"error: --config=mine.py: {expected}"), errors[0]
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "words"),
+  [
+    ("images", "9", r"--config\.images is now --config\.train_images"),
+    ("data.short_edge_min", "9", r"is now --config\.data\.train_sizes"),
+    ("model.head", "augmented", r"--config\.model\.head is now --config\.model\.head\.name"),
+    ("model.test.flip", None, r"is now --config\.eval\.flip"),
+    ("model.test.short_edges", "(9,)", r"is now --config\.eval\.short_edges"),
+    ("model", "9", r"--config\.model is a group; set one of its fields: "),
+    ("batch", "9", "no field batch; did you mean batch_size"),
+    ("model.zzz", "9", r"no field model\.zzz; its fields are "),
+    ("steps.x", "9", "steps is a value and has no fields"),
+  ],
+)
+def test_overrides_of_fields_that_do_not_exist(path, value, words):
+  from fpt_jax.configs import coco_mask
+
+  config = coco_mask.get_config()
+  with pytest.raises(UserError, match=words):
+    check_field(config, path, value)
+  check_field(config, "data.images", "/data")

@@ -1,0 +1,98 @@
+"""Impossible values are reported with their field before anything is compiled."""
+
+import pytest
+
+from fpt_jax.configs import cityscapes, coco_mask
+from fpt_jax.errors import UserError
+from fpt_jax.optim import schedule, total_steps
+from fpt_jax.tasks.task import check_config
+
+
+@pytest.mark.parametrize("module", [coco_mask, cityscapes])
+@pytest.mark.parametrize(
+  ("field", "value", "needed"),
+  [
+    ("batch_size", 0, "1 or more"),
+    ("batch_size", -8, "1 or more"),
+    ("train_images", 0, "1 or more"),
+    ("steps", -1, "0 or more"),
+    ("log_every", 0, "1 or more"),
+    ("eval.every_steps", 0, "1 or more"),
+    ("eval.batch_size", 0, "1 or more"),
+    ("checkpoint.every_steps", -5, "1 or more"),
+    ("checkpoint.keep", 0, "1 or more"),
+    ("data.train_sizes", (0, 5), "positive"),
+    ("data.train_sizes", (600, 400), "smaller one first"),
+    ("data.canvas_multiple", 0, "1 or more"),
+    ("data.prefetch", 0, "1 or more"),
+    ("model.dtype", "float16", "one of float32, bfloat16, bf16"),
+    ("model.channel_order", "gbr", "one of rgb, bgr"),
+    ("model.pixel_std", (0.1, 0.0, 0.1), "above 0"),
+    ("model.fpt.keep_probability", 0.0, "at most 1"),
+    ("optim.schedule", "linear", "one of step, cosine, poly"),
+    ("optim.decay_at", (1.5,), "between 0 and 1"),
+    ("optim.learning_rate", -0.1, "more than 0"),
+    ("optim.base_batch_size", 0, "1 or more"),
+  ],
+)
+def test_values_of_both_tasks(module, field, value, needed):
+  config = module.get_config()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+  ("module", "field", "value", "needed"),
+  [
+    (coco_mask, "data.short_edge", 0, "1 or more"),
+    (coco_mask, "data.short_edge", 1001, r"at most config\.data\.long_edge=1000"),
+    (coco_mask, "data.train_sizes", (640, 1200), r"at most config\.data\.long_edge=1000"),
+    (coco_mask, "eval.short_edges", (800, 0), "positive"),
+    (coco_mask, "model.test.score_threshold", 1.5, "less than 1"),
+    (coco_mask, "data.max_instances", 0, "1 or more"),
+    (cityscapes, "data.crop", (0, 5), "two positive numbers"),
+    (cityscapes, "data.scale", (0.0, 2.0), "positive factors"),
+    (cityscapes, "data.scale", (3.0, 2.0), "smaller one first"),
+    (cityscapes, "eval.window", (5,), "two positive numbers"),
+    (cityscapes, "eval.overlap", 1.0, "less than 1"),
+    (cityscapes, "eval.scales", (), "positive factors"),
+  ],
+)
+def test_values_of_one_task(module, field, value, needed):
+  config = module.get_config()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
+    check_config(config)
+
+
+def test_a_model_that_does_not_exist():
+  config = coco_mask.get_config()
+  config.model.name = "yolo"
+  with pytest.raises(UserError, match="'yolo' does not exist; choose one of rcnn, segmenter"):
+    check_config(config)
+
+
+def test_short_names_of_dtypes():
+  config = coco_mask.get_config()
+  config.model.dtype = "bf16"
+  check_config(config)
+  assert config.model.dtype == "bfloat16"
+
+
+def test_no_steps_means_as_many_as_the_images_make():
+  config = coco_mask.get_config()
+  config.steps = 0
+  check_config(config)
+  assert total_steps(config) == 160_000
+
+
+@pytest.mark.parametrize("module", [coco_mask, cityscapes])
+@pytest.mark.parametrize("name", ["step", "cosine", "poly"])
+def test_every_schedule_works_with_every_config(module, name):
+  config = module.get_config()
+  config.optim.schedule = name
+  check_config(config)
+  rate = schedule(config)
+  total = total_steps(config)
+  assert rate(total // 2) > rate(total - 1) >= 0

@@ -1,13 +1,13 @@
-"""Times and weighs the attention of fpt_jax beside other ways to compute the same.
+"""Measures time and memory of fpt_jax's attention and of other implementations of the same formula.
 
     python scripts/benchmark_attention.py                      # 1k, 4k and 16k tokens, and local
     python scripts/benchmark_attention.py --tokens 51200 --only chunked --repetitions 1
 
-Rivals: `naive`, our einsum; and where torch can be imported, `torch naive`, `torch sdpa`, its
-scaled_dot_product_attention with a part as a head (the fastest of three phrasings; dot product only),
-`torch shared`, our algorithm in torch, and `torch unfold` for the local attention. Times are medians
-of repetitions in turns; memory is the growth of the process's peak over what the inputs hold, each
-implementation in a process of its own. All run on the CPU in float32.
+The others are `naive`, our einsum, and, if torch is installed, `torch naive`; `torch sdpa`, its
+scaled_dot_product_attention with one head per part (the fastest of three forms; dot product only);
+`torch shared`, our algorithm in torch; and `torch unfold` for the local attention. Times are medians of
+interleaved repetitions. Memory is the growth of the process's peak beyond the inputs, each implementation
+in a process of its own. All run on the CPU in float32.
 """
 
 import argparse
@@ -41,7 +41,7 @@ WINDOW = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SDPA = ("wide", "padded", "split")
 
-# One run of an implementation: its inputs are bound, it returns when the result is there.
+# One run of an implementation on its inputs; it returns when the result is ready.
 Run = Callable[[], object]
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     print(_weigh_here(implementation, similarity, int(tokens), int(parts), arguments.local_side))
     return
   if torch is None:
-    print("torch cannot be imported: our own implementations only")
+    print("torch is not installed; only the implementations of fpt_jax are measured")
   cases = [
     (similarity, tokens, parts)
     for tokens in arguments.tokens
@@ -77,7 +77,7 @@ def _parse_arguments():
   parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 16384])
   parser.add_argument("--parts", type=int, nargs="+", default=[2])
   parser.add_argument("--similarities", nargs="+", default=["dot", "euclidean"])
-  parser.add_argument("--only", nargs="+", help="these implementations, of the names in the table")
+  parser.add_argument("--only", nargs="+", help="names of the implementations to measure")
   parser.add_argument("--local-side", type=int, default=121, help="0: no local attention")
   parser.add_argument("--repetitions", type=int, default=5)
   parser.add_argument(

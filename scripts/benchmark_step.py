@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Times one training step of our Mask R-CNN beside torchvision's, from the same weights and images.
+"""Times one training step of our Mask R-CNN and of torchvision's, with the same weights and images.
 
     python scripts/benchmark_step.py                      # 320 x 320, one image, backbone frozen
     python scripts/benchmark_step.py --size 640 --train_backbone
 
-`configs/coco_mask.py:torchvision` against maskrcnn_resnet50_fpn as its pretrained weights come: frozen
-BatchNorm, losses and gradients of everything that is trained. Needs torch and torchvision beside
-requirements.txt. Times are medians of repetitions in turns; memory is the growth of a process's peak,
-each in a process of its own. All run on the CPU in float32.
+`configs/coco_mask.py:torchvision` and maskrcnn_resnet50_fpn as its pretrained weights are used: frozen
+BatchNorm, losses and gradients of all trained parameters. It needs torch and torchvision in addition to
+requirements.txt. Times are medians of interleaved repetitions. Memory is the growth of the peak, each in a
+process of its own. Both run on the CPU in float32.
 """
 
 import argparse
@@ -79,9 +79,9 @@ def main() -> None:
 
 def parse_arguments():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--size", type=int, default=320, help="pixels of an image's side")
+  parser.add_argument("--size", type=int, default=320, help="side of an image, pixels")
   parser.add_argument("--batch", type=int, default=1)
-  parser.add_argument("--objects", type=int, default=8, help="instances an image")
+  parser.add_argument("--objects", type=int, default=8, help="instances per image")
   parser.add_argument("--train_backbone", action="store_true", help="gradients of all layers")
   parser.add_argument("--repetitions", type=int, default=7)
   parser.add_argument("--weigh", help=argparse.SUPPRESS)

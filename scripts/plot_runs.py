@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draws the learning curves of runs into one picture, from what they wrote into metrics.jsonl.
+"""Draws the learning curves of several runs in one picture, from their metrics.jsonl.
 
     python scripts/plot_runs.py --out=curves.png UFP=/runs/ufp UFP+FPT=/runs/fpt
 
-On the left the total loss, a running mean over what was logged; on the right, for segmentation, the IoU
-of each class in the last evaluation, for detection every evaluation's box AP50.
+On the left: the running mean of the total loss. On the right: for segmentation, the IoU of each class in
+the last evaluation; for detection, the box AP50 of every evaluation.
 """
 
 import os
@@ -22,20 +22,20 @@ from matplotlib.figure import Figure
 
 from fpt_jax.run.metrics import read_metrics
 
-SMOOTHED = 9  # logged losses in a running mean
+SMOOTHED = 9  # losses per running mean
 
 
 def read(workdir: str) -> tuple[list[dict], list[dict]]:
-  """What a run logged of its training, and of its evaluations."""
+  """The metrics that a run logged in training, and in its evaluations."""
   entries = read_metrics(workdir)
   training = [e for e in entries if "total_loss" in e]
   if not training:
-    raise SystemExit(f"error: {workdir}: metrics.jsonl holds no losses; name the folder of a run")
+    raise SystemExit(f"error: {workdir}: metrics.jsonl has no losses; give the folder of a run")
   return training, [e for e in entries if "mIoU" in e or "bbox/AP50" in e]
 
 
 def running_mean(values: list[float]) -> np.ndarray:
-  """[N]: of each value and those around it."""
+  """[N]: the mean of each value and its neighbours."""
   half = SMOOTHED // 2
   return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 

@@ -1,12 +1,12 @@
-"""How much memory a piece of work takes, for the benchmarks."""
+"""Peak memory of a piece of work, for the benchmarks."""
 
 import pathlib
 from collections.abc import Callable
 
 
 def peak_growth(work: Callable[[], object]) -> float:
-  """MB by which this process's peak rises while `work` runs over what it holds before; Linux only."""
-  # 5 resets the peak to what is resident now: inputs and code
+  """MB by which the peak of this process while `work` runs exceeds its memory before; Linux only."""
+  # writing 5 resets the peak to the resident memory, that of inputs and code
   pathlib.Path("/proc/self/clear_refs").write_text("5")
   before = _status("VmRSS")
   work()
@@ -14,7 +14,7 @@ def peak_growth(work: Callable[[], object]) -> float:
 
 
 def _status(field: str) -> int:
-  """Kilobytes of a field of this process's status."""
+  """A field of this process's status in kilobytes."""
   for line in pathlib.Path("/proc/self/status").read_text().splitlines():
     if line.startswith(field + ":"):
       return int(line.split()[1])

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compiles a config for a TPU topology, on any machine, and prints the memory a chip needs.
+"""Compiles a config for a TPU topology, on any machine, and prints the memory that each chip needs.
 
     python scripts/tpu_compile.py --config=configs/coco_mask.py --config.model.dtype=bfloat16
     python scripts/tpu_compile.py --config=configs/cityscapes.py --config.model.dtype=bfloat16 --part=step
 
-The parts are FPT alone, forward and its gradient, and a whole step of training with the optimizer.
+The parts are FPT alone, forward and with its gradient, and a whole training step with the optimizer.
 
-Needs libtpu (requirements-test.txt); no TPU. One image a chip unless --images_per_chip says otherwise.
+It needs libtpu (requirements-test.txt), but no TPU. By default there is one image per chip.
 """
 
 import os
@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-# What libtpu asks of its surroundings where there is no TPU.
+# libtpu needs these variables on a machine without a TPU
 os.environ |= {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "JAX_PLATFORMS": "cpu",
@@ -35,14 +35,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from fpt_jax import models, optim
-from fpt_jax.analyze import canvas_of
-from fpt_jax.data.records.instances import BITMAP
+from fpt_jax import configs, models, optim
 from fpt_jax.errors import UserError
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import skeleton
 from fpt_jax.run import command_line, sharding
+from fpt_jax.tasks.task import check_config, task_of
 from fpt_jax.train import make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to compile.")
@@ -52,25 +51,26 @@ _IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.")
 _QUICK = flags.DEFINE_bool(
   "quick",
   False,
-  "Let the compiler try less: a fraction of its time, and a program that takes more.",
+  "Compile with less effort: a fraction of the time, and a program that needs more memory.",
 )
 
 
 def main() -> None:
   config = _CONFIG.value
   if config is None:
-    raise UserError("--config=FILE is needed, such as configs/coco_mask.py")
+    raise UserError("--config=FILE is missing, such as configs/coco_mask.py")
+  check_config(config)
   if _QUICK.value:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
   devices = topology_devices(_TOPOLOGY.value)
   mesh = Mesh(np.array(devices), ("data",))
-  height, width = canvas_of(config)
+  height, width = task_of(config).canvas(config)
   print(
     f"{_TOPOLOGY.value}, {len(devices)} chips, {_IMAGES.value} image(s) of {height} x {width} each, "
     f"{config.model.pyramid.channels} channels, {config.model.dtype}"
   )
   print(
-    f"{'program':<10}{'arguments':>12}{'temporaries':>13}{'peak':>10}   MB a chip, seconds to compile"
+    f"{'program':<10}{'arguments':>12}{'temporaries':>13}{'peak':>10}   MB per chip, seconds to compile"
   )
   if _PART.value == "step":
     report("step", *training_step(config, mesh, (height, width)), donate_argnums=0)
@@ -94,51 +94,39 @@ def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tu
     "rest": {n: s for n, s in shapes.items() if n not in trained},
     "optimizer": jax.eval_shape(optimizer.init, of_trained),
   }
-  batch = batch_shapes(config, _IMAGES.value * mesh.size, canvas)
-  everywhere, shared = sharding.replicated(mesh), sharding.over_batch(mesh)
+  batch = task_of(config).batch_shapes(config, _IMAGES.value * mesh.size, canvas)
+  replicated, shared = sharding.replicated(mesh), sharding.over_batch(mesh)
   arguments = (
-    laid_out(state, everywhere),
+    laid_out(state, replicated),
     laid_out(batch, shared),
-    laid_out(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
+    laid_out(jax.ShapeDtypeStruct((), jnp.int32), replicated),
   )
   return make_train_step(structure, optimizer, jax.random.key(config.seed)), arguments
 
 
-def batch_shapes(config: ConfigDict, images: int, canvas: tuple[int, int]) -> dict:
-  """Of a training batch, as `fpt_jax.data` makes it."""
-  batch = {"image_BHWC": ((*canvas, 3), jnp.float32), "size_B2": ((2,), jnp.int32)}
-  if config.model.name == "segmenter":
-    batch["label_BHW"] = (canvas, jnp.int32)
-  else:
-    most = config.data.max_instances
-    batch["gt_boxes_BG4"] = ((most, 4), jnp.float32)
-    batch["gt_labels_BG"] = ((most,), jnp.int32)
-    batch["gt_valid_BG"] = ((most,), bool)
-    batch["gt_masks_BGmm"] = ((most, BITMAP, BITMAP), jnp.uint8)
-  return {n: jax.ShapeDtypeStruct((images, *shape), dtype) for n, (shape, dtype) in batch.items()}
-
-
 def laid_out(tree, where: NamedSharding):
-  """Shapes with a place on the mesh."""
+  """Shapes with a sharding."""
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
 
 
 def strides_of(config: ConfigDict) -> tuple[int, ...]:
-  """Of the four levels: those of P2 to P5, or the output stride of a dilated backbone."""
-  stride = config.model.backbone.get("output_stride")
-  return (stride,) * 4 if stride else (4, 8, 16, 32)
+  """Strides of the four levels: those of P2 to P5, or the output stride of a dilated backbone."""
+  backbone = config.model.backbone
+  return (backbone.output_stride,) * 4 if "output_stride" in backbone else (4, 8, 16, 32)
 
 
 def topology_devices(name: str) -> list:
   """The chips of a topology.
 
   Raises:
-    UserError: libtpu is missing or knows no such topology.
+    UserError: libtpu is not installed or does not know the topology.
   """
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
   except (RuntimeError, ValueError, KeyError) as error:
-    raise UserError(f"--topology={name}: {error}; pip install -r requirements-test.txt?") from error
+    raise UserError(
+      f"--topology={name}: {error}; is libtpu installed (requirements-test.txt)?"
+    ) from error
 
 
 def programs(structure) -> dict:
@@ -174,17 +162,17 @@ def abstract_arguments(config, structure, mesh, strides, height, width):
       stride,
     )
 
-  everywhere = sharding.replicated(mesh)
-  key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+  replicated = sharding.replicated(mesh)
+  key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated)
   levels = tuple(level(stride) for stride in strides)
-  return laid_out(structure.shapes, everywhere), levels, key
+  return laid_out(structure.shapes, replicated), levels, key
 
 
 def report(name: str, program, arguments, **options) -> None:
-  """Prints what the compiled program needs, or why it does not compile."""
+  """Prints the memory that the compiled program needs, or why it does not compile."""
   begun = time.monotonic()
   try:
-    # whatever chooses by the backend must choose as on the TPU that is compiled for
+    # code that depends on the backend must choose as on the TPU
     with mock.patch("jax.default_backend", return_value="tpu"):
       lowered = jax.jit(program, **options).lower(*arguments)
     memory = lowered.compile().memory_analysis()
@@ -206,4 +194,4 @@ def report(name: str, program, arguments, **options) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, configs.benchmarks())

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from fpt_jax.errors import UserError
 from fpt_jax.run.config_upgrade import RENAMED, new_name
@@ -116,14 +116,16 @@ def load_config(file: str) -> ConfigDict:
   if not os.path.exists(path):
     raise UserError(f"--config={file}: {path} does not exist")
   try:
-    return flags.FLAGS["config"].parser.parse(file)
+    return config_flags.config_flags.ConfigFileFlagParser("config").parse(file)
   except UserError as error:
     raise UserError(f"--config={file}: {error}") from error
   except Exception as error:  # whatever a user's file raises
-    raise UserError(f"--config={file}: {_explain(error, path)}") from error
+    wrapped = str(error).startswith("Error whilst parsing config file") and error.__context__
+    original = error.__context__ if wrapped else error
+    raise UserError(f"--config={file}: {_explain(original, path)}") from error
 
 
-def _explain(error: Exception, path: str) -> str:
+def _explain(error: BaseException, path: str) -> str:
   """What went wrong in a config file, with the line."""
   if isinstance(error, SyntaxError):
     return f"line {error.lineno}: {error.msg}"
@@ -189,9 +191,5 @@ def _is_value(config: ConfigDict, path: str) -> bool:
 
 def report_and_exit(error: BaseException) -> None:
   """Prints an error in one line to standard error and exits with status 2."""
-  message = str(error)
-  if "Traceback (most recent call last)" in message:
-    flag, _, trace = message.partition("Error whilst parsing config file")
-    message = flag + trace.strip().splitlines()[-1]
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
   sys.exit(2)

@@ -9,7 +9,7 @@ import pytest
 
 from fpt_jax import configs
 from fpt_jax.errors import UserError
-from fpt_jax.run.command_line import check_field, find_config
+from fpt_jax.run.command_line import check_field, find_config, load_config
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BENCHMARKS = configs.benchmarks()
@@ -64,8 +64,9 @@ def test_a_benchmark_and_a_users_file_in_another_folder(tmp_path):
     "  return config\n"
   )
   assert run(tmp_path, "--config=configs/coco_mask.py:demo")[:2] == (0, "steps 300\n")
-  assert run(tmp_path, "--config=mine.py")[:2] == (0, "steps 7\n")
-  assert run(tmp_path, "--config=mine.py", "--config.steps=9")[:2] == (0, "steps 9\n")
+  assert run(tmp_path, "--config=mine.py", "--config.log_every=9")[:2] == (0, "steps 7\n")
+  status, _, errors = run(tmp_path, "--config=mine.py", "--config.optim.rate=9")
+  assert status == 2 and len(errors) == 1 and "--config has no field optim.rate" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -80,14 +81,22 @@ def test_a_benchmark_and_a_users_file_in_another_folder(tmp_path):
     ("config.eval.short_edges = (1, 2.5)['x']", "line 4: TypeError: tuple indices"),
   ],
 )
-def test_mistakes_inside_a_config_file(line, expected, tmp_path):
+def test_mistakes_inside_a_config_file(line, expected, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   (tmp_path / "mine.py").write_text(
     "from fpt_jax.configs import coco_mask\ndef get_config():\n"
     f"  config = coco_mask.get_config('demo')\n  {line}\n  return config\n"
   )
-  status, _, errors = run(tmp_path, "--config=mine.py")
-  assert status == 2 and len(errors) == 1, errors
-  assert errors[0].startswith(f"error: --config=mine.py: {expected}"), errors[0]
+  with pytest.raises(UserError) as raised:
+    load_config("mine.py")
+  assert str(raised.value).startswith(f"--config=mine.py: {expected}"), raised.value
+
+
+def test_words_that_do_not_exist(tmp_path):
+  with pytest.raises(UserError, match=r"coco_mask.py:smal: the word 'smal' does not exist; choose"):
+    load_config(f"{BENCHMARKS['coco_mask']}:smal")
+  with pytest.raises(UserError, match=r"none.py does not exist"):
+    load_config(str(tmp_path / "none.py"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fpt_jax.models.backbones.resnet import ResNet
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.state import skeleton
 from fpt_jax.ops.masks import paste
-from fpt_jax.tasks.detection import to_original_image
+from fpt_jax.tasks.detection.prediction import to_original_image
 from fpt_jax.weights.torchvision import from_torchvision
 from tests.conftest import GOLDEN
 from tests.golden.fill import fill

@@ -92,12 +92,7 @@ class PyramidObjectContext(nnx.Module):
   padding. Each context is computed over all pairs of positions, and a term of the similarity restricts
   it to one region: dense products without gathers, at four times the cost of base-OC.
 
-  Args:
-    in_channels: channels of the map.
-    channels: inner and output channels, 512 in OCNet.
-    norm: normalisation behind each convolution, see `layers.Norm`.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+  Arguments are those of `BaseObjectContext`.
   """
 
   def __init__(

@@ -1,9 +1,17 @@
 """Feature pyramids from the levels of a backbone.
 
-All have one signature: `Pyramid(in_channels, *, channels, norm, dtype, rngs)`, called as
-`(levels, *, train) -> levels`, with `channels`, the number of channels of each level. Those of detection
-have one stride per level. Those of segmentation are computed from the last levels of a dilated backbone,
-and all their levels have one size.
+All are modules with one signature, `Pyramid(in_channels, *, channels, norm, dtype, rngs)`:
+
+- in_channels: channels of each level of the backbone, fine to coarse.
+- channels: channels of every output level.
+- norm: normalisation behind each convolution, see `layers.Norm`; with "none" a convolution has a bias.
+- dtype: dtype of the computation; parameters are float32.
+- rngs: source of the initial weights.
+
+They are called as `(levels, *, train) -> levels`, where `train` uses and updates batch statistics, and
+their attribute `channels` is the number of channels of each output level. The pyramids of detection have
+one stride per level. Those of segmentation are computed from the last levels of a dilated backbone, and
+all their levels have one size.
 """
 
 from typing import Any

@@ -16,17 +16,13 @@ class AsymmetricFusion(nnx.Module):
 
   It takes the place of a pyramid, and returns one level with the channels of C5.
 
-  Args:
-    in_channels: channels of each level of the backbone; the last two levels are used.
-    channels: channels of keys and values, 256 in the paper.
-    norm: normalisation behind each convolution, see `layers.Norm`.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`; `channels` are those of keys and
+  values, 256 in the paper.
   """
 
   def __init__(
     self,
-    in_channels: tuple[int, ...],
+    in_channels,
     *,
     channels: int = 256,
     norm: str = "sync_bn",

@@ -18,13 +18,11 @@ class AtrousSpatialPyramid(nnx.Module):
   fifth branch, the mean of the image, is not a level: the FPT paper's pyramid (section 4.2) has four
   scales.
 
+  Only the last level is used.
+
   Args:
-    in_channels: channels of each level of the backbone; only the last level is used.
-    channels: channels of every output level.
     output_stride: stride of the last level, pixels.
-    norm: normalisation behind each convolution, see `layers.Norm`.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+    in_channels, channels, norm, dtype, rngs: see `fpt_jax.models.pyramids`.
   """
 
   def __init__(

@@ -33,14 +33,11 @@ conv3x3 = functools.partial(LevelConv, kernel=3, kernel_init=nnx.initializers.le
 class BidirectionalFeatureInteraction(nnx.Module):
   """Two crossing pathways through all levels, then `stages` exchanges between them.
 
+  The exchanges always have GroupNorm; `norm` is that of all other convolutions.
+
   Args:
-    in_channels: channels of each level, fine to coarse.
-    channels: channels of every output level.
     stages: number of exchanges between the two directions, 2 in the authors' detector.
-    norm: normalisation behind each convolution outside the exchanges, see `layers.Norm`; "none" for a
-      bias. The exchanges have GroupNorm.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+    in_channels, channels, norm, dtype, rngs: see `fpt_jax.models.pyramids`.
   """
 
   def __init__(

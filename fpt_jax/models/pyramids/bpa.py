@@ -14,22 +14,11 @@ class BottomUpPathAugmentation(nnx.Module):
   Both convolutions are 3x3 and followed by a ReLU. The stride of each level is twice that of the level
   before.
 
-  Args:
-    in_channels: channels of each level, fine to coarse.
-    channels: channels of every output level.
-    norm: normalisation behind each convolution, see `layers.Norm`; "none" for a bias.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`.
   """
 
   def __init__(
-    self,
-    in_channels: tuple[int, ...],
-    *,
-    channels: int = 256,
-    norm: str = "none",
-    dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, in_channels, *, channels: int = 256, norm: str = "none", dtype=jnp.float32, rngs: nnx.Rngs
   ):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.fpn = FeaturePyramidNetwork(in_channels, channels=channels, **options)

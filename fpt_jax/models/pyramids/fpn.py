@@ -11,22 +11,11 @@ from fpt_jax.models.pyramids.level_conv import LevelConv
 class FeaturePyramidNetwork(nnx.Module):
   """1x1 laterals, summed top-down by nearest-neighbour upsampling, smoothed by a 3x3 convolution.
 
-  Args:
-    in_channels: channels of each level, fine to coarse.
-    channels: channels of every output level.
-    norm: normalisation behind each convolution, see `layers.Norm`; "none" for a bias.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`.
   """
 
   def __init__(
-    self,
-    in_channels: tuple[int, ...],
-    *,
-    channels: int = 256,
-    norm: str = "none",
-    dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, in_channels, *, channels: int = 256, norm: str = "none", dtype=jnp.float32, rngs: nnx.Rngs
   ):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.lateral = nnx.List([LevelConv(c, channels, 1, **options) for c in in_channels])

@@ -9,19 +9,11 @@ from fpt_jax.models.feature_map import Pyramid
 class LastLevel(nnx.Module):
   """The last level of the backbone, unchanged: the dilated baseline of segmentation.
 
-  Args:
-    in_channels: channels of each level of the backbone.
-    channels, norm, dtype, rngs: arguments of all pyramids, not used here.
+  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`; only `in_channels` is used.
   """
 
   def __init__(
-    self,
-    in_channels: tuple[int, ...],
-    *,
-    channels: int = 256,
-    norm: str = "none",
-    dtype=jnp.float32,
-    rngs: nnx.Rngs,
+    self, in_channels, *, channels: int = 256, norm: str = "none", dtype=jnp.float32, rngs: nnx.Rngs
   ):
     del channels, norm, dtype, rngs
     self.channels = tuple(in_channels[-1:])

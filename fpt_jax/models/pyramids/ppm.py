@@ -20,17 +20,12 @@ class PyramidPooling(nnx.Module):
   normalisation and a ReLU, interpolated to the size of the level. Bins divide the image without its
   padding. PSPNet also keeps the level itself; the FPT paper's pyramid (section 4.2) has four scales.
 
-  Args:
-    in_channels: channels of each level of the backbone; only the last level is used.
-    channels: channels of every output level.
-    norm: normalisation behind each convolution, see `layers.Norm`.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+  Only the last level is used. Arguments are those of all pyramids, see `fpt_jax.models.pyramids`.
   """
 
   def __init__(
     self,
-    in_channels: tuple[int, ...],
+    in_channels,
     *,
     channels: int = 256,
     norm: str = "sync_bn",

@@ -24,13 +24,9 @@ class UnscathedFeaturePyramid(nnx.Module):
   of 969 pixels, where the paper's whole network has 71.3M and 916 (table 4).
 
   Args:
-    in_channels: channels of each level of the backbone; only the last level is used.
-    channels: channels of every output level.
     kernels: side of the window of each level, odd, in positions; a kernel of twice the map's side covers
       the whole map from every position.
-    norm: normalisation behind each convolution, see `layers.Norm`.
-    dtype: dtype of the computation; parameters are float32.
-    rngs: source of the initial weights.
+    in_channels, channels, norm, dtype, rngs: see `fpt_jax.models.pyramids`.
 
   Raises:
     ValueError: a kernel is even, or there are not as many kernels as FPT has levels.

@@ -103,7 +103,7 @@ def test_mirrored_images_give_mirrored_detections(detect, arrays, views):
     in_mirror["image_BHWC"][0, :45, :61], views[0]["image_BHWC"][0, :45, 60::-1]
   )
   found = jax.device_get(detect(arrays, (views[0],)))
-  turned = jax.device_get(detect(arrays, (mirrored_view,)))
+  turned = jax.device_get(detect(arrays, (in_mirror,)))
   for name in ("valid_BD", "labels_BD", "scores_BD"):
     np.testing.assert_array_equal(found[name][0], turned[name][0])
   valid_D = found["valid_BD"][0]

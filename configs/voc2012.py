@@ -1,22 +1,22 @@
-"""Semantic segmentation of PASCAL VOC 2012 with UFP and FPT: the paper's section 4.2, last row of table 5.
+"""Semantic segmentation of PASCAL VOC 2012 with UFP and FPT (paper, section 4.2, last row of table 5).
 
     python -m fpt_jax.main --config=configs/voc2012.py --workdir=... --config.data.source=/data/VOC2012
 
 The paper reports 85.0 mIoU on test for a frozen dilated ResNet-101, after 80 epochs of crops of
-521 x 521. It does not say of which images; others of its table 5 add those of Hariharan et al. 2011. With
-their label maps in SegmentationClass and a list trainaug.txt beside train.txt:
+521 x 521. It does not say of which images; other methods in its table 5 add those of Hariharan et al.
+2011. With their label maps in SegmentationClass and a list trainaug.txt beside train.txt:
 
     --config.data.builder.splits='("trainaug", "val")' --config.data.train_split=trainaug \\
       --config.train_images=846560
 
-Variants are those of `configs/cityscapes.py`.
+The words behind the colon are those of `configs/cityscapes.py`.
 """
 
 from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """`arg`: "" for the paper, or see `configs/cityscapes.py`."""
+  """Returns the config; `arg` has the words behind the colon."""
   config = segmentation()
   config.train_images = 80 * 1464
   config.data.update(

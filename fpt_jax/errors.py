@@ -1,8 +1,8 @@
-"""The one exception whose text is meant for the person at the terminal."""
+"""The one exception whose message is written for the user."""
 
 
 class UserError(Exception):
-  """A mistake the user can mend: one line that says what, where, and what to do.
+  """A mistake that the user can fix; one line that says what, where, and what to do.
 
   `fpt_jax.main` prints the message without a stack trace and exits with status 2.
   """

@@ -135,7 +135,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   if metrics:
     metrics.close()
   if stopping:
-    raise UserError(f"stopped by a signal; step {done} is saved, and the same command resumes from it")
+    raise UserError(
+      f"stopped by a signal; step {done} is saved, and the same command resumes from it"
+    )
   return results
 
 
@@ -174,7 +176,9 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
   arrays = jax.device_put(arrays, placement)
   if not config.init_from:
     if config.model.backbone.frozen:
-      logging.warning("the backbone is frozen at random weights; set --config.init_from to pretrained ones")
+      logging.warning(
+        "the backbone is frozen at random weights; set --config.init_from to pretrained ones"
+      )
     return arrays
   check_preprocessing(config, read_config(config.init_from))
   other = checkpoints.manager(config.init_from)

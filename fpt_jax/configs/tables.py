@@ -1,6 +1,6 @@
-"""The rows of the paper's tables, each as the argument of a config file, with its figures.
+"""The rows of the paper's tables, each as the words behind the colon of a config file, with its figures.
 
-A row's `box` and `mask` are AP, AP50, AP75, APs, APm, APl in percent; None where the paper has none.
+`box` and `mask` of a row are AP, AP50, AP75, APs, APm, APl in percent; None if the paper does not give them.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ class Row:
   """A row of a table.
 
   Attributes:
-    name: what the paper calls it.
-    arg: what stands behind the colon of the config's file.
-    box, mask: the paper's six figures.
-    parameters: in millions, as the paper counts them; None where it does not.
-    gflops: likewise; multiply-adds in 1e9.
-    config: the file in `configs`, without its ending.
-    miou: in percent; of table 4 on the training and the validation set, of table 5 on the data set.
+    name: name of the row in the paper.
+    arg: words behind the colon of the config file.
+    box: the paper's six figures of boxes.
+    mask: the paper's six figures of masks.
+    parameters: the paper's count of parameters in millions; None if it gives none.
+    gflops: the paper's count of multiply-adds in 1e9; None if it gives none.
+    config: name of the config file without its ending.
+    miou: mIoU in percent; table 4: on the training and the validation set; table 5: on the data set.
   """
 
   name: str
@@ -247,8 +248,8 @@ TABLE_4 = (
 )
 
 # Against other methods, dilated ResNet-101: Cityscapes test, ADE20K val, LIP val, PASCAL VOC 2012 test.
-# OCNet's and AFNB's papers have several variants: ours are OCNet with ASP-OC and AFNB with APNB. Which
-# object context stands on a pyramid the paper does not say: base-OC is ours.
+# OCNet's and AFNB's papers have several variants: we use OCNet with ASP-OC, and AFNB with APNB. The paper
+# does not say which object context it puts on a pyramid; base-OC is our choice.
 DATA_SETS = ("cityscapes", "ade20k", "lip", "voc2012")
 METHODS = (
   ("baseline", "head=fcn", (65.3, 40.9, 42.7, 62.2)),
@@ -262,7 +263,7 @@ METHODS = (
   ("ASPP+FPT", "pyramid=aspp", (80.7, 45.2, 54.4, 83.1)),
   ("UFP+FPT", "pyramid=ufp", (82.2, 45.9, 56.2, 85.0)),
 )
-# Theirs are backbones of their own, which are not built here: no row of ours stands beside them.
+# These methods have backbones of their own, which do not exist here, so there is no row of ours.
 NOT_BUILT = (
   ("HRNet", "HRNetV2-W48", (81.6, 44.7, 55.9, 84.5)),
   ("GSCNN", "Wide-ResNet-101", (82.8, None, 55.2, None)),

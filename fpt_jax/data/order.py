@@ -11,6 +11,7 @@ N images of the split, B images of a global batch, K buckets, S steps.
 import functools
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fpt_jax.errors import UserError
 
@@ -20,7 +21,7 @@ _GOLDEN = np.uint64(
 )  # 2**64 / golden ratio: spreads steps evenly over [0, 2**64)
 
 
-def assign_buckets(sizes_N2: np.ndarray, buckets: tuple[tuple[int, int], ...]) -> np.ndarray:
+def assign_buckets(sizes_N2: np.ndarray, buckets: ArrayLike) -> np.ndarray:
   """Finds for each image the smallest bucket that holds it.
 
   Args:

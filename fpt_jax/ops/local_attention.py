@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fpt_jax.ops.mos_attention import Keys, attend, attend_backward, is_written_out
+from fpt_jax.ops.attention_blocks import Keys, attend, attend_backward
+from fpt_jax.ops.mos_attention import is_written_out
 
 # Side of a tile in queries: larger tiles compute more masked products, smaller ones smaller matrices.
 _TILE_QUERIES = 8

@@ -17,12 +17,20 @@ import contextvars
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fpt_jax.ops.attention_blocks import (
+  KeyGradients,
+  Keys,
+  attend,
+  attend_backward,
+  biased_product,
+  product,
+)
 from fpt_jax.ops.mos_attention_tpu import mos_attention_tpu
 
 logger = logging.getLogger(__name__)
@@ -188,7 +196,7 @@ def _centre(q_BQMD, k_BKMD):
 def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK):
   """The literal formula, with the whole matrix of weights in memory."""
   f32 = jnp.float32
-  s_BMQK = _biased_product(
+  s_BMQK = biased_product(
     "bqmd,bkmd->bmqk", q_BQMD, k_BKMD, None if bias_BMK is None else bias_BMK[:, :, None]
   )
   # As in `attend`: finite, so that a row without a valid key gives zeros.
@@ -200,7 +208,7 @@ def _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK):
   # which keeps digits that one long sum would lose.
   pi_BMQ = jnp.broadcast_to(pi_BM.astype(f32)[:, :, None], p_BMQK.shape[:3])
   w_BQK = jnp.einsum("bmq,bmqk->bqk", pi_BMQ, p_BMQK)
-  return _product("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC).astype(v_BKC.dtype)
+  return product("bqk,bkc->bqc", w_BQK.astype(v_BKC.dtype), v_BKC).astype(v_BKC.dtype)
 
 
 def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
@@ -226,7 +234,7 @@ def _block_of_queries(Q: int, K: int) -> int:
   return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
 
 
-def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list["Keys"]:
+def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list[Keys]:
   """Divides the keys into pieces of about equal length, which fit into the caches."""
   K, M = k_BKMD.shape[1:3]
   length = -(-K // (16 * -(-K // _MAX_PIECE))) * 16
@@ -290,131 +298,6 @@ def _chunked_backward(bias_has_gradient, saved, dout_BQC):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-class Keys(NamedTuple):
-  """A piece of the keys and values, in lists of parts: XLA on CPUs is slow along an axis of parts.
-
-  Attributes:
-    k_parts: [B, K, D] keys of each part.
-    v_BKC: [B, K, C] values.
-    bias_parts: biases of each part, [B, 1, K] or another shape that broadcasts with [B, q, K], or None.
-  """
-
-  k_parts: list[jax.Array]
-  v_BKC: jax.Array
-  bias_parts: list[jax.Array | None]
-
-
-class Rows(NamedTuple):
-  """Statistics of each row for the backward pass: `p = exp(s - top) * share`.
-
-  Two numbers, because one, `top + log(sum)`, would lose digits where scores are large.
-
-  Attributes:
-    top_BMq: largest score.
-    share_BMq: inverse of the sum of the exponentials; 0 without a valid key.
-  """
-
-  top_BMq: jax.Array
-  share_BMq: jax.Array
-
-
-class KeyGradients(NamedTuple):
-  """Sums over queries, in the pieces of the keys; keys are the last axis, which is fastest.
-
-  Attributes:
-    dk: [B, D, K] by part and piece.
-    dv: [B, C, K] by piece.
-    dbias: [B, K] by part and piece; empty if the bias has no gradient.
-  """
-
-  dk: list[list[jax.Array]]
-  dv: list[jax.Array]
-  dbias: list[list[jax.Array]]
-
-
-def attend(q_BqMD: jax.Array, keys: list[Keys], pi_BM: jax.Array) -> tuple[jax.Array, Rows]:
-  """Attends from one block of queries to all pieces of the keys.
-
-  Args:
-    q_BqMD: [B, q, M, D] queries, already multiplied by the scale.
-    keys: all pieces of the keys.
-    pi_BM: [B, M] float32 weight of each part.
-
-  Returns:
-    out_BqC of the values' dtype, and the statistics of the rows for `attend_backward`.
-  """
-  dtype = keys[0].v_BKC.dtype
-  w_pieces: list[Any] = [0.0] * len(keys)
-  tops, shares = [], []
-  for m in range(pi_BM.shape[1]):
-    s_pieces = [_scores(q_BqMD, piece, m) for piece in keys]
-    # The largest score of a row without a valid key is -inf; a finite one avoids NaN.
-    lowest = jnp.finfo(s_pieces[0].dtype).min
-    top_Bq = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in s_pieces], lowest)
-    # The barrier keeps XLA from computing the exponentials twice, for their sum and for W.
-    e_pieces = [lax.optimization_barrier(jnp.exp(s - top_Bq[:, :, None])) for s in s_pieces]
-    total_Bq = sum(jnp.sum(e, axis=-1) for e in e_pieces)
-    share_Bq = jnp.where(total_Bq > 0, 1 / total_Bq, 0)
-    factor_Bq1 = (pi_BM[:, m, None] * share_Bq)[:, :, None]
-    w_pieces = [w + factor_Bq1 * e for w, e in zip(w_pieces, e_pieces, strict=True)]
-    tops.append(top_Bq)
-    shares.append(share_Bq)
-  out_BqC: Any = sum(
-    _product("bqk,bkc->bqc", w.astype(dtype), piece.v_BKC)
-    for w, piece in zip(w_pieces, keys, strict=True)
-  )
-  return out_BqC.astype(dtype), Rows(jnp.stack(tops, axis=1), jnp.stack(shares, axis=1))
-
-
-def attend_backward(
-  q_BqMD: jax.Array,
-  dout_BqC: jax.Array,
-  rows: Rows,
-  keys: list[Keys],
-  pi_BM: jax.Array,
-  bias_has_gradient: bool,
-) -> tuple[jax.Array, KeyGradients, jax.Array]:
-  """Computes the gradients of `attend` for one block of queries, in float32.
-
-  Args:
-    q_BqMD, keys, pi_BM: as for `attend`.
-    dout_BqC: [B, q, C] gradient of the output.
-    rows: statistics from `attend`.
-    bias_has_gradient: whether to compute the gradient of the bias.
-
-  Returns:
-    dq_BqMD; the sums over these queries for the keys, where those of k and of the bias still lack the
-    factor pi of their part (multiplying after the sum over all blocks is cheaper); and delta_BMq, whose
-    sum over the queries is the gradient of pi.
-  """
-  dtype = q_BqMD.dtype
-  dw_pieces = [_product("bqc,bkc->bqk", dout_BqC, piece.v_BKC) for piece in keys]
-  w_pieces: list[Any] = [0.0] * len(keys)
-  dq_parts, deltas = [], []
-  sums = KeyGradients([], [], [])
-  for m in range(pi_BM.shape[1]):
-    top_Bq1, share_Bq1 = (x[:, m, :, None] for x in rows)
-    p_pieces = [jnp.exp(_scores(q_BqMD, piece, m) - top_Bq1) * share_Bq1 for piece in keys]
-    pi_B11 = pi_BM[:, m, None, None]
-    w_pieces = [w + pi_B11 * p for w, p in zip(w_pieces, p_pieces, strict=True)]
-    # As a matrix product, this sum over the row writes no array of its size to memory.
-    products = [_product("bqk,bqk->bq", p, dw) for p, dw in zip(p_pieces, dw_pieces, strict=True)]
-    delta_Bq = sum(products)
-    ds_pieces = [p * (dw - delta_Bq[:, :, None]) for p, dw in zip(p_pieces, dw_pieces, strict=True)]
-    if bias_has_gradient:
-      sums.dbias.append([jnp.sum(ds, axis=1) for ds in ds_pieces])
-    ds_pieces = [ds.astype(dtype) for ds in ds_pieces]
-    sums.dk.append([_product("bqd,bqk->bdk", q_BqMD[:, :, m], ds) for ds in ds_pieces])
-    dq_BqD = sum(
-      _product("bqk,bkd->bqd", ds, piece.k_parts[m])
-      for ds, piece in zip(ds_pieces, keys, strict=True)
-    )
-    dq_parts.append(pi_B11 * dq_BqD)
-    deltas.append(delta_Bq)
-  sums.dv.extend(_product("bqc,bqk->bck", dout_BqC, w.astype(dtype)) for w in w_pieces)
-  return jnp.stack(dq_parts, axis=2), sums, jnp.stack(deltas, axis=1)
-
-
 def _zero_key_gradients(keys: list[Keys], bias_has_gradient: bool) -> KeyGradients:
   def zeros(x_BK):
     B, K, *channels = x_BK.shape
@@ -431,26 +314,6 @@ def _zero_key_gradients(keys: list[Keys], bias_has_gradient: bool) -> KeyGradien
 def _join_pieces(parts):
   """A list of parts of lists of pieces [B, ..., K] -> [B, M, ..., K]."""
   return jnp.stack([jnp.concatenate(pieces, axis=-1) for pieces in parts], axis=1)
-
-
-def _product(subscripts, a, b):
-  return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-
-
-def _scores(q_BqMD, keys: Keys, m):
-  return _biased_product("bqd,bkd->bqk", q_BqMD[:, :, m], keys.k_parts[m], keys.bias_parts[m])
-
-
-def _biased_product(subscripts, q_D, k_D, bias):
-  """Products over the last axis D plus a bias that broadcasts with them, or None."""
-  if bias is None:
-    return _product(subscripts, q_D, k_D)
-  half = q_D.shape[-1] // 2
-  if half < 64 or q_D.dtype == jnp.bfloat16:
-    return _product(subscripts, q_D, k_D) + bias
-  # Two partial sums lose fewer digits than one, which matters for distances.
-  first = _product(subscripts, q_D[..., :half], k_D[..., :half])
-  return first + bias + _product(subscripts, q_D[..., half:], k_D[..., half:])
 
 
 def _split(x_BQ, block):

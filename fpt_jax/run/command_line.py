@@ -80,27 +80,36 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     _check_config(argv)
     return flags.FLAGS(argv)
-  except (flags.Error, ValueError, OSError, UserError, AttributeError, KeyError, TypeError) as error:
+  except (
+    flags.Error,
+    ValueError,
+    OSError,
+    UserError,
+    AttributeError,
+    KeyError,
+    TypeError,
+  ) as error:
     report_and_exit(error)
     raise
 
 
 def _check_config(argv: list[str]) -> None:
   """Raises UserError unless the config file can be loaded and has every field that is set."""
-  file, overrides = None, []
+  file: str | None = None
+  overrides: list[tuple[str, str | None]] = []
   for i, argument in enumerate(argv):
-    flag, equals, value = argument.lstrip("-").partition("=")
     if not argument.startswith("-"):
       continue
+    flag, equals, value = argument.lstrip("-").partition("=")
     if flag == "config":
-      file = value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+      file = value if equals else next(iter(argv[i + 1 :]), None)
     elif flag.startswith(("config.", "noconfig.")):
       overrides.append((flag.partition(".")[2], value if equals else None))
   if file is None or "config" not in flags.FLAGS:
     return
   config = load_config(file)
-  for path, value in overrides:
-    check_field(config, path, value)
+  for path, setting in overrides:
+    check_field(config, path, setting)
 
 
 def load_config(file: str) -> ConfigDict:
@@ -120,8 +129,9 @@ def load_config(file: str) -> ConfigDict:
   except UserError as error:
     raise UserError(f"--config={file}: {error}") from error
   except Exception as error:  # whatever a user's file raises
-    wrapped = str(error).startswith("Error whilst parsing config file") and error.__context__
-    original = error.__context__ if wrapped else error
+    # ml_collections puts the stack trace of some errors into the message of another
+    wrapped = str(error).startswith("Error whilst parsing config file")
+    original = (error.__context__ if wrapped else None) or error
     raise UserError(f"--config={file}: {_explain(original, path)}") from error
 
 

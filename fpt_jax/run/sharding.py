@@ -1,6 +1,6 @@
-"""The device mesh, what lies where on it, and the start of several hosts.
+"""The device mesh, the shardings of arrays, and the start of several hosts.
 
-Data parallelism: every device holds all weights and its share of the images of a global batch.
+Data parallelism: every device has all weights and its share of the images of a global batch.
 """
 
 import os
@@ -14,9 +14,10 @@ from fpt_jax.errors import UserError
 
 
 def initialize() -> None:
-  """Joins the other hosts of a TPU pod or cluster; on a single host there is nothing to do.
+  """Joins the other hosts of a TPU pod or cluster; on a single host it does nothing.
 
-  A pod is recognised by the variables its runtime sets; elsewhere, by JAX_COORDINATOR_ADDRESS.
+  A pod is recognised by the environment variables of its runtime, a cluster by
+  JAX_COORDINATOR_ADDRESS.
   """
   pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
   if (pod or "JAX_COORDINATOR_ADDRESS" in os.environ) and not jax.distributed.is_initialized():
@@ -32,12 +33,13 @@ def mesh(batch_size: int) -> Mesh:
   """All devices along one axis, "data".
 
   Raises:
-    UserError: the global batch cannot be shared evenly.
+    UserError: the devices cannot share the global batch evenly.
   """
   devices = jax.device_count()
   if batch_size % devices:
     raise UserError(
-      f"config.batch_size={batch_size} cannot be shared by {devices} devices; make it a multiple"
+      f"a batch size of {batch_size} cannot be shared by {devices} devices; set config.batch_size and "
+      f"config.eval.batch_size to multiples of {devices}"
     )
   return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -51,7 +53,7 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's images as its part of a global batch."""
+  """This host's images as its part of a global batch on the mesh."""
   return {
     name: jax.make_array_from_process_local_data(over_batch(mesh), value)
     for name, value in batch.items()
@@ -59,7 +61,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-  """Arrays that every host holds, on all devices of the mesh."""
+  """Arrays that every host has, on all devices of the mesh."""
   return {
     name: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
     for name, value in arrays.items()
@@ -67,16 +69,16 @@ def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def local_part(array: jax.Array) -> np.ndarray:
-  """This host's part of an array that is shared out along its first axis."""
+  """This host's part of an array that is sharded along its first axis."""
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def from_all_hosts(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The hosts' parts of a global batch, put together in order along the first axis."""
+  """The hosts' parts of a global batch, concatenated in order along the first axis."""
   if jax.process_count() == 1:
     return values
-  # 64-bit integers travel as pairs of 32 bits: JAX would cut them
+  # 64-bit integers are sent as pairs of 32 bits: JAX would truncate them
   wide = [name for name, value in values.items() if value.dtype == np.int64]
   pairs = {n: np.ascontiguousarray(values[n])[..., None].view(np.int32) for n in wide}
   gathered = multihost_utils.process_allgather(values | pairs, tiled=True)

@@ -42,7 +42,8 @@ def _oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Color:
   )
   linear = np.clip(to_linear @ cones**3, 0, 1)
   gamma = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-  return tuple(round(255 * float(channel)) for channel in gamma)
+  red, green, blue = (round(255 * float(channel)) for channel in gamma)
+  return red, green, blue
 
 
 def contact_sheet(

@@ -118,7 +118,7 @@ def test_words():
 
 
 @pytest.mark.parametrize(
-  ("arg", "told"),
+  ("arg", "words"),
   [
     ("head=hrnet", "head=hrnet: HRNetV2 is a backbone of its own, which does not exist here"),
     ("head=gscnn", "head=gscnn: GSCNN .* does not exist here"),
@@ -126,6 +126,6 @@ def test_words():
     ("torchvision", "the word 'torchvision' does not exist; choose one of small, demo"),
   ],
 )
-def test_what_does_not_exist_is_told(arg, told):
-  with pytest.raises(UserError, match=told):
+def test_what_does_not_exist_is_reported(arg, words):
+  with pytest.raises(UserError, match=words):
     cityscapes.get_config(arg)

@@ -1,4 +1,4 @@
-"""A whole training step compiles for a TPU's chips, and what it needs is told."""
+"""A whole training step compiles for the chips of a TPU, and its memory is reported."""
 
 import re
 import subprocess

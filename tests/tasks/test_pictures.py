@@ -11,7 +11,7 @@ def test_colors_are_stable_and_apart():
   colors = np.array([pictures.category_color(name) for name in common], float)
   distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1)
   assert distances[~np.eye(len(common), dtype=bool)].min() > 25
-  # instances of one category are told apart, but stay nearer to it than half the range
+  # instances of a category differ, by less than half the range
   first, second = (np.array(pictures.category_color("person", i), float) for i in (0, 1))
   assert 15 < np.linalg.norm(first - second) < 130
 

@@ -45,7 +45,7 @@ __all__ = [
   "write_prediction",
 ]
 
-BATCH_KEYS = (
+BATCH_KEYS: tuple[str, ...] = (
   "image_BHWC",
   "size_B2",
   "gt_boxes_BG4",
@@ -54,8 +54,8 @@ BATCH_KEYS = (
   "gt_valid_BG",
 )
 MAIN_METRIC = "bbox/AP"
-FROM_DATA = ("category_ids", "category_names", "num_classes")
-NOT_OF_THE_WEIGHTS = (
+FROM_DATA: tuple[str, ...] = ("category_ids", "category_names", "num_classes")
+NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "test.",
   "rpn.test.",
   "rpn.train.",

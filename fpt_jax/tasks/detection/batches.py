@@ -6,6 +6,7 @@ pixels, N images of a split, K canvases, V views.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import cast
 
 import ml_collections
 import numpy as np
@@ -175,7 +176,7 @@ def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
     truth["categories"].append({"id": category_id, "name": name})
   reader = Reader(data, split)
   for index in range(len(reader)):
-    record = reader.read(index)
+    record = _read(reader, index)
     height, width = record.size
     truth["images"].append(
       {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
@@ -204,11 +205,16 @@ def images(
   reader = Reader(data, split)
   try:
     for index in range(len(reader)):
-      record = reader.read(index)
+      record = _read(reader, index)
       image_HWC = reader.decode(index, record)
       yield record.file_name, image_HWC, _annotations(record, category_ids)
   finally:
     reader.close()
+
+
+def _read(reader: Reader, index: int) -> instances.Record:
+  """A record of a data set with instances."""
+  return cast(instances.Record, reader.read(index))
 
 
 def _annotations(record: instances.Record, category_ids: tuple[int, ...]) -> list[dict]:
@@ -277,12 +283,14 @@ def _batches(
   def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
     short, mirrored = augment(position)
     example = _load(data, reader, index, short, mirrored, bitmaps, overfull)
-    example["valid_B"] = np.bool_(valid)
+    example["valid_B"] = np.array(valid)
     if not valid:
-      example["image_id_B"] = np.int64(-1)
+      example["image_id_B"] = np.array(-1, np.int64)
     if others:
       size = example["original_size_B2"]
-      sizes_V2 = [transforms.resized_size(*size, v.short_edge, v.long_edge) for v in others]
+      sizes_V2 = [
+        transforms.resized_size(size[0], size[1], v.short_edge, v.long_edge) for v in others
+      ]
       example["other_sizes_V2"] = np.array(sizes_V2, np.int32)
     return example
 
@@ -315,9 +323,9 @@ def _load(
   overfull: set[int],
 ) -> dict[str, np.ndarray]:
   """Reads one image, which is not resized yet, and its padded ground truth."""
-  record = reader.read(index)
+  record = _read(reader, index)
   image_HWC = reader.decode(index, record)
-  size = transforms.resized_size(*record.size, short, data.long_edge)
+  size = transforms.resized_size(record.size[0], record.size[1], short, data.long_edge)
 
   x0_G, y0_G, x1_G, y1_G = record.boxes.T
   areas_G = (x1_G - x0_G) * (y1_G - y0_G)
@@ -344,7 +352,7 @@ def _load(
     "image_BHWC": np.ascontiguousarray(image_HWC),
     "size_B2": np.array(size, np.int32),
     "original_size_B2": np.array(record.size, np.int32),
-    "image_id_B": np.int64(record.image_id),
+    "image_id_B": np.array(record.image_id, np.int64),
     "gt_boxes_BG4": _pad(transforms.scale_boxes(boxes_G4, record.size, size), data.max_instances),
     "gt_labels_BG": _pad(record.labels[kept], data.max_instances),
     "gt_valid_BG": np.arange(data.max_instances) < len(kept),

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and masks: pycocotools under detectron2's names, x100."""
+"""COCO's average precision of boxes and masks by pycocotools, x100, with detectron2's names."""
 
 import contextlib
 import io
@@ -23,14 +23,14 @@ def to_coco_results(
   category_ids: np.ndarray,
   rles: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-  """Writes the detections of one image as entries of COCO's results file.
+  """Converts the detections of one image to entries of COCO's results file.
 
   Args:
-    image_id: the image's id in the ground truth.
-    boxes_xyxy: [N, 4] x0 y0 x1 y1 in pixels of the original image.
-    scores: [N] float.
-    category_ids: [N] int, the data set's own ids, not contiguous labels.
-    rles: [N] compressed masks of the original image's size; None: boxes only.
+    image_id: id of the image in the ground truth.
+    boxes_xyxy: boxes (x0, y0, x1, y1) in pixels of the original image, [N, 4].
+    scores: scores, float [N].
+    category_ids: the data set's category ids, not contiguous labels, int [N].
+    rles: compressed masks of the original image's size, [N], or None for boxes only.
 
   Returns:
     N dictionaries of plain Python numbers and strings, ready for `json.dump`.
@@ -39,7 +39,9 @@ def to_coco_results(
   fields = [boxes_xyxy, scores, category_ids] + ([] if rles is None else [rles])
   lengths = [len(field) for field in fields]
   if len(set(lengths)) != 1:
-    raise ValueError(f"as many boxes, scores, category ids and masks expected, got {lengths}")
+    raise ValueError(
+      f"expected the same number of boxes, scores, category ids and masks, got {lengths}"
+    )
   results = []
   for i, (x0, y0, x1, y1) in enumerate(boxes_xyxy.tolist()):
     result = {
@@ -67,20 +69,20 @@ def evaluate(
   """Computes COCO's average precision over all images of the ground truth.
 
   Args:
-    ground_truth: images, annotations and categories in COCO's format; left unchanged. An absent
-      `iscrowd` means 0, an absent `area` is measured.
-    results: entries as `to_coco_results` writes them, at most 100 an image are looked at; left
-      unchanged.
+    ground_truth: images, annotations and categories in COCO's format; not changed. A missing `iscrowd`
+      means 0, a missing `area` is measured.
+    results: entries as `to_coco_results` returns them, of which at most 100 per image count; not
+      changed.
     iou_types: "bbox", "segm" or both.
     per_category: whether to add the AP of each category, as "bbox/AP-person".
 
   Returns:
     "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl" and the same of "segm",
-    from 0 to 100. A figure without any ground truth (COCO's -1) is left out.
+    from 0 to 100. A metric without any ground truth (-1 in COCO) is left out.
 
   Raises:
-    UserError: a result names an image or a category that the ground truth has not, has a score
-      that is not finite, or lacks a mask of its image's size where "segm" is asked for.
+    UserError: a result has an image or a category that the ground truth does not have, a score that is
+      not finite, or, for "segm", no mask of the size of its image.
   """
   images = {image["id"]: image for image in ground_truth["images"]}
   category_ids = {category["id"] for category in ground_truth["categories"]}
@@ -109,7 +111,7 @@ def evaluate(
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
-  """Sets COCO's figures as a table, one row a kind of overlap; "-" where there is none."""
+  """Formats COCO's metrics as a table, one row per kind of overlap; "-" for a missing one."""
   lines = ["      " + "".join(f"{figure:>7}" for figure in FIGURES)]
   for iou_type in ("bbox", "segm"):
     if any(name.startswith(f"{iou_type}/") for name in metrics):
@@ -129,26 +131,28 @@ def _check_result(
   image = images.get(result["image_id"])
   if image is None:
     raise UserError(
-      f"result {i} is of image {result['image_id']}, which is not in the ground truth: "
+      f"result {i} is of image {result['image_id']}, which is not in the ground truth; "
       "use the annotations of the split that was predicted"
     )
   where = f"result {i} (image {result['image_id']})"
   if result["category_id"] not in category_ids:
     raise UserError(
-      f"{where}: category_id {result['category_id']} is not in the ground truth: "
-      "results carry the data set's own ids, not contiguous labels"
+      f"{where}: category_id {result['category_id']} is not in the ground truth; "
+      "results need the data set's category ids, not contiguous labels"
     )
   if not math.isfinite(result["score"]):
-    raise UserError(f"{where}: score {result['score']} is not finite: look for NaN in the model")
+    raise UserError(
+      f"{where}: score {result['score']} is not finite; the model has computed NaN or infinity"
+    )
   if needs_mask:
     mask = result.get("segmentation")
     if mask is None:
-      raise UserError(f"{where} has no segmentation: give it masks, or ask for bbox only")
-    # pycocotools would take masks of another size for misses, silently
+      raise UserError(f"{where} has no segmentation; add masks, or evaluate bbox only")
+    # pycocotools silently counts masks of another size as misses
     if list(mask["size"]) != [image["height"], image["width"]]:
       raise UserError(
         f"{where}: the mask's size is {list(mask['size'])}, the image's "
-        f"{[image['height'], image['width']]}: paste masks at the size of the image file"
+        f"{[image['height'], image['width']]}; paste masks at the size of the image file"
       )
 
 
@@ -166,15 +170,15 @@ def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -
 def _annotations(
   ground_truth: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], iou_type: str
 ) -> list[dict[str, Any]]:
-  """Copies of the annotations, as complete as COCOeval needs them."""
+  """Copies of the annotations with every field that COCOeval needs."""
   annotations = []
   for number, annotation in enumerate(ground_truth["annotations"], start=1):
-    # COCOeval takes an annotation whose id is 0 for "no match", and writes into what it is given
+    # COCOeval takes the id 0 for "no match", and changes the annotations
     annotation = {"iscrowd": 0, **annotation, "id": number}
     if iou_type == "segm" and not annotation.get("segmentation"):
       raise UserError(
         f"annotation {number - 1} (image {annotation['image_id']}) of the ground truth has no "
-        "segmentation: ask for bbox only, or complete the annotations"
+        "segmentation; evaluate bbox only, or complete the annotations"
       )
     if "area" not in annotation:
       annotation["area"] = _area(annotation, images[annotation["image_id"]])
@@ -194,7 +198,7 @@ def _area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> float:
 
 
 def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
-  """The results as annotations; the area is that of what is compared, the box or the mask."""
+  """The results as annotations, with the area of the box or of the mask."""
   detections = []
   for number, result in enumerate(results, start=1):
     if iou_type == "segm":

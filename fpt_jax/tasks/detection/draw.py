@@ -54,7 +54,7 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
   Positive anchors have the colour of their object. Negative anchors, of which a few are drawn, are grey.
   """
   image_HWC = np.clip(np.round(batch["image_BHWC"][i]), 0, 255).astype(np.uint8)
-  canvas = image_HWC.shape[:2]
+  height, width = image_HWC.shape[:2]
   boxes_G4, valid_G = batch["gt_boxes_BG4"][i], batch["gt_valid_BG"][i]
   true_G4 = boxes_G4[valid_G]
   bitmaps_Gmm = batch["gt_masks_BGmm"][i][valid_G].astype(np.float32)
@@ -63,10 +63,10 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
     image_HWC,
     true_G4,
     names,
-    masks=list(mask_ops.paste(bitmaps_Gmm, true_G4, *canvas, aligned=True) >= 0.5),
+    masks=list(mask_ops.paste(bitmaps_Gmm, true_G4, height, width, aligned=True) >= 0.5),
   )
   rpn = config.model.rpn
-  anchors_A4 = anchors_of_canvas(rpn, canvas)
+  anchors_A4 = anchors_of_canvas(rpn, (height, width))
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i)
   sample = _sampled_anchors(FrozenConfigDict(rpn), anchors_A4, boxes_G4, valid_G, key)
   matched_A, labels_A, selected_A = map(np.asarray, sample)
@@ -127,8 +127,9 @@ def draw_detections(
   order = np.arange(len(boxes_N4))
   if scores is not None:
     order = np.argsort(-np.asarray(scores), kind="stable")
-  on_image = (boxes_N4[:, :2] < (width, height)).all(axis=1) & (boxes_N4[:, 2:] > 0).all(axis=1)
-  order = order[on_image[order]].tolist()
+  x0_N, y0_N, x1_N, y1_N = boxes_N4.T
+  on_image_N = (x0_N < width) & (y0_N < height) & (x1_N > 0) & (y1_N > 0)
+  order = order[on_image_N[order]].tolist()
   seen: dict[str, int] = {}
   colors = {}
   for i in order:
@@ -222,7 +223,7 @@ def _tint(
   # a contour takes at most half of a thin object
   thickness = min(0.75 * line, max(1.0, depth.max() / 2))
   alpha = np.maximum(0.38, 0.95 * np.clip(thickness + 0.5 - depth, 0, 1)).astype(np.float32)
-  tinted = (1 - alpha) * image_HWC[window][inside] + alpha * np.float32(color)
+  tinted = (1 - alpha) * image_HWC[window][inside] + alpha * np.array(color, np.float32)
   canvas_HWC[window][inside] = tinted.round().astype(np.uint8)
 
 

@@ -61,7 +61,9 @@ def predictor(
   sizes = [canvases.at_short_edge(config.data, s) for s in views.short_edges(config)]
 
   def view(image_HWC: np.ndarray, data: ConfigDict) -> views.View:
-    size = transforms.resized_size(*image_HWC.shape[:2], data.short_edge, data.long_edge)
+    size = transforms.resized_size(
+      image_HWC.shape[0], image_HWC.shape[1], data.short_edge, data.long_edge
+    )
     canvas = transforms.smallest_canvas(size, data.buckets, canvases.multiple_of(data))
     image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
     return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}

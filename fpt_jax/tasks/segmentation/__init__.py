@@ -41,10 +41,10 @@ __all__ = [
   "write_prediction",
 ]
 
-BATCH_KEYS = ("image_BHWC", "label_BHW", "size_B2")
+BATCH_KEYS: tuple[str, ...] = ("image_BHWC", "label_BHW", "size_B2")
 MAIN_METRIC = "mIoU"
-FROM_DATA = ("class_names", "num_classes", "palette", "swaps")
-NOT_OF_THE_WEIGHTS = ("palette", "swaps", "dtype", "fpt.implementation")
+FROM_DATA: tuple[str, ...] = ("class_names", "num_classes", "palette", "swaps")
+NOT_OF_THE_WEIGHTS: tuple[str, ...] = ("palette", "swaps", "dtype", "fpt.implementation")
 _SIZE = config_values.Rule(
   "(height, width), two positive numbers of pixels",
   lambda size: len(size) == 2 and min(size) >= 1,

@@ -172,7 +172,8 @@ def eval_batches(
 
   def load(_: int, index: int, valid: bool) -> dict[str, np.ndarray]:
     record, image_HWC, label_HW = _read(reader, index)
-    size = tuple(map(int, sizes_N2[index]))
+    height, width = map(int, sizes_N2[index])
+    size = (height, width)
     return _names(record, valid) | {
       "image_BHWC": image_HWC,
       "label_BHW": crops.cut_label(label_HW, crops.Crop(size, (0, 0), size, mirrored=False)),
@@ -255,9 +256,9 @@ def _names(record: AnyRecord, valid: bool) -> dict[str, np.ndarray]:
   """The arrays of a batch that name and describe an image."""
   return {
     "original_size_B2": np.array(record.size, np.int32),
-    "image_id_B": np.int64(record.image_id if valid else -1),
+    "image_id_B": np.array(record.image_id if valid else -1, np.int64),
     "file_name_B": np.array(record.file_name.encode(), object),
-    "valid_B": np.bool_(valid),
+    "valid_B": np.array(valid),
   }
 
 

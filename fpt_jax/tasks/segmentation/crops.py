@@ -58,12 +58,12 @@ def draw(
   else:
     low, high = scale
     resized = scaled_size(size, low + (high - low) * (bits[0] / 2**64))
-  offset = tuple(
+  top, left = (
     bit % (max(edge - room, 0) + 1)
     for bit, edge, room in zip(bits[1:3], resized, canvas, strict=True)
   )
-  valid = tuple(min(edge, room) for edge, room in zip(resized, canvas, strict=True))
-  return Crop(resized, offset, valid, flip and bits[3] >= 2**63)
+  height, width = (min(edge, room) for edge, room in zip(resized, canvas, strict=True))
+  return Crop(resized, (top, left), (height, width), flip and bits[3] >= 2**63)
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

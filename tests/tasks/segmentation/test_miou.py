@@ -90,13 +90,15 @@ def test_another_void():
 
 def test_what_does_not_fit_is_refused():
   truth = np.array([[0, 1]])
-  with pytest.raises(ValueError, match=r"truth of shape \(1, 2\), prediction of \(2, 1\)"):
+  with pytest.raises(
+    ValueError, match=r"truth has shape \(1, 2\) and prediction has shape \(2, 1\)"
+  ):
     miou.confusion_matrix(truth, truth.T, 2)
-  with pytest.raises(ValueError, match=r"truth holds \[7\], classes are 0..1"):
+  with pytest.raises(ValueError, match=r"truth has labels \[7\], classes are 0..1"):
     miou.confusion_matrix(np.array([[0, 7]]), truth, 2)
-  with pytest.raises(ValueError, match=r"prediction holds \[-1, 255\], classes are 0..1"):
+  with pytest.raises(ValueError, match=r"prediction has labels \[-1, 255\], classes are 0..1"):
     miou.confusion_matrix(truth, np.array([[-1, 255]]), 2)
-  with pytest.raises(ValueError, match="for 3 class names"):
+  with pytest.raises(ValueError, match="does not fit 3 class names"):
     miou.scores(np.zeros((2, 2), np.int64), "abc")
 
 

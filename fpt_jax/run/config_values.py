@@ -102,7 +102,16 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
 
 
 def value_at(config: ConfigDict, path: str) -> Any:
-  """Returns the value of a field, its names written with dots between them."""
+  """Returns the value of a field, its names written with dots between them.
+
+  Raises:
+    UserError: the config does not have the field.
+  """
+  value: Any = config
   for name in path.split("."):
-    config = config[name]
-  return config
+    if not isinstance(value, ConfigDict) or name not in value:
+      raise UserError(
+        f"the config has no field {path}, which model.name={config.model.name!r} needs"
+      )
+    value = value[name]
+  return value

@@ -73,6 +73,13 @@ def test_a_model_that_does_not_exist():
     check_config(config)
 
 
+def test_a_model_of_another_task():
+  config = coco_mask.get_config()
+  config.model.name = "segmenter"
+  with pytest.raises(UserError, match=r"no field data\.crop, which model\.name='segmenter' needs"):
+    check_config(config)
+
+
 def test_short_names_of_dtypes():
   config = coco_mask.get_config()
   config.model.dtype = "bf16"

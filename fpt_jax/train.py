@@ -212,7 +212,7 @@ def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
   """
   theirs = preprocessing(other.model)
   for field, value in preprocessing(config.model).items():
-    wanted = theirs.get(field, value)  # earlier versions did not write every field
+    wanted = theirs[field]
     same = value == wanted if isinstance(value, str) else np.allclose(value, wanted, atol=1e-4)
     if not same:
       raise UserError(

@@ -119,7 +119,7 @@ def test_grey_images_and_wrong_inputs():
     draw_detections(grey.astype(np.float32), [[1, 1, 9, 9]], ["a"])
   with pytest.raises(ValueError, match=r"\[1, 2\]"):
     draw_detections(grey, [[1, 1, 9, 9]], ["a", "b"])
-  with pytest.raises(ValueError, match=r"\(400, 400\) expected, got \(28, 28\)"):
+  with pytest.raises(ValueError, match=r"expected a bitmap of \(400, 400\), got \(28, 28\)"):
     draw_detections(grey, [[1, 1, 9, 9]], ["a"], [1.0], np.ones((1, 28, 28)))
 
 

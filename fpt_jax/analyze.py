@@ -1,4 +1,4 @@
-"""The cost of models by module and beside the paper's figures, counted without running them."""
+"""The cost of models, by module and next to the paper's numbers, counted without running them."""
 
 import importlib
 import json
@@ -21,9 +21,8 @@ from fpt_jax.tasks.task import check_config, task_of
 FEATURES = ("backbone", "pyramid", "fpt")
 
 CONVENTIONS = """\
-Multiply-adds are those of convolutions and matrix products; attention is counted apart, written out.
-Parameters are those that gradients may change; activations are the outputs of the counted operations,
-for one image."""
+Multiply-adds are those of convolutions and matrix products; attention is counted separately, by its formula.
+Parameters are those that can be trained; activations are the outputs of the counted operations."""
 
 
 class Analysis(NamedTuple):
@@ -32,9 +31,9 @@ class Analysis(NamedTuple):
   Attributes:
     canvas: (height, width) of the image in pixels.
     dtype: dtype of the computation.
-    modules: cost by module, in the order of the computation. Costs of a module outside its parts have
-      the name of the module, so that the sum of all is the cost of the model.
-    notes: how often a module runs, by module.
+    modules: cost by module, in the order of the computation. The cost of a module outside its parts has
+      the name of the module, so that all costs together are the cost of the model.
+    notes: how often each module runs, by module, for modules that run once per region.
   """
 
   canvas: tuple[int, int]
@@ -177,7 +176,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def format_rows(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
-  """A table's parameters and multiply-adds beside the paper's, and the sums over its parts."""
+  """A table's parameters and multiply-adds next to the paper's, and the sums over its parts."""
   canvases = [" x ".join(map(str, analysis.canvas)) for analysis in analyses]
   one_size = len(set(canvases)) == 1
   lines = [
@@ -206,25 +205,23 @@ def format_rows(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
 
 
 def format_sums(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
-  """The difference of each row with several transformers from the sum of what each adds; "" if none.
+  """Compares rows with several transformers to the sums of what each adds; "" if there are none.
 
-  The paper's rows are "base+X+Y", after "base" and each "base+X".
+  Such a row is named "base+X+Y"; the table also has the rows "base", "base+X" and "base+Y".
   """
-  figures = {
+  counts = {
     row.name: (row.parameters, analysis.total().parameters / 1e6, row.gflops,
                analysis.total().multiply_adds / 1e9)
     for row, analysis in zip(rows, analyses, strict=True)
     if row.parameters and row.gflops
   }  # fmt: skip
   lines = []
-  for name, values in figures.items():
+  for name, values in counts.items():
     base, *parts = name.split("+")
-    if len(parts) < 2 or any(f"{base}+{part}" not in figures for part in parts):
+    if len(parts) < 2 or any(f"{base}+{part}" not in counts for part in parts):
       continue
-    alone = [figures[f"{base}+{part}"] for part in parts]
-    sums = [
-      b + sum(a - b for a in column) for b, *column in zip(figures[base], *alone, strict=True)
-    ]
+    alone = [counts[f"{base}+{part}"] for part in parts]
+    sums = [b + sum(a - b for a in column) for b, *column in zip(counts[base], *alone, strict=True)]
     cells = [f"{v:>9.1f}{s:>9.1f}{v - s:>+8.1f}" for v, s in zip(values, sums, strict=True)]
     lines.append(f"{name:<24}" + "".join(cells))
   if not lines:
@@ -232,12 +229,12 @@ def format_sums(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
   heads = ("parameters, paper, M", "ours", "multiply-adds, paper, G", "ours")
   return "\n".join(
     [
-      "Rows, and the sums of the base and what each part adds to it alone:",
+      "Each row, and the sum of the base and what each part alone adds to it:",
       f"{'':<24}" + "".join(f"{head:>26}" for head in heads),
       f"{'':<24}" + f"{'row':>9}{'sum':>9}{'':>8}" * len(heads),
       *lines,
-      "The difference in our counts is the level's own share of the fusing convolution: a model has it",
-      "once, and it is counted again with each part.",
+      "The difference in our counts is the level's own share of the fusing convolution: a row has it once,",
+      "while the sum counts it once per part.",
     ]
   )
 
@@ -245,13 +242,13 @@ def format_sums(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
 def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
   """The table as Markdown."""
   known = any(row.parameters or row.gflops for row in rows)  # from the paper
-  beside = " / paper" if known else ""
+  paper = " / paper" if known else ""
   heads = (
     "row",
     "`--config=`",
     f"paper, {'box / mask AP' if rows[0].miou is None else 'mIoU'}",
-    f"parameters, M: ours (features){beside}",
-    f"multiply-adds, G: ours (features){beside}",
+    f"parameters, M: ours (features){paper}",
+    f"multiply-adds, G: ours (features){paper}",
     "attention, G",
   )
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -260,7 +257,7 @@ def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
     cells = (
       row.name,
       f"`configs/{row.config}.py{':' * bool(row.arg)}{row.arg}`",
-      " / ".join(_number(figure, 1) for figure in figures_of(row)),
+      " / ".join(_number(value, 1) for value in results_of(row)),
       f"{whole.parameters / 1e6:.1f} ({features.parameters / 1e6:.1f})"
       + f" / {_number(row.parameters, 1)}" * known,
       f"{whole.multiply_adds / 1e9:.1f} ({features.multiply_adds / 1e9:.1f})"
@@ -271,11 +268,11 @@ def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
   return "\n".join(lines)
 
 
-def figures_of(row: Row) -> tuple[float | None, ...]:
-  """The paper's figures of a row: mIoU, or box AP and mask AP."""
+def results_of(row: Row) -> tuple[float | None, ...]:
+  """The paper's results of a row: mIoU, or box AP and mask AP."""
   if row.miou is not None:
     return row.miou
-  return tuple(figures[0] if figures else None for figures in (row.box, row.mask))
+  return tuple(metrics[0] if metrics else None for metrics in (row.box, row.mask))
 
 
 def _write(workdir: str, content: dict) -> None:

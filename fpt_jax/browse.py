@@ -17,8 +17,8 @@ SHEET_CELL_WIDTH = 800  # pixels
 def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
   """Draws the first training images of a run, in the order of training.
 
-  Writes `browse/<number>_<image id>.png` and all of them as `browse/contact_sheet.png`. It needs neither
-  a model nor a checkpoint.
+  Writes `browse/<number>_<image id>.png` and all of them as `browse/contact_sheet.png`. Needs neither a
+  model nor a checkpoint.
 
   Args:
     config: config of a run.
@@ -26,7 +26,7 @@ def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
     num_images: number of images.
 
   Raises:
-    UserError: the data cannot be read or do not fit the config.
+    UserError: the data cannot be read, or do not fit the config.
   """
   check_config(config)
   task = task_of(config)

@@ -7,7 +7,7 @@ Any field of the config can be set: --config.batch_size=16 --config.data.source=
 
 import os
 
-# TensorFlow only reads images here; its messages about its own speed do not matter.
+# TensorFlow only reads images here, so its messages about performance do not matter.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -30,11 +30,13 @@ MODES = ("prepare", "browse", "train", "eval", "predict", "analyze")
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file, perhaps followed by a colon and words. browse, eval, predict and analyze use the "
-  "config of the run in --workdir without it.",
+  "Config file, optionally followed by a colon and words. Without it, browse, eval, predict and "
+  "analyze use the config of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", "", "Folder of the run: checkpoints, metrics and pictures. A disk or gs://bucket/run."
+  "workdir",
+  "",
+  "Folder of the run, for checkpoints, metrics and pictures: a local path or gs://bucket/run.",
 )
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -53,9 +55,9 @@ _IMAGES = flags.DEFINE_list(
   "Image files and folders for --mode=predict; the images of config.data.eval_split by default.",
 )
 _TABLE = flags.DEFINE_integer(
-  "table", None, "For --mode=analyze: all rows of this table of the paper, instead of a config."
+  "table", None, "For --mode=analyze: count all rows of this table of the paper, not one config."
 )
-_MARKDOWN = flags.DEFINE_bool("markdown", False, "Print a --table as Markdown.")
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "Print the --table as Markdown.")
 _NUM_IMAGES = flags.DEFINE_integer(
   "num_images", 12, "Number of training images to draw in --mode=browse.", lower_bound=1
 )
@@ -94,7 +96,11 @@ def main() -> None:
 
 
 def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
-  """The config of the run in `workdir`, or `config` if it describes the same model."""
+  """Returns `config`, or the config of the run in `workdir` if it is None.
+
+  Raises:
+    UserError: there is no run in `workdir`, or `config` describes another model.
+  """
   task = task_of(config or read_config(workdir))
   return config_of_run(
     workdir, config, from_data=task.FROM_DATA, not_of_the_weights=task.NOT_OF_THE_WEIGHTS
@@ -102,10 +108,10 @@ def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
 
 
 def run_analyze(config: ConfigDict | None, workdir: str) -> None:
-  """--mode=analyze."""
+  """Runs --mode=analyze."""
   if _TABLE.value is not None:
     if config is not None:
-      raise UserError("--table counts the configs of its rows; leave out --config or --table")
+      raise UserError("--table counts the configs of all its rows; leave out --config or --table")
     analyze.analyze_table(_TABLE.value, workdir, markdown=_MARKDOWN.value)
     return
   if config is None and not workdir:
@@ -114,7 +120,7 @@ def run_analyze(config: ConfigDict | None, workdir: str) -> None:
 
 
 def run_eval(config: ConfigDict, workdir: str) -> None:
-  """--mode=eval."""
+  """Runs --mode=eval."""
   restored = open_run(workdir, config, _STEP.value)
   mesh = sharding.mesh(config.eval.batch_size)
   arrays = sharding.replicate(restored.arrays, mesh)
@@ -122,7 +128,7 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
 
 
 def run_predict(config: ConfigDict, workdir: str) -> None:
-  """--mode=predict."""
+  """Runs --mode=predict."""
   restored = open_run(workdir, config, _STEP.value)
   if _IMAGES.value:
     files = image_files(_IMAGES.value)

@@ -7,13 +7,15 @@ from fpt_jax.errors import UserError
 
 
 def total_steps(config) -> int:
-  """The number of training steps: `config.steps`, or `config.train_images` / `config.batch_size`."""
+  """Returns the number of training steps: `config.steps`, or `config.train_images` / `config.batch_size`."""
   return config.steps or max(1, round(config.train_images / config.batch_size))
 
 
 def schedule(config) -> optax.Schedule:
-  """The learning rate of each step: linear warm-up, then "step" decays (paper, 4.1), half a "cosine",
-  or "poly", a power of the remaining share of the training (paper, 4.2).
+  """Returns the learning rate as a function of the step.
+
+  A linear warm-up is followed by "step" decays (paper, 4.1), half a "cosine", or "poly": a power of the
+  remaining share of the steps (paper, 4.2).
 
   Raises:
     UserError: the schedule does not exist.
@@ -45,7 +47,7 @@ def schedule(config) -> optax.Schedule:
 
 
 def trainable(config, parameters: set[str]) -> set[str]:
-  """The names of the parameters that gradients change; those of a frozen backbone are left out.
+  """Returns the names of the trained parameters: all but those that the config freezes.
 
   Raises:
     UserError: no parameter begins with a name in `config.optim.frozen`.
@@ -54,7 +56,7 @@ def trainable(config, parameters: set[str]) -> set[str]:
   for module in config.optim.frozen:
     if not any(_is_in(module, name) for name in parameters):
       raise UserError(
-        f"config.optim.frozen has {module!r}, and no parameter begins with it; --mode=analyze lists "
+        f"config.optim.frozen has {module!r}, but no parameter begins with it; --mode=analyze lists "
         "the modules"
       )
   return {name for name in parameters if not any(_is_in(module, name) for module in frozen)}
@@ -66,7 +68,7 @@ def _is_in(module: str, name: str) -> bool:
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """SGD with momentum; weight decay joins the gradient before the momentum (paper, 4.1)."""
+  """Returns SGD with momentum; weight decay is added to the gradient before the momentum (paper, 4.1)."""
   optim = config.optim
   return optax.chain(
     optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),

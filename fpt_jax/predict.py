@@ -23,7 +23,7 @@ SHEET_COLUMNS = 3
 
 
 class Subject(NamedTuple):
-  """An image to predict.
+  """An image to make a prediction for.
 
   Attributes:
     name: name of its file.
@@ -39,11 +39,11 @@ class Subject(NamedTuple):
 def predict(
   restored: Restored, subjects: Iterator[Subject], total: int, workdir: str, *, min_score: float
 ) -> None:
-  """Predicts images and draws the predictions, beside the ground truth where there is one.
+  """Makes predictions for images and draws them, next to the ground truth where there is one.
 
-  Writes `predictions/<name>.png` for every image, the first of them together as
-  `predictions/contact_sheet.png`, all entries of the task as `predictions/predictions.json`, and the
-  task's other files, such as `predictions/<name>_labels.png`.
+  Writes `predictions/<name>.png` for every image, `predictions/contact_sheet.png` with the first of
+  them, `predictions/predictions.json` with the task's entries for all of them, and the task's other
+  files, such as `predictions/<name>_labels.png`.
 
   Args:
     restored: the model.
@@ -80,7 +80,15 @@ def predict(
 
 
 def subjects_of_files(files: list[pathlib.Path], *, skip_bad: bool) -> Iterator[Subject]:
-  """Yields the images in files; an unreadable one raises UserError, or is logged and counted."""
+  """Yields the images in files.
+
+  Args:
+    files: image files.
+    skip_bad: whether to log and skip files that cannot be read.
+
+  Raises:
+    UserError: a file cannot be read, and `skip_bad` is False.
+  """
   bad = 0
   for file in files:
     try:

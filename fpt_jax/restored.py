@@ -39,7 +39,7 @@ class Restored:
 
   @functools.cached_property
   def infer(self) -> Callable[[np.ndarray], Found]:
-    """Inference on one image in the task's own form, see `tasks.task.Task.predictor`."""
+    """Inference on one image; the result has the task's form, see `tasks.task.Task.predictor`."""
     return task_of(self.config).predictor(self.config, self.structure, self.arrays)
 
   def predict(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -86,7 +86,7 @@ def restore(workdir: str, step: int | None = None) -> Restored:
 
 
 def open_run(workdir: str, config: ConfigDict, step: int | None = None) -> Restored:
-  """As `restore`, with another config of the same model; thresholds and data may differ."""
+  """Like `restore`, with another config of the same model; thresholds and data may differ."""
   check_config(config)
   saved = checkpoints.manager(workdir)
   step = checkpoints.choose_step(saved, step)

@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom."""
+"""The training loop."""
 
 import signal
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   """Trains from the newest checkpoint of `workdir`, or from the start, to the config's last step.
 
   Args:
-    config: a whole config, see `fpt_jax.configs`.
+    config: a complete config, see `fpt_jax.configs`.
     workdir: folder of the run, on a disk or in a bucket.
 
   Returns:
@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   task.adopt_classes(config, data.info(config.data))
   first_host = jax.process_index() == 0
 
-  # Model and optimizer, as dictionaries of arrays beside a skeleton.
+  # Model and optimizer: a skeleton, and dictionaries of arrays.
   mesh = sharding.mesh(config.batch_size)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
@@ -56,7 +56,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   total_steps = optim.total_steps(config)
   step_key = jax.random.key(config.seed)
 
-  # Where to start: the run's newest checkpoint, other weights, or random ones.
+  # Initial state: the run's newest checkpoint, or other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
   shapes = structure.shapes
   if saved.all_steps():
@@ -114,7 +114,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         jax.block_until_ready(losses)
         logging.info("first step, compilation included: %.0f s", clock.restart(done))
 
-      stopping = stop.asked  # read once: a signal may come at any moment
+      stopping = stop.received  # read once: a signal may arrive at any moment
       last = done == total_steps or stopping
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
       log_due = done % config.log_every == 0 or last
@@ -122,9 +122,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         losses = finite_losses(pending)
         pending = []
       if log_due and metrics:
-        figures = clock.figures(done)
-        metrics.write(done, losses | {"lr": float(rate(done - 1))} | figures)
-        logging.info("%s", clock.line(done, losses, figures))
+        speeds = clock.speeds(done)
+        metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds)
+        logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
         save(done)
       if stopping:
@@ -167,7 +167,7 @@ def make_train_step(
 
 
 def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[str, jax.Array]:
-  """Initial weights, replaced by those of `config.init_from` where it has an array of the same name.
+  """Returns random weights, replaced by those of `config.init_from` where its arrays fit the model.
 
   Raises:
     UserError: `config.init_from` has no array that fits, or its weights need other preprocessing.
@@ -201,7 +201,7 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
 
 
 def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
-  """Checks that a run prepares images as the weights that it starts from need them.
+  """Checks that a run preprocesses images as its initial weights need it.
 
   Args:
     config: config of the run.
@@ -244,7 +244,7 @@ class StopSignal:
   SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
   def __init__(self):
-    self.asked = False
+    self.received = False
 
   def __enter__(self):
     self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
@@ -257,5 +257,5 @@ class StopSignal:
   def _remember(self, number, frame):
     del frame
     logging.warning("signal %d: saving after this step; send it again to stop at once", number)
-    self.asked = True
+    self.received = True
     signal.signal(number, self._before[number])

@@ -69,7 +69,7 @@ def test_a_frozen_backbone_is_not_trained():
   config.optim.frozen = ("backbone", "rpn.conv.bias")
   assert optim.trainable(config, names) == {"fpt.fuse.0.kernel"}
   config.optim.frozen = ("fpt.fus",)
-  with pytest.raises(UserError, match="and no parameter begins with it"):
+  with pytest.raises(UserError, match="but no parameter begins with it"):
     optim.trainable(config, names)
 
 

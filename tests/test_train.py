@@ -102,7 +102,7 @@ def test_another_model_is_refused_and_nothing_is_touched(finished):
   with pytest.raises(UserError, match=r"model\.mask_head\.hidden was 8, now 4"):
     train(tiny_config(steps=6, model__mask_head__hidden=4), str(workdir))
   (workdir / "config.json").rename(workdir / "away.json")
-  with pytest.raises(UserError, match=r"step 6 in .* is of another model: .*mask_head"):
+  with pytest.raises(UserError, match=r"step 6 in .* belongs to another model: .*mask_head"):
     train(tiny_config(steps=8, model__mask_head__hidden=4), str(workdir))
   (workdir / "away.json").rename(workdir / "config.json")
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before

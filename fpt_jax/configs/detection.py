@@ -1,6 +1,6 @@
-"""The fields of detection, and the words behind the colon of its benchmarks.
+"""The fields of detection, and the words after the colon of its benchmarks.
 
-One assignment per line, with its comment: the documentation's list of fields is made from them.
+Each field is assigned on its own line. Its comment is its description in the documentation.
 """
 
 from ml_collections import ConfigDict
@@ -10,76 +10,86 @@ from fpt_jax.configs.base import base
 
 
 def detection() -> ConfigDict:
-  """Mask R-CNN with FPT on a bottom-up pyramid of a frozen ResNet-50 (paper, section 4.1)."""
+  """Returns the config of Mask R-CNN with FPT on a pyramid of a frozen ResNet-50 (paper, section 4.1)."""
   config = base()
   data, model = config.data, config.model
   data.annotations = ""  # one annotation file in COCO's format, instead of data.source
-  data.images = ""  # its folder of images; every tenth image is in the split "val"
-  data.long_edge = 1000  # longest edge of an image, pixels
-  data.max_instances = 100  # ground truths per image; the largest are kept
+  # folder of the images of data.annotations; every tenth image is in the split "val"
+  data.images = ""
+  data.long_edge = 1000  # upper bound of the longer edge of a resized image, pixels
+  # largest number of ground truths per image; the largest objects are kept
+  data.max_instances = 100
 
-  model.category_ids = ()  # the data set's id of each class; (): taken from the data
+  model.category_ids = ()  # category id of each class in the data set; (): taken from the data
   model.category_names = ()  # name of each class
-  model.canonical_size = 224.0  # side of the smallest square region that is pooled from P4, pixels
-  model.aligned = True  # RoIAlign with the half-pixel offset; False: as torchvision's Mask R-CNN
+  # side of the smallest square region that is pooled from P4, pixels
+  model.canonical_size = 224.0
+  model.aligned = True  # RoIAlign with the half-pixel offset; False: as in torchvision's Mask R-CNN
   pyramid = model.pyramid
-  pyramid.norm = "none"  # behind each convolution of the pyramid: none, sync_bn, bn or group_norm
-  # of the backbone's levels, before the pyramid: none, sync_bn, bn, group_norm
+  # normalisation after each convolution of the pyramid: none, sync_bn, bn (statistics per device) or
+  # group_norm
+  pyramid.norm = "none"
+  # normalisation of the backbone's levels before the pyramid: none, sync_bn, bn (statistics per device) or
+  # group_norm
   pyramid.level_norm = "none"
   rpn = model.rpn = ConfigDict()
-  rpn.anchor_sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))  # pixels, one tuple per level
-  rpn.aspect_ratios = (0.5, 1.0, 2.0)  # height / width
+  # sides of the square anchors of each level, pixels
+  rpn.anchor_sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+  rpn.aspect_ratios = (0.5, 1.0, 2.0)  # height / width of the anchors
   rpn.fg_threshold = 0.7  # IoU from which an anchor is positive
   rpn.bg_threshold = 0.3  # IoU below which an anchor is negative
-  rpn.samples = 256  # anchors per image in the loss
-  rpn.positive_fraction = 0.5  # largest share of positives among them
+  rpn.samples = 256  # anchors per image in the RPN's loss
+  rpn.positive_fraction = 0.5  # largest share of positive anchors in the RPN's loss
   rpn.nms_threshold = 0.7  # IoU above which a proposal suppresses another
-  # train: proposals per level before NMS, and per image after it
-  rpn.train = ConfigDict(dict(pre_nms=2000, post_nms=2000))
-  # the same for evaluation
-  rpn.test = ConfigDict(dict(pre_nms=1000, post_nms=1000))
+  rpn.train = ConfigDict()
+  rpn.train.pre_nms = 2000  # in training: proposals per level before NMS
+  rpn.train.post_nms = 2000  # in training: proposals per image after NMS
+  rpn.test = ConfigDict()
+  rpn.test.pre_nms = 1000  # in evaluation: proposals per level before NMS
+  rpn.test.post_nms = 1000  # in evaluation: proposals per image after NMS
   box_head = model.box_head = ConfigDict()
-  box_head.pool_size = 7  # side of a pooled region, positions
+  box_head.pool_size = 7  # side of a region that is pooled for the box head, positions
   box_head.sampling_ratio = 2  # sampling points of RoIAlign per bin and axis
-  box_head.hidden = 1024  # channels of the two fully connected layers
-  box_head.samples = 512  # regions per image in the loss
-  box_head.positive_fraction = 0.25  # largest share of positives among them
+  box_head.hidden = 1024  # channels of the box head's two fully connected layers
+  box_head.samples = 512  # regions per image in the box head's loss
+  box_head.positive_fraction = 0.25  # largest share of positive regions in the box head's loss
   box_head.fg_threshold = 0.5  # IoU from which a region is positive
   mask_head = model.mask_head = ConfigDict()
-  mask_head.enabled = True  # False: Faster R-CNN
-  mask_head.pool_size = 14  # side of a pooled region, positions
+  mask_head.enabled = True  # predict masks; False: Faster R-CNN
+  mask_head.pool_size = 14  # side of a region that is pooled for the mask head, positions
   mask_head.sampling_ratio = 2  # sampling points of RoIAlign per bin and axis
-  mask_head.hidden = 256  # channels of the convolutions
-  mask_head.layers = 4  # number of 3x3 convolutions
+  mask_head.hidden = 256  # channels of the mask head's convolutions
+  mask_head.layers = 4  # number of the mask head's 3x3 convolutions
   test = model.test = ConfigDict()
   test.score_threshold = 0.05  # detections with a lower score are discarded
   test.nms_threshold = 0.5  # IoU above which a detection suppresses another of its class
-  test.detections_per_image = 100  # the best are kept
-  test.max_candidates = 2000  # boxes of all classes that enter NMS
+  test.detections_per_image = 100  # largest number of detections per image; the best are kept
+  test.max_candidates = 2000  # largest number of boxes per image, of all classes, that enter NMS
 
   evaluation = config.eval
-  # shorter edges of the images, pixels; detections at all of them are combined; (): data.short_edge
+  # shorter edges of evaluation images, pixels; the detections at all sizes are combined; (): data.short_edge
   evaluation.short_edges = ()
   return config.lock()
 
 
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
-  """Returns the config that the words behind the colon of its file ask for, in any order.
+  """Returns the config changed by the words after the colon of its file, in any order.
 
   Words: `small`, `tiny`, `demo` or `torchvision`, and `multiscale`. Settings: those of `SETTINGS`,
   such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
-    UserError: a word, a setting or its value does not exist, or two exclude each other.
+    UserError: a word, a setting or its value does not exist, or two of them exclude each other.
   """
   return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words=WORDS)
 
 
 def set_backbone(config: ConfigDict, value: str) -> None:
-  """As `variants.set_backbone`; the levels of EfficientNet-Lite0 are normalised.
+  """Like `variants.set_backbone`; the levels of EfficientNet-Lite0 are normalised.
 
-  They end in convolutions without an activation, and with ImageNet weights their standard deviations
-  are 3 to 10. A pyramid of convolutions alone passes that on, and training diverges at usual rates.
+  These levels end in convolutions without an activation, and with ImageNet weights their standard deviations
+  are 3 to 10. A pyramid of convolutions alone preserves this scale, and training diverges at usual
+  learning rates.
   """
   variants.set_backbone(config, value)
   config.model.pyramid.level_norm = "sync_bn" if value == "efficientnet_lite0" else "none"
@@ -98,23 +108,23 @@ def set_sbn(config: ConfigDict, value: str) -> None:
 
 
 def multiscale(config: ConfigDict) -> None:
-  """Training images of random sizes, from half the usual one: multi-scale training of PANet."""
+  """Sets random sizes of training images, from half the usual one: multi-scale training as in PANet."""
   config.data.train_sizes = (config.data.short_edge // 2, config.data.short_edge)
 
 
 def torchvision(config: ConfigDict) -> None:
-  """The detector that equals torchvision's fasterrcnn/maskrcnn_resnet50_fpn, for its weights."""
+  """Sets the detector that equals torchvision's fasterrcnn/maskrcnn_resnet50_fpn, for its weights."""
   config.data.long_edge = 1333
-  config.data.buckets = ()  # convolutions see the canvas beyond an image: it must be torchvision's
+  config.data.buckets = ()  # the canvas beyond an image affects convolutions: it must be as in torchvision
   config.model.num_classes = 90
-  config.model.category_ids = tuple(range(1, 91))  # COCO's own ids, with their gaps
+  config.model.category_ids = tuple(range(1, 91))  # COCO's ids, with their gaps
   config.model.aligned = False
   config.model.pyramid.name = "fpn"
   config.model.fpt.enabled = False
 
 
 def small(config: ConfigDict) -> None:
-  """A narrow ResNet-18 from scratch at low resolution: real images on two CPU cores."""
+  """Sets a narrow ResNet-18 from scratch at low resolution: real images on two CPU cores."""
   config.data.short_edge = 192
   config.data.long_edge = 256
   config.data.buckets = ((192, 256), (256, 192))
@@ -136,7 +146,7 @@ def small(config: ConfigDict) -> None:
 
 
 def tiny(config: ConfigDict) -> None:
-  """As `small` at 120 pixels, where attention costs a sixth; regions are pooled one level finer."""
+  """Like `small`, at 120 pixels, where attention costs a sixth; regions are pooled one level finer."""
   small(config)
   config.data.short_edge = 120
   config.data.long_edge = 160
@@ -146,7 +156,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def demo(config: ConfigDict) -> None:
-  """Generated images of 128 x 128 and a narrower network: minutes on two CPU cores."""
+  """Sets generated images of 128 x 128 and a narrower network: minutes on two CPU cores."""
   small(config)
   config.data.name = "context_shapes"
   config.data.short_edge = config.data.long_edge = 128

@@ -1,6 +1,6 @@
-"""The fields of semantic segmentation, and the words behind the colon of its benchmarks.
+"""The fields of semantic segmentation, and the words after the colon of its benchmarks.
 
-One assignment per line, with its comment: the documentation's list of fields is made from them.
+Each field is assigned on its own line. Its comment is its description in the documentation.
 """
 
 from ml_collections import ConfigDict
@@ -11,42 +11,40 @@ from fpt_jax.errors import UserError
 
 
 def segmentation() -> ConfigDict:
-  """UFP and FPT on a frozen dilated ResNet-101, trained on Cityscapes (paper, sections 3.5, 4.2)."""
+  """Returns the config of UFP and FPT on a frozen dilated ResNet-101 (paper, sections 3.5, 4.2)."""
   config = base()
   data, model = config.data, config.model
   config.train_images = 120 * 2975  # the paper's epochs times the images of the training split
   data.name = "cityscapes"
-  data.crop = (969, 969)  # size (height, width) of a training image, pixels
-  data.scale = (0.5, 2.0)  # training images are resized by a random factor in this range
+  data.crop = (969, 969)  # size (height, width) of a training crop, pixels
+  # range of the random factor that training images are resized by, unless data.train_sizes is set
+  data.scale = (0.5, 2.0)
   data.short_edge = 0
   data.buckets = ()
 
   model.name = "segmenter"
   model.num_classes = 19
   model.class_names = ()  # name of each class; (): taken from the data
-  model.palette = ()  # R, G, B of each class
-  model.class_weights = ()  # weight of each class's pixels in the loss; (): 1
-  model.swaps = ()  # pairs of classes that a mirrored image exchanges, such as left and right arm
-  # of the pyramid and the heads: sync_bn, bn (per device), group_norm or none
+  model.palette = ()  # colour of each class in pictures, R, G, B; (): taken from the data
+  model.class_weights = ()  # weight of each class's pixels in the loss; (): 1 for all
+  # pairs of classes that are exchanged when an image is mirrored, such as left and right arm
+  model.swaps = ()
+  # normalisation in the pyramid and the heads: sync_bn, bn (statistics per device), group_norm or none
   model.norm = "sync_bn"
   model.backbone.name = "resnet101"
-  model.backbone.output_stride = 8  # of the last level, pixels: 8, 16 or 32
+  model.backbone.output_stride = 8  # stride of the backbone's last level, pixels: 8, 16 or 32
   model.pyramid.name = "ufp"
-  model.pyramid.kernels = (
-    1,
-    7,
-    15,
-    31,
-  )  # of ufp: sides of the windows, positions of the last level
+  # ufp: sides of the windows, positions of the last level
+  model.pyramid.kernels = (1, 7, 15, 31)
   model.fpt.window = 5
   model.fpt.drop_block_size = 3
   model.head.name = "fcn"
-  model.head.hidden = 512  # channels in front of the classifier
-  model.head.dropout = 0.1  # share of these channels that is dropped
+  model.head.hidden = 512  # channels before the head's classifier
+  model.head.dropout = 0.1  # share of the channels before the head's classifier that dropout drops
   auxiliary = model.auxiliary = ConfigDict()
-  # of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
+  # weight of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
   auxiliary.weight = 0.4
-  auxiliary.hidden = 256  # channels in front of its classifier
+  auxiliary.hidden = 256  # channels before the auxiliary head's classifier
 
   optim = config.optim
   optim.learning_rate = 0.01
@@ -57,30 +55,31 @@ def segmentation() -> ConfigDict:
   evaluation = config.eval
   evaluation.every_steps = 5000
   evaluation.window = ()  # size (height, width) of a sliding window, pixels; (): the whole image
-  evaluation.overlap = 1 / 3  # share of a window that the next one covers again
-  evaluation.scales = (1.0,)  # factors of the image size; the probabilities are averaged
-  evaluation.submission = False  # write the files that the data set's evaluation server takes
+  evaluation.overlap = 1 / 3  # share of a sliding window that overlaps the next one
+  # factors of the image size; the probabilities at all of them are averaged
+  evaluation.scales = (1.0,)
+  evaluation.submission = False  # also write the files for the data set's evaluation server
   return config.lock()
 
 
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
-  """Returns the config that the words behind the colon of its file ask for, in any order.
+  """Returns the config changed by the words after the colon of its file, in any order.
 
   Words: `small` or `demo`. Settings: those of `SETTINGS`, such as
   `backbone=resnet50,pyramid=ppm,fpt=st+lgt+rt`.
 
   Raises:
-    UserError: a word, a setting or its value does not exist, or two exclude each other.
+    UserError: a word, a setting or its value does not exist, or two of them exclude each other.
   """
   replaces = {"head": ("pyramid", "fpt", "context")}
   return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words={}, replaces=replaces)
 
 
 def small(config: ConfigDict) -> ConfigDict:
-  """EfficientNet-Lite0 at low resolution: real images on two CPU cores.
+  """Sets EfficientNet-Lite0 at low resolution: real images on two CPU cores.
 
-  It is trained from C4 on, with the statistics of the batch: on CamVid, frozen features reached 39
-  mIoU, and with frozen statistics training diverged at this rate.
+  Its layers from C4 on are trained, with the statistics of the batch: on CamVid, frozen features reached
+  39 mIoU, and with frozen statistics training diverged at this learning rate.
   """
   variants.set_backbone(config, "efficientnet_lite0")
   config.model.backbone.update(dict(frozen=False, norm="sync_bn"))
@@ -91,12 +90,13 @@ def small(config: ConfigDict) -> ConfigDict:
   config.model.backbone.output_stride = 16
   config.model.pyramid.channels = 64
   config.model.head.hidden = 128
-  config.model.auxiliary.weight = 0.0  # the loss on frozen features would train its own head alone
+  # on frozen features, this loss would train the auxiliary head alone
+  config.model.auxiliary.weight = 0.0
   return config
 
 
 def demo(config: ConfigDict) -> ConfigDict:
-  """Generated images of 128 x 128 and a narrow ResNet-18 from scratch: minutes on two CPU cores."""
+  """Sets generated images of 128 x 128 and a narrow ResNet-18 from scratch: minutes on two CPU cores."""
   config.data.update(dict(name="context_shapes", train_split="train", eval_split="val"))
   config.data.update(dict(crop=(128, 128), train_sizes=(), scale=(1.0, 1.0)))
   config.data.buckets = ((128, 128),)
@@ -126,10 +126,10 @@ def set_context(config: ConfigDict, value: str) -> None:
 
 
 def set_head(config: ConfigDict, value: str) -> None:
-  """Sets another network behind the backbone: `fcn`, `ocnet`, `cfnet` or `afnb`.
+  """Sets another network on the backbone: `fcn`, `ocnet`, `cfnet` or `afnb`.
 
   Raises:
-    UserError: the network does not exist here.
+    UserError: the network does not exist, or is not implemented.
   """
   if value in NOT_BUILT:
     raise UserError(f"head={value}: {NOT_BUILT[value]}")
@@ -158,8 +158,8 @@ HEADS = {  # name: pyramid and head
   "afnb": ("afnb", "apnb"),
 }
 NOT_BUILT = {
-  "hrnet": "HRNetV2 is a backbone of its own, which does not exist here",
-  "gscnn": "GSCNN with its Wide-ResNet-101 does not exist here",
+  "hrnet": "its backbone HRNetV2 is not implemented",
+  "gscnn": "its backbone Wide-ResNet-101 is not implemented",
 }
 SIZES = {"small": small, "demo": demo}
 SETTINGS = {

@@ -1,7 +1,4 @@
-"""The rows of the paper's tables, each as the words behind the colon of a config file, with its figures.
-
-`box` and `mask` of a row are AP, AP50, AP75, APs, APm, APl in percent; None if the paper does not give them.
-"""
+"""The rows of the paper's tables: the config of each row, and the results that the paper reports."""
 
 import dataclasses
 
@@ -12,13 +9,13 @@ class Row:
 
   Attributes:
     name: name of the row in the paper.
-    arg: words behind the colon of the config file.
-    box: the paper's six figures of boxes.
-    mask: the paper's six figures of masks.
-    parameters: the paper's count of parameters in millions; None if it gives none.
-    gflops: the paper's count of multiply-adds in 1e9; None if it gives none.
+    arg: words after the colon of the config file.
+    box: AP, AP50, AP75, APs, APm and APl of boxes in percent, or AP alone; None if not reported.
+    mask: the same of masks.
+    parameters: number of parameters in millions; None if not reported.
+    gflops: number of multiply-adds in 1e9; None if not reported.
     config: name of the config file without its ending.
-    miou: mIoU in percent; table 4: on the training and the validation set; table 5: on the data set.
+    miou: mIoU in percent. Table 4: on the training and the validation set; table 5: on one data set.
   """
 
   name: str
@@ -263,15 +260,15 @@ METHODS = (
   ("ASPP+FPT", "pyramid=aspp", (80.7, 45.2, 54.4, 83.1)),
   ("UFP+FPT", "pyramid=ufp", (82.2, 45.9, 56.2, 85.0)),
 )
-# These methods have backbones of their own, which do not exist here, so there is no row of ours.
+# The backbones of these methods are not implemented, so the table has no rows for them.
 NOT_BUILT = (
   ("HRNet", "HRNetV2-W48", (81.6, 44.7, 55.9, 84.5)),
   ("GSCNN", "Wide-ResNet-101", (82.8, None, 55.2, None)),
 )
 TABLE_5 = tuple(
-  Row(f"{name}, {data}", arg, None, None, config=data, miou=(figures[i],))
+  Row(f"{name}, {data}", arg, None, None, config=data, miou=(miou[i],))
   for i, data in enumerate(DATA_SETS)
-  for name, arg, figures in METHODS
+  for name, arg, miou in METHODS
 )
 
 TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5}

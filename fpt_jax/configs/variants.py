@@ -1,7 +1,7 @@
-"""The words and settings behind the colon of `--config=FILE:WORDS`, in any order.
+"""The words and settings after the colon of `--config=FILE:WORDS`, in any order.
 
-A benchmark's size comes first, then its settings, then words that depend on the size, whatever the
-order in which they are written: the same words always give the same config.
+A benchmark's size is applied first, then its settings, then the words that depend on the size, in
+whatever order they are written: the same words always give the same config.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,15 +24,15 @@ def apply(
   words: Mapping[str, Change],
   replaces: Mapping[str, Iterable[str]] | None = None,
 ) -> ConfigDict:
-  """Changes a config as `arg` asks and returns it.
+  """Changes a config by the words and settings in `arg` and returns it.
 
   Args:
     config: the benchmark's config; it is changed in place.
     arg: words and settings, separated by commas, such as "small,fpt=st+gt".
     sizes: words that exclude each other; applied first.
-    settings: by name, functions of the config and the value.
+    settings: functions of the config and the value, by the name of the setting.
     words: other words; applied last.
-    replaces: settings that a setting takes the place of, so that they exclude each other.
+    replaces: for a setting, the settings that it replaces, so that they exclude each other.
 
   Raises:
     UserError: a word, a setting or its value does not exist, is given twice, or two words exclude
@@ -68,7 +68,7 @@ def apply(
 
 
 def choice(setting: str, value: str, choices: Iterable[str]):
-  """Returns `value` if it is one of `choices`, or what a mapping has under it.
+  """Returns `value` if it is one of `choices`; if they are a mapping, returns what it maps `value` to.
 
   Raises:
     UserError: the choice does not exist.
@@ -94,15 +94,14 @@ DROPBLOCK = {"on": 0.9, "off": 1.0}
 
 
 def set_backbone(config: ConfigDict, value: str) -> None:
-  """Sets a backbone and everything that belongs to its weights.
+  """Sets a backbone, and the mean and standard deviation of the images that it was trained on.
 
-  These are the mean and standard deviation of its images. A network of another family (ResNet,
-  EfficientNet) starts from frozen pretrained weights; of the same family it keeps the norm, and whether
-  it is frozen, as the benchmark's size has them.
+  A backbone of another family (ResNet, EfficientNet) starts from frozen pretrained weights. A backbone of
+  the same family keeps the benchmark's normalisation, and is frozen or trained as before.
 
   Args:
-    config: a whole config.
-    value: a name of `BACKBONES`; for a ResNet perhaps followed by `_nl`, `_gc` or `_aa`.
+    config: a complete config.
+    value: a name of `BACKBONES`; a ResNet can be followed by `_nl`, `_gc` or `_aa`.
   """
   backbone = config.model.backbone
   name, _, suffix = value.partition("_") if value.startswith("resnet") else (value, "", "")
@@ -115,14 +114,16 @@ def set_backbone(config: ConfigDict, value: str) -> None:
   if (name in RESNETS) != (backbone.name in RESNETS):
     backbone.update(dict(norm="frozen_bn", frozen=True))
   backbone.name, backbone.context = name, CONTEXTS[suffix]
-  config.optim.frozen = ()  # names of another backbone's parts
+  config.optim.frozen = ()  # they are names of another backbone's parts
 
 
 def set_fpt(config: ConfigDict, value: str) -> None:
   """Sets the transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or `none`."""
   names = [choice("fpt", name, FPT_NAMES) for name in value.split("+")]
   if ("none" in names and len(names) > 1) or {"gt", "lgt"} <= set(names):
-    raise UserError(f"fpt={value}: its parts exclude each other; choose such as st+gt+rt, or none")
+    raise UserError(
+      f"fpt={value}: its parts exclude each other; choose a sum such as st+gt+rt, or none"
+    )
   fpt = config.model.fpt
   fpt.enabled = names != ["none"]
   fpt.self_transformer = "st" in names

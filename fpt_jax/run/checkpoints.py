@@ -1,7 +1,7 @@
-"""Orbax checkpoints: saved while training goes on, resumed exactly, restored anywhere.
+"""Orbax checkpoints: written in the background, resumed exactly, restored on any devices.
 
-A checkpoint has two items: `model`, every array of the model by name, and `optimizer`, which is read
-to resume training. `config.json` in the run's folder describes the model.
+A checkpoint has two items: `model`, with every array of the model by name, and `optimizer`, which is
+needed to resume training. `config.json` in the run's folder describes the model.
 """
 
 import contextlib
@@ -18,7 +18,12 @@ SHOWN_DIFFERENCES = 4
 
 
 def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a run, which are written in the background; the newest `keep` stay."""
+  """Opens the checkpoints of a run.
+
+  Args:
+    workdir: folder of the run.
+    keep: number of newest checkpoints to keep on disk; None for all.
+  """
   options = ocp.CheckpointManagerOptions(max_to_keep=keep)
   return ocp.CheckpointManager(
     run_folder(workdir) / "checkpoints",
@@ -28,7 +33,7 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimizer=None) -> None:
-  """Starts to write a checkpoint; the failure of an earlier write is reported here.
+  """Starts to write a checkpoint in the background; a failure is reported by the next call or `finish`.
 
   Args:
     checkpoints: checkpoints of the run.
@@ -50,11 +55,11 @@ def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimize
 
 @contextlib.contextmanager
 def closing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
-  """Context that ends, also by an error, when all saved checkpoints are on disk."""
+  """Context that waits at its end until all saved checkpoints are on disk, and closes them."""
   try:
     yield
   except BaseException:
-    with contextlib.suppress(Exception):  # the error under way is the one to report
+    with contextlib.suppress(Exception):  # report the error that ended the context
       checkpoints.close()
     raise
   finish(checkpoints)
@@ -74,7 +79,7 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 def restore_model(
   checkpoints: ocp.CheckpointManager, step: int, shapes: Mapping, sharding
 ) -> dict[str, jax.Array]:
-  """Restores the model's arrays of a step with a sharding, whatever devices saved them.
+  """Restores the model's arrays at a step with a sharding, whatever devices they were saved from.
 
   Args:
     checkpoints: checkpoints of the run.
@@ -83,20 +88,20 @@ def restore_model(
     sharding: sharding of every array.
 
   Raises:
-    UserError: the checkpoint is of another model, or cannot be read.
+    UserError: the checkpoint belongs to another model, or cannot be read.
   """
   return _restore(checkpoints, step, "model", dict(shapes), sharding)
 
 
 def restore_optimizer(checkpoints: ocp.CheckpointManager, step: int, shapes, sharding):
-  """Restores the optimizer's state of a step; `shapes` is a tree of shapes. See `restore_model`."""
+  """Restores the optimizer's state at a step; `shapes` is a tree of shapes. See `restore_model`."""
   return _restore(checkpoints, step, "optimizer", shapes, sharding)
 
 
 def restore_matching(
   checkpoints: ocp.CheckpointManager, shapes: Mapping, sharding
 ) -> dict[str, jax.Array]:
-  """Restores the arrays of the newest checkpoint that a model has too, with the same name and shape.
+  """Restores those arrays of the newest checkpoint whose names and shapes the model has as well.
 
   Raises:
     UserError: there is no checkpoint, or it has nothing in common with the model.
@@ -105,7 +110,9 @@ def restore_matching(
   saved = _saved_shapes(checkpoints, step, "model")
   common = {n: s for n, s in shapes.items() if saved.get(n) == tuple(s.shape)}
   if not common:
-    raise UserError(f"step {step} in {checkpoints.directory} has no array that the model has too")
+    raise UserError(
+      f"step {step} in {checkpoints.directory} has no array with a name and shape of the model"
+    )
   return _read(checkpoints, step, "model", common, sharding, partial=True)
 
 
@@ -155,8 +162,8 @@ def _read(checkpoints, step, item, shapes, sharding, partial):
     return checkpoints.restore(step, args=ocp.args.Composite(**{item: args}))[item]
   except (OSError, ValueError) as error:
     raise UserError(
-      f"{_where(checkpoints, step)} cannot be read ({_one_line(error)}); delete its folder to go on "
-      "from an earlier one"
+      f"{_where(checkpoints, step)} cannot be read ({_one_line(error)}); delete its folder to "
+      "continue from an earlier one"
     ) from error
 
 
@@ -180,7 +187,7 @@ def _check_shapes(saved: Mapping, wanted: Mapping, where: str) -> None:
   if problems:
     shown = problems[:SHOWN_DIFFERENCES]
     more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-    raise UserError(f"{where} is of another model: {'; '.join(shown)}{more}")
+    raise UserError(f"{where} belongs to another model: {'; '.join(shown)}{more}")
 
 
 def _check_space(checkpoints: ocp.CheckpointManager, size: int) -> None:
@@ -192,7 +199,7 @@ def _check_space(checkpoints: ocp.CheckpointManager, size: int) -> None:
   if free < size:
     complete = sorted(checkpoints.all_steps())
     raise UserError(
-      f"{directory}: a checkpoint needs {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; the "
+      f"{directory}: a checkpoint needs {size / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free; the "
       f"complete checkpoints are {complete}; free some space and run the same command again"
     )
 

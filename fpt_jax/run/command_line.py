@@ -23,8 +23,8 @@ def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> 
 
   Args:
     command: the command, without arguments.
-    benchmarks: config file of each benchmark by name. `--config=configs/NAME.py` finds them where no
-      such file exists.
+    benchmarks: config file of each benchmark by name. `--config=configs/NAME.py` selects one of them if
+      no such file exists.
   """
 
   def main(argv: list[str]) -> None:
@@ -40,7 +40,7 @@ def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> 
 
 
 def quiet_log() -> None:
-  """Logs our own lines and all warnings, with the time and without the rest of absl's prefix."""
+  """Logs this package's lines and all warnings, with the time but without the rest of absl's prefix."""
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -48,7 +48,7 @@ def quiet_log() -> None:
 
 
 def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
-  # these packages log what they also raise
+  # these packages log errors that they also raise
   if "orbax" in record.pathname or "tensorflow_datasets" in record.pathname:
     return False
   ours = (str(PACKAGE) + os.sep, os.path.abspath(sys.argv[0]))
@@ -58,7 +58,7 @@ def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
 
 
 def find_config(argv: list[str], benchmarks: Mapping[str, pathlib.Path]) -> list[str]:
-  """Replaces `--config=configs/NAME.py` by the benchmark of that name where the file does not exist."""
+  """Replaces `--config=configs/NAME.py` by the benchmark of that name if the file does not exist."""
   found = list(argv)
   for i, argument in enumerate(argv):
     flag, equals, value = argument.partition("=")
@@ -76,7 +76,7 @@ def find_config(argv: list[str], benchmarks: Mapping[str, pathlib.Path]) -> list
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser; mistakes in a config file or in its overrides are reported in one line."""
+  """Parses flags with absl; mistakes in a config file or in its overrides are reported in one line."""
   try:
     _check_config(argv)
     return flags.FLAGS(argv)
@@ -116,7 +116,7 @@ def load_config(file: str) -> ConfigDict:
   """Loads a config file as `--config` does.
 
   Args:
-    file: path of the file, perhaps followed by a colon and words.
+    file: path of the file, optionally followed by a colon and words.
 
   Raises:
     UserError: the file does not exist, has no `get_config`, or raises an error.
@@ -136,7 +136,7 @@ def load_config(file: str) -> ConfigDict:
 
 
 def _explain(error: BaseException, path: str) -> str:
-  """What went wrong in a config file, with the line."""
+  """Describes an error in a config file, with the line."""
   if isinstance(error, SyntaxError):
     return f"line {error.lineno}: {error.msg}"
   lines = [
@@ -163,8 +163,8 @@ def check_field(config: ConfigDict, path: str, value: str | None) -> None:
   """Checks that a config has a field that can be set.
 
   Args:
-    config: a whole config.
-    path: names of the field with dots between them.
+    config: a complete config.
+    path: names of the field and its groups with dots between them.
     value: the value to set, as text; None for a flag without a value.
 
   Raises:

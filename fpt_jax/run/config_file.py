@@ -1,4 +1,4 @@
-"""`config.json`: the config that a run was made with, and its comparison with another config."""
+"""`config.json`: the config that a run was made with, and its comparison with other configs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ def has_config(workdir: str) -> bool:
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:
-  """Writes `config.json`, in one step."""
+  """Writes `config.json` atomically."""
   write_whole(run_folder(workdir) / CONFIG_FILE, config.to_json(indent=2) + "\n")
 
 
 def read_config(workdir: str) -> ConfigDict:
-  """Reads the config of a run, with the fields of today's version.
+  """Reads the config of a run, upgraded to the fields of this version.
 
   Raises:
     UserError: the file does not exist, or is not valid JSON.
@@ -58,7 +58,7 @@ def config_of_run(
     not_of_the_weights: see `check_same_model`.
 
   Raises:
-    UserError: the folder does not hold a run, or holds one of another model.
+    UserError: the folder does not hold a run, or the run has another model.
   """
   saved = read_config(workdir)
   if config is None:

@@ -1,14 +1,14 @@
-"""Configs written by earlier versions, in the terms of this one.
+"""Upgrades of configs that were written by earlier versions.
 
-A field that was renamed moves to its new name; a field that did not exist yet gets the value that
-describes what the earlier version did.
+A renamed field moves to its new name. A field that did not exist yet gets the value that describes what
+the earlier version did.
 """
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-# Old name of a field, or of a part of one, and its new name; for messages and for `upgrade`.
+# New names of renamed fields, for messages.
 RENAMED = {
   "images": "train_images",
   "data.short_edge_min": "data.train_sizes",
@@ -58,10 +58,10 @@ _LATER_FIELDS = {  # by model
 
 
 def upgrade(config: ConfigDict) -> ConfigDict:
-  """Returns a config, perhaps written by an earlier version, with the fields of this version.
+  """Returns a config of this or an earlier version with the fields of this version.
 
   Args:
-    config: a whole config; it is changed in place.
+    config: a complete config; it is changed in place.
   """
   _rename(config)
   _UPGRADES.get(config.model.name, lambda _: None)(config)
@@ -101,7 +101,7 @@ def _upgrade_segmenter(config: ConfigDict) -> None:
     del data.scale_min, data.scale_max
   if "short_edges" in data:
     sizes = tuple(data.short_edges)
-    # one of a list was drawn; of two numbers, this version draws any size between them
+    # earlier versions drew one of the numbers; two numbers are a range now, so both are repeated
     data.train_sizes = sizes * 2 if len(sizes) == 2 else sizes
     del data.short_edges
   if "context" in head:
@@ -116,10 +116,10 @@ _UPGRADES: dict[str, Callable[[ConfigDict], None]] = {
 
 
 def new_name(path: str) -> str | None:
-  """The name that a field of earlier versions has now; None if it was not renamed.
+  """Returns the new name of a field of earlier versions; None if it was not renamed.
 
   Args:
-    path: the field's names with dots between them, or its last name alone.
+    path: names of the field and its groups with dots between them, or the field's name alone.
   """
   if path in RENAMED:
     return RENAMED[path]

@@ -1,4 +1,4 @@
-"""Values that no config can have, found before any work begins."""
+"""Checks of the values of a config, before any work begins."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ SCHEDULES = ("step", "cosine", "poly")
 
 
 class Rule(NamedTuple):
-  """What a value must be, in words and as a function."""
+  """A condition on a value, in words and as a function."""
 
   needed: str
   holds: Callable[[Any], bool]
 
 
 def one_of(*choices: str) -> Rule:
-  """One of a few words."""
+  """Returns the rule that a value is one of `choices`."""
   return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
@@ -28,9 +28,9 @@ ABOVE_ZERO = Rule("more than 0", lambda value: value > 0)
 SHARE = Rule("from 0 to less than 1", lambda value: 0 <= value < 1)
 SHARES = Rule("numbers between 0 and 1", lambda values: all(0 < value <= 1 for value in values))
 KEPT = Rule("more than 0 and at most 1", lambda value: 0 < value <= 1)
-THREE = Rule("three numbers, of R, G and B", lambda values: len(values) == 3)
+THREE = Rule("three numbers, for R, G and B", lambda values: len(values) == 3)
 THREE_POSITIVE = Rule(
-  "three numbers above 0, of R, G and B", lambda values: len(values) == 3 and min(values) > 0
+  "three numbers above 0, for R, G and B", lambda values: len(values) == 3 and min(values) > 0
 )
 SIZES = Rule(
   "pairs (height, width) of positive numbers of pixels",
@@ -38,7 +38,7 @@ SIZES = Rule(
 )
 PIXELS = Rule("positive numbers of pixels", lambda sizes: all(size >= 1 for size in sizes))
 TRAIN_SIZES = Rule(
-  "positive numbers of pixels, of two the smaller one first",
+  "positive numbers of pixels; if there are two, the smaller one first",
   lambda sizes: all(s >= 1 for s in sizes) and (len(sizes) != 2 or sizes[0] <= sizes[1]),
 )
 
@@ -85,8 +85,8 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
   """Checks the values of a config.
 
   Args:
-    config: a whole config.
-    rules: by field, its names written with dots between them; such as `RULES`.
+    config: a complete config.
+    rules: rule of each field, such as `RULES`; a field is named by its path with dots.
 
   Raises:
     UserError: a value breaks its rule.
@@ -102,7 +102,7 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
 
 
 def value_at(config: ConfigDict, path: str) -> Any:
-  """Returns the value of a field, its names written with dots between them.
+  """Returns the value of a field that is named by its path with dots.
 
   Raises:
     UserError: the config does not have the field.

@@ -8,7 +8,7 @@ from fpt_jax.errors import UserError
 
 
 def run_folder(workdir: str) -> epath.Path:
-  """The folder that `--workdir` names; local paths become absolute.
+  """Returns the folder that `--workdir` names; local paths become absolute.
 
   Raises:
     UserError: `workdir` is empty.
@@ -19,7 +19,7 @@ def run_folder(workdir: str) -> epath.Path:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-  """Replaces a text file in one step: an interruption leaves the old file or the new one."""
+  """Replaces a text file atomically: an interruption leaves either the old file or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f"{path.name}.tmp"
   temporary.write_text(text)

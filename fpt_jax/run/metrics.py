@@ -15,7 +15,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
   """Writes `metrics.jsonl`, one object per line, and TensorBoard events of one run.
 
-  Lines beyond the step that a run resumes from are removed: their work is done again.
+  Lines after the step that a run resumes from are removed, since these steps run again.
   """
 
   def __init__(self, workdir: str, start_step: int):
@@ -39,7 +39,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-  """Reads the lines of `metrics.jsonl`; a last line that a crash cut short is skipped."""
+  """Reads the lines of `metrics.jsonl`; a last line that a crash left incomplete is skipped."""
   path = run_folder(workdir) / METRICS_FILE
   if not path.exists():
     return []
@@ -51,5 +51,5 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
 
 
 def has_metric(workdir: str, step: int, name: str) -> bool:
-  """Whether `metrics.jsonl` has a metric of a step."""
+  """Whether `metrics.jsonl` has a metric at a step."""
   return any(entry["step"] == step and name in entry for entry in read_metrics(workdir))

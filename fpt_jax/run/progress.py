@@ -1,4 +1,4 @@
-"""How far long work has come: a progress bar on a terminal, lines in a log elsewhere."""
+"""Progress of long work: a bar on a terminal, lines in the log elsewhere."""
 
 import contextlib
 import sys
@@ -19,9 +19,9 @@ class Progress:
   Use it as a context.
 
   Args:
-    title: of the work, such as "prepare train".
+    title: name of the work, such as "prepare train".
     total: number of items.
-    unit: what the items are.
+    unit: name of the items, in the plural.
   """
 
   def __init__(self, title: str, total: int, unit: str = "images"):
@@ -71,8 +71,7 @@ class Progress:
 class Clock:
   """Measures images per second, the share of time spent waiting for data, and the time left.
 
-  Speeds are averages since the last call of `figures` or `restart`; the time inside `paused` does not
-  count.
+  Speeds are averages since the last call of `speeds` or `restart`; the time inside `paused` is left out.
   """
 
   def __init__(self, start_step: int, total_steps: int, batch_size: int):
@@ -82,26 +81,29 @@ class Clock:
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Context of the wait for the next batch."""
+    """Context for waiting for the next batch."""
     begun = time.perf_counter()
     yield
     self._waited += time.perf_counter() - begun
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Context of work that is not training."""
+    """Context for work that is not training."""
     begun = time.perf_counter()
     yield
     self._paused += time.perf_counter() - begun
 
   def restart(self, step: int) -> float:
-    """Discards the time until now, which went into compilation; returns it in seconds."""
+    """Discards the time until now, which was spent on compilation; returns it in seconds."""
     seconds = time.perf_counter() - self._since[1]
     self._since, self._waited, self._paused = (step, time.perf_counter()), 0.0, 0.0
     return seconds
 
-  def figures(self, step: int) -> dict[str, float]:
-    """`images_per_second`, `data_wait` (share of the time), `eta_seconds`; {} before a whole step."""
+  def speeds(self, step: int) -> dict[str, float]:
+    """Returns the metrics of speed; {} if no step was completed since the last call.
+
+    They are "images_per_second", "data_wait", the share of the time, and "eta_seconds".
+    """
     last_step, last_time = self._since
     if step == last_step:
       return {}
@@ -116,21 +118,21 @@ class Clock:
       "eta_seconds": per_step * (self._total_steps - step),
     }
 
-  def line(self, step: int, losses: Mapping[str, float], figures: Mapping[str, float]) -> str:
-    """One line for the log."""
+  def line(self, step: int, losses: Mapping[str, float], speeds: Mapping[str, float]) -> str:
+    """Returns a line for the log."""
     parts = [
       f"step {step}/{self._total_steps}",
       " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items()),
     ]
-    if figures:
+    if speeds:
       parts += [
-        f"{figures['images_per_second']:.3g} images/s",
-        f"data wait {figures['data_wait']:.0%}",
-        f"{duration(round(figures['eta_seconds']))} left",
+        f"{speeds['images_per_second']:.3g} images/s",
+        f"data wait {speeds['data_wait']:.0%}",
+        f"{duration(round(speeds['eta_seconds']))} left",
       ]
     return " | ".join(parts)
 
 
 def duration(seconds: int) -> str:
-  """A number of seconds as hours, minutes and seconds, "1:02:03"."""
+  """Formats a number of seconds as hours, minutes and seconds, "1:02:03"."""
   return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

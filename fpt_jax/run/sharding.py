@@ -1,4 +1,4 @@
-"""The device mesh, the shardings of arrays, and the start of several hosts.
+"""The device mesh, the shardings of arrays, and communication between hosts.
 
 Data parallelism: every device has all weights and its share of the images of a global batch.
 """
@@ -25,12 +25,12 @@ def initialize() -> None:
 
 
 def this_host() -> dict[str, int]:
-  """The index of this process among the hosts, and their number, as keyword arguments."""
+  """Returns the index of this host and the number of hosts, as keyword arguments."""
   return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def mesh(batch_size: int) -> Mesh:
-  """All devices along one axis, "data".
+  """Returns a mesh of all devices along one axis, "data".
 
   Raises:
     UserError: the devices cannot share the global batch evenly.
@@ -45,15 +45,17 @@ def mesh(batch_size: int) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays of which every device has a copy."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that are split along their first axis."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's images as its part of a global batch on the mesh."""
+  """Puts this host's part of a global batch on the devices of the mesh."""
   return {
     name: jax.make_array_from_process_local_data(over_batch(mesh), value)
     for name, value in batch.items()
@@ -61,7 +63,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-  """Arrays that every host has, on all devices of the mesh."""
+  """Puts arrays, equal on every host, on all devices of the mesh."""
   return {
     name: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
     for name, value in arrays.items()
@@ -69,13 +71,13 @@ def replicate(arrays: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def local_part(array: jax.Array) -> np.ndarray:
-  """This host's part of an array that is sharded along its first axis."""
+  """Returns this host's part of an array that is sharded along its first axis."""
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def from_all_hosts(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The hosts' parts of a global batch, concatenated in order along the first axis."""
+  """Returns the hosts' parts of a global batch, concatenated in order along the first axis."""
   if jax.process_count() == 1:
     return values
   # 64-bit integers are sent as pairs of 32 bits: JAX would truncate them

@@ -12,11 +12,11 @@ from fpt_jax.data.loader import Batches
 def with_model_classes(
   batches: Batches, name: str, class_of_label: np.ndarray
 ) -> Iterator[Iterator[dict[str, np.ndarray]]]:
-  """Opens batches with the labels in array `name` replaced by the model's classes.
+  """Context with the same batches, in which the labels of one array are the model's classes.
 
   Args:
-    batches: closed on the way out.
-    name: of the array of labels.
+    batches: batches of the data loader; they are closed at the end.
+    name: name of the array of labels.
     class_of_label: the model's class of each label of the data set.
   """
   with batches:

@@ -1,4 +1,4 @@
-"""What the pictures of both tasks share: colours, fonts and contact sheets; uint8 RGB in and out."""
+"""Colours, fonts and contact sheets for the pictures of both tasks; images are uint8 RGB."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ SALT = 24924
 
 
 def category_color(name: str, instance: int = 0) -> Color:
-  """The colour of a category, the same in every image and run; instances vary a little."""
+  """Returns the colour of a category, the same in every image and run; its instances differ slightly."""
   # the salt keeps the hues of COCO's most frequent neighbours apart
   digest = hashlib.md5(f"{SALT}{name}".encode()).digest()
   hue = int.from_bytes(digest[:4], "big") / 2**32 + (0, 0.02, -0.02)[instance % 3]
@@ -24,7 +24,7 @@ def category_color(name: str, instance: int = 0) -> Color:
 
 
 def _oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Color:
-  """sRGB of a colour in OKLCH, where equal lightness looks equally light; hue from 0 to 1."""
+  """Converts a colour from OKLCH, a perceptually uniform space, to sRGB; hue is from 0 to 1."""
   a, b = chroma * np.cos(2 * np.pi * hue), chroma * np.sin(2 * np.pi * hue)
   cones = np.array(
     [
@@ -52,7 +52,7 @@ def contact_sheet(
   titles: Sequence[str] | None = None,
   cell_width: int = 480,
 ) -> np.ndarray:
-  """Arranges images of any sizes in rows, each scaled to its column, none distorted or cropped.
+  """Arranges images of any sizes in rows, scaled to the columns without distortion or cropping.
 
   Args:
     images: uint8 [H, W, 3] or [H, W] each.
@@ -93,7 +93,7 @@ def contact_sheet(
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-  """An image, perhaps grey, as uint8 RGB [H, W, 3]."""
+  """Converts an RGB or grey image to uint8 RGB [H, W, 3]."""
   image = np.asarray(image)
   if image.ndim == 2:
     image = np.stack([image] * 3, axis=-1)
@@ -103,12 +103,12 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def zoom_of(image_HWC: np.ndarray) -> int:
-  """The whole factor by which a picture is enlarged: its longer edge becomes at least `MIN_EDGE`."""
+  """Returns the integer factor that makes the longer edge of an image at least `MIN_EDGE`."""
   return max(1, -(-MIN_EDGE // max(image_HWC.shape[:2])))
 
 
 def enlarge(image_HWC: np.ndarray, zoom: int) -> np.ndarray:
-  """An image enlarged by a whole factor."""
+  """Enlarges an image by an integer factor."""
   if zoom == 1:
     return image_HWC
   height, width = image_HWC.shape[:2]
@@ -125,14 +125,14 @@ def _fit(image_HWC: np.ndarray, width: int, max_height: int) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def font_of(size: int) -> ImageFont.FreeTypeFont:
-  """The font of all pictures, DejaVu Sans Bold, at a size in pixels."""
+  """Returns the font of all pictures, DejaVu Sans Bold, at a size in pixels."""
   # DejaVu Sans comes with matplotlib, so it is the same on every machine
   path = pathlib.Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf"
   return ImageFont.truetype(str(path), size)
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-  """The text, its end replaced by an ellipsis if it is wider than `width` pixels."""
+  """Shortens a text that is wider than `width` pixels: its end becomes an ellipsis."""
   if font.getlength(text) <= width:
     return text
   while text and font.getlength(text + "…") > width:

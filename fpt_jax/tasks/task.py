@@ -1,7 +1,7 @@
-"""What training, evaluation and prediction need from a task, and the tasks by name.
+"""The interface of a task for training, evaluation and prediction, and the tasks by name.
 
-A task is a package whose module has the names of `Task`. `TASKS` finds it by `config.model.name`;
-`models.MODELS` has the class of the model under the same name.
+A task is a package with the attributes and functions of `Task`. `TASKS` has it under the name
+`config.model.name`, and `models.MODELS` has the class of the model under the same name.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ class Task(Protocol):
   Attributes:
     BATCH_KEYS: names of the arrays of a training batch that the model needs.
     MAIN_METRIC: name of the metric that every evaluation has.
-    FROM_DATA: fields of `config.model` that a config may take from its data set; the first of them is
-      empty as long as it has not.
+    FROM_DATA: fields of `config.model` that a config may take from its data set. The first of them is
+      empty until then.
     NOT_OF_THE_WEIGHTS: fields of `config.model`, or groups ending in ".", that may differ between two
       configs of the same weights.
   """
@@ -41,13 +41,13 @@ class Task(Protocol):
   NOT_OF_THE_WEIGHTS: tuple[str, ...]
 
   def check_config(self, config: ConfigDict) -> None:
-    """Raises UserError for values of the task's own fields that cannot work."""
+    """Raises UserError if a field of the task has a value that is not possible."""
 
   def adopt_classes(self, config: ConfigDict, dataset: DatasetInfo) -> None:
-    """Writes the classes of the data set into a config that names none.
+    """Writes the classes of the data set into a config that does not name its classes.
 
     Raises:
-      UserError: the data set and the config do not fit.
+      UserError: the data set does not fit the config.
     """
 
   def train_batches(
@@ -95,7 +95,7 @@ class Task(Protocol):
   def draw_prediction(
     self, config: ConfigDict, image_HWC: np.ndarray, found: Found, truth: Any, min_score: float
   ) -> np.ndarray:
-    """Draws what the predictor found, beside the ground truth unless that is None."""
+    """Draws what the predictor found, next to the ground truth unless that is None."""
 
   def draw_example(
     self, config: ConfigDict, batch: dict[str, np.ndarray], step: int, i: int
@@ -114,7 +114,7 @@ class Task(Protocol):
     """Runs inference on a batch, as evaluation does without test-time views."""
 
   def cost_notes(self, config: ConfigDict) -> dict[str, str]:
-    """Returns, by module, how often a module runs that runs once per region."""
+    """Returns how often a module runs, for the modules that run once per region."""
 
 
 TASKS: dict[str, Task] = {"rcnn": detection, "segmenter": segmentation}
@@ -138,7 +138,7 @@ def check_config(config: ConfigDict) -> None:
   `config.model.dtype` gets its full name: "bf16" is accepted for "bfloat16".
 
   Raises:
-    UserError: a value cannot work; the message has the field, the value and what it must be.
+    UserError: a value is not possible; the message has the field, its value, and what it must be.
   """
   task = task_of(config)
   config_values.check(config, config_values.RULES | {"model.dtype": config_values.one_of(*DTYPES)})

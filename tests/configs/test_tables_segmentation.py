@@ -120,8 +120,8 @@ def test_words():
 @pytest.mark.parametrize(
   ("arg", "words"),
   [
-    ("head=hrnet", "head=hrnet: HRNetV2 is a backbone of its own, which does not exist here"),
-    ("head=gscnn", "head=gscnn: GSCNN .* does not exist here"),
+    ("head=hrnet", "head=hrnet: its backbone HRNetV2 is not implemented"),
+    ("head=gscnn", "head=gscnn: its backbone Wide-ResNet-101 is not implemented"),
     ("head=fancy", "head=fancy does not exist; choose one of fcn, ocnet, cfnet, afnb"),
     ("torchvision", "the word 'torchvision' does not exist; choose one of small, demo"),
   ],

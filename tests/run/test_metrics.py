@@ -1,4 +1,4 @@
-"""Metrics on disk survive a crash; speeds leave out what is not training."""
+"""Metrics on disk survive a crash; measured speeds include training only."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from fpt_jax.run.metrics import MetricsWriter, read_metrics
 from fpt_jax.run.progress import Clock
 
 
-def test_lines_beyond_the_step_resumed_from_are_taken_out(tmp_path):
+def test_lines_after_the_resumed_step_are_removed(tmp_path):
   first = MetricsWriter(str(tmp_path), 0)
   for step in (1, 2, 3):
     first.write(step, {"total_loss": 1.0 / step, "nan": float("nan")})
@@ -33,15 +33,15 @@ def test_clock_counts_training_only():
   clock = Clock(0, 100, 8)
   time.sleep(0.05)
   assert clock.restart(1) >= 0.05
-  assert clock.figures(1) == {}
+  assert clock.speeds(1) == {}
   with clock.paused():
     time.sleep(0.3)
   with clock.waiting():
     time.sleep(0.1)
-  figures = clock.figures(3)
-  seconds = 2 * 8 / figures["images_per_second"]
-  assert 0.1 <= seconds < 0.3  # the pause is not in it
-  assert figures["eta_seconds"] == pytest.approx(seconds / 2 * 97)
-  assert 0.3 < figures["data_wait"] <= 1.0
-  line = clock.line(3, {"loss_cls": 0.5}, figures)
+  speeds = clock.speeds(3)
+  seconds = 2 * 8 / speeds["images_per_second"]
+  assert 0.1 <= seconds < 0.3  # without the pause
+  assert speeds["eta_seconds"] == pytest.approx(seconds / 2 * 97)
+  assert 0.3 < speeds["data_wait"] <= 1.0
+  line = clock.line(3, {"loss_cls": 0.5}, speeds)
   assert line.startswith("step 3/100 | cls 0.500 | ") and "images/s" in line

@@ -1,4 +1,4 @@
-"""Detection of objects, with or without masks: the functions of `tasks.task.Task`."""
+"""Object detection, with or without masks: the functions of `tasks.task.Task`."""
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,6 @@ def cost_notes(config: ConfigDict) -> dict[str, str]:
   notes = {"box_head": f"{model.rpn.test.post_nms} regions"}
   if model.mask_head.enabled:
     masks = model.test.detections_per_image
-    computed = -(-masks // MASK_BLOCK) * MASK_BLOCK  # the last block is computed as a whole
-    notes["mask_head"] = f"{computed} regions for {masks} masks, each of its own class"
+    computed = -(-masks // MASK_BLOCK) * MASK_BLOCK  # whole blocks are computed
+    notes["mask_head"] = f"{computed} regions for {masks} masks, one class per region"
   return notes

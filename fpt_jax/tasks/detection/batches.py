@@ -25,10 +25,10 @@ from fpt_jax.tasks.labels import with_model_classes
 def model_batches(
   config: ml_collections.ConfigDict, start_step: int
 ) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
-  """This host's training batches from a step on, labels being the model's classes.
+  """Opens this host's training batches from a step on, with the model's classes as labels.
 
   Args:
-    config: a whole config.
+    config: a complete config.
     start_step: step of the first batch.
 
   Raises:
@@ -75,7 +75,7 @@ def train_batches(
       gt_valid_BG: bool; crowds are left out.
 
   Raises:
-    UserError: the data are not prepared or do not fit the config; while iterating, a record or
+    UserError: the data are not prepared, or do not fit the config. While iterating: a record or
       its image cannot be read.
   """
   reader = Reader(data, data.train_split)
@@ -110,7 +110,7 @@ def eval_batches(
   process_count: int = 1,
   short_edges: tuple[int, ...] = (),
 ) -> Batches:
-  """Reads this host's share of one pass over a split, every image once.
+  """Reads this host's share of one pass over a split, with every image once.
 
   Args:
     data: the config's `data`.
@@ -122,13 +122,13 @@ def eval_batches(
       buckets scale with them.
 
   Returns:
-    Batches as those of `train_batches`, neither flipped nor with gt_masks_BGmm. Where an image only
-    fills the last batch of a canvas, valid_B is False and image_id_B is -1. image_BHWC, size_B2 and
+    Batches like those of `train_batches`, without flips and gt_masks_BGmm. Where an image only fills
+    up the last batch of a canvas, valid_B is False and image_id_B is -1. image_BHWC, size_B2 and
     gt_boxes_BG4 are those at the first of the shorter edges; `other_views` is a tuple with a dict of
     image_BHWC and size_B2 for each of the others.
 
   Raises:
-    UserError: as `train_batches`.
+    UserError: see `train_batches`.
   """
   reader = Reader(data, split)
   views = tuple(canvases.at_short_edge(data, short) for short in short_edges or (data.short_edge,))
@@ -213,12 +213,12 @@ def images(
 
 
 def _read(reader: Reader, index: int) -> instances.Record:
-  """A record of a data set with instances."""
+  """Reads a record of a data set with instances."""
   return cast(instances.Record, reader.read(index))
 
 
 def _annotations(record: instances.Record, category_ids: tuple[int, ...]) -> list[dict]:
-  """The record's objects as COCO's annotation file has them."""
+  """Returns the record's objects in the format of COCO's annotation file."""
   return [
     instances.decode_annotation(annotation)
     | {
@@ -251,10 +251,10 @@ def _batches(
   *,
   bitmaps: bool,
 ) -> Batches:
-  """Turns steps into this host's batches: plan, then read, decode and resize image by image.
+  """Turns steps into this host's batches: plans them, then reads, decodes and resizes each image.
 
   Args:
-    views: the config's `data` at each shorter edge; ground truth is that of the first.
+    views: the config's `data` at each shorter edge; the ground truth has the scale of the first.
     reader: reader of the records.
     steps: int64 scalars.
     plan: see `loader.assemble`.
@@ -322,7 +322,7 @@ def _load(
   with_bitmaps: bool,
   overfull: set[int],
 ) -> dict[str, np.ndarray]:
-  """Reads one image, which is not resized yet, and its padded ground truth."""
+  """Reads an image, without resizing it, and its padded ground truth."""
   record = _read(reader, index)
   image_HWC = reader.decode(index, record)
   size = transforms.resized_size(record.size[0], record.size[1], short, data.long_edge)
@@ -361,7 +361,7 @@ def _load(
 
 
 def _pad(values_G: np.ndarray, count: int) -> np.ndarray:
-  """Returns the values followed by zeros, `count` in all."""
+  """Pads values with zeros to a length of `count`."""
   padded_G = np.zeros((count, *values_G.shape[1:]), values_G.dtype)
   padded_G[: len(values_G)] = values_G
   return padded_G

@@ -12,7 +12,7 @@ from fpt_jax.errors import UserError
 
 
 def adopt_classes(config: ConfigDict, dataset: DatasetInfo) -> None:
-  """Writes the data set's categories into a config that names none.
+  """Writes the data set's categories into a config that does not name its categories.
 
   Raises:
     UserError: the data set has no instances, no masks for the model's mask head, or a category that
@@ -21,7 +21,7 @@ def adopt_classes(config: ConfigDict, dataset: DatasetInfo) -> None:
   model = config.model
   if model.mask_head.enabled and not dataset.has_masks:
     raise UserError(
-      "the annotations of the data are boxes without masks; use configs/coco_box.py or set "
+      "the annotations of the data set are boxes without masks; use configs/coco_box.py or set "
       "--config.model.mask_head.enabled=False"
     )
   if not dataset.category_ids:
@@ -42,7 +42,7 @@ def adopt_classes(config: ConfigDict, dataset: DatasetInfo) -> None:
 
 
 def label_table(config: ConfigDict, dataset: DatasetInfo) -> np.ndarray:
-  """The model's class of each label of the data set, int32 [labels + 1]; 0, of padding, stays 0.
+  """Returns the model's class of each label of the data set, int32 [labels + 1]; 0, for padding, stays 0.
 
   Raises:
     UserError: the data set has a category that the model does not have.

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fpt_jax.errors import UserError
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the order of COCOeval.stats
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the order of COCOeval.stats
 
 
 def to_coco_results(
@@ -70,14 +70,13 @@ def evaluate(
 
   Args:
     ground_truth: images, annotations and categories in COCO's format; not changed. A missing `iscrowd`
-      means 0, a missing `area` is measured.
-    results: entries as `to_coco_results` returns them, of which at most 100 per image count; not
-      changed.
+      means 0; a missing `area` is computed from the mask or the box.
+    results: entries as `to_coco_results` returns them; not changed. At most 100 per image count.
     iou_types: "bbox", "segm" or both.
     per_category: whether to add the AP of each category, as "bbox/AP-person".
 
   Returns:
-    "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl" and the same of "segm",
+    "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl" and the same for "segm",
     from 0 to 100. A metric without any ground truth (-1 in COCO) is left out.
 
   Raises:
@@ -91,7 +90,7 @@ def evaluate(
   metrics = {}
   for iou_type in iou_types:
     if iou_type not in ("bbox", "segm"):
-      raise ValueError(f"iou_types are bbox and segm, got {iou_type!r}")
+      raise ValueError(f"iou_types must be bbox or segm, got {iou_type!r}")
     with contextlib.redirect_stdout(io.StringIO()):
       truth = _index(ground_truth, _annotations(ground_truth, images, iou_type))
       found = _index(ground_truth, _detections(results, iou_type))
@@ -99,23 +98,23 @@ def evaluate(
       evaluation.evaluate()
       evaluation.accumulate()
       evaluation.summarize()
-    figures = dict(zip(FIGURES, evaluation.stats, strict=False))
+    scores = dict(zip(METRICS, evaluation.stats, strict=False))
     if per_category:
       names = {category["id"]: category["name"] for category in ground_truth["categories"]}
       # precision is [IoU thresholds, recalls, categories, area ranges, numbers of detections]
       precision = evaluation.eval["precision"][:, :, :, 0, -1]
       for k, category_id in enumerate(evaluation.params.catIds):
-        figures[f"AP-{names[category_id]}"] = precision[:, :, k].mean()
-    metrics |= {f"{iou_type}/{k}": 100 * float(v) for k, v in figures.items() if v >= 0}
+        scores[f"AP-{names[category_id]}"] = precision[:, :, k].mean()
+    metrics |= {f"{iou_type}/{k}": 100 * float(v) for k, v in scores.items() if v >= 0}
   return metrics
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
-  """Formats COCO's metrics as a table, one row per kind of overlap; "-" for a missing one."""
-  lines = ["      " + "".join(f"{figure:>7}" for figure in FIGURES)]
+  """Formats COCO's metrics as a table, one row for boxes and one for masks; "-" for a missing metric."""
+  lines = ["      " + "".join(f"{name:>7}" for name in METRICS)]
   for iou_type in ("bbox", "segm"):
     if any(name.startswith(f"{iou_type}/") for name in metrics):
-      values = [metrics.get(f"{iou_type}/{figure}") for figure in FIGURES]
+      values = [metrics.get(f"{iou_type}/{name}") for name in METRICS]
       cells = ["-" if value is None else f"{value:.1f}" for value in values]
       lines.append(f"{iou_type:<6}" + "".join(f"{cell:>7}" for cell in cells))
   return "\n".join(lines)
@@ -131,7 +130,7 @@ def _check_result(
   image = images.get(result["image_id"])
   if image is None:
     raise UserError(
-      f"result {i} is of image {result['image_id']}, which is not in the ground truth; "
+      f"result {i} belongs to image {result['image_id']}, which is not in the ground truth; "
       "use the annotations of the split that was predicted"
     )
   where = f"result {i} (image {result['image_id']})"
@@ -151,7 +150,7 @@ def _check_result(
     # pycocotools silently counts masks of another size as misses
     if list(mask["size"]) != [image["height"], image["width"]]:
       raise UserError(
-        f"{where}: the mask's size is {list(mask['size'])}, the image's "
+        f"{where}: the mask has size {list(mask['size'])}, the image "
         f"{[image['height'], image['width']]}; paste masks at the size of the image file"
       )
 
@@ -170,10 +169,10 @@ def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -
 def _annotations(
   ground_truth: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], iou_type: str
 ) -> list[dict[str, Any]]:
-  """Copies of the annotations with every field that COCOeval needs."""
+  """Returns copies of the annotations with every field that COCOeval needs."""
   annotations = []
   for number, annotation in enumerate(ground_truth["annotations"], start=1):
-    # COCOeval takes the id 0 for "no match", and changes the annotations
+    # COCOeval treats the id 0 as "no match", and changes the annotations
     annotation = {"iscrowd": 0, **annotation, "id": number}
     if iou_type == "segm" and not annotation.get("segmentation"):
       raise UserError(
@@ -198,7 +197,7 @@ def _area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> float:
 
 
 def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:
-  """The results as annotations, with the area of the box or of the mask."""
+  """Converts results to annotations, with the area of the box or of the mask."""
   detections = []
   for number, result in enumerate(results, start=1):
     if iou_type == "segm":

@@ -99,14 +99,14 @@ def draw_detections(
   """Draws boxes, names, scores and masks over an image.
 
   Large objects are drawn first, so that small ones stay visible. Lines and letters scale with the
-  image; a small image is enlarged by a whole factor first. Names avoid each other, in order of score;
-  a name without a free place is left out, and so are boxes outside the image.
+  image; a small image is enlarged by an integer factor first. Names are placed in order of score and do
+  not cover each other: names without a free place are left out, and so are boxes outside the image.
 
   Args:
     image_HWC: uint8 [H, W, 3] or [H, W].
     boxes_xyxy: boxes (x0, y0, x1, y1) in pixels, [N, 4].
     names: text at each box, [N]; equal names have equal colours.
-    scores: scores from 0 to 1, [N], or None to write none.
+    scores: scores from 0 to 1, [N], or None to leave them out.
     masks: bitmaps [H, W] or RLEs of that size, [N], or None for boxes only.
 
   Returns:
@@ -164,7 +164,7 @@ def draw_anchors(
   matched_P: np.ndarray,
   negative_N4: np.ndarray,
 ) -> np.ndarray:
-  """Draws anchors over an image, positive ones in the colour that `draw_detections` gives their object.
+  """Draws anchors over an image; a positive one has the colour of its object in `draw_detections`.
 
   Args:
     image_HWC: uint8 [H, W, 3]; a small image is enlarged, as by `draw_detections`.
@@ -172,7 +172,7 @@ def draw_anchors(
     names: names of their categories, [G].
     positive_P4: anchors that are matched to a ground truth, [P, 4].
     matched_P: index of that ground truth, int [P].
-    negative_N4: anchors that are matched to none, [N, 4], drawn in grey.
+    negative_N4: anchors that are not matched, [N, 4]; they are drawn in grey.
 
   Returns:
     [k H, k W, 3] uint8, k = 1 unless the image is small.
@@ -213,7 +213,7 @@ def _tint(
   color: pictures.Color,
   line: int,
 ) -> None:
-  """Tints an object and its contour, just inside it; earlier tints are replaced there."""
+  """Tints an object, with a contour inside its border; it replaces earlier tints."""
   rows, cols = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
   if not rows.size:
     return
@@ -251,10 +251,10 @@ def _draw_label(
   size: tuple[int, int],
   taken: list[tuple[float, float, float, float]],
 ) -> None:
-  """Writes the text on a plate near the box, inside the image and off the plates in `taken`."""
+  """Writes a label near the box, inside the image and without overlap with the labels in `taken`."""
   width, height = size
   edge = np.sqrt(width * height)
-  # a small object gets small letters: a large plate would hide its surroundings
+  # a small object gets small letters: a large label would hide its surroundings
   share = np.clip(4 * np.sqrt(max(0, (box[2] - box[0]) * (box[3] - box[1]))) / edge, 0.7, 1)
   font = pictures.font_of(round(max(10, 0.023 * edge * share)))
   pad = max(2, 0.2 * font.size)
@@ -274,16 +274,16 @@ def _draw_label(
     (x0 - away - w, y0),
     (x1 - w, y1 - h),
   ]
-  # a plate inside a small object would hide it
+  # a label inside a small object would hide it
   if (x1 - x0) < 1.5 * w or (y1 - y0) < 3 * h:
     places = [places[k] for k in (0, 2, 3, 6, 7)]
   for left, top in places:
     left, top = np.clip(left, 0, width - w), np.clip(top, 0, max(height - h, 0))
-    plate = (left, top, left + w, top + h)
-    if all(_overlap(plate, other) == 0 for other in taken):
-      taken.append(plate)
+    label = (left, top, left + w, top + h)
+    if all(_overlap(label, other) == 0 for other in taken):
+      taken.append(label)
       dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 125
-      draw.rounded_rectangle(plate, radius=pad, fill=color, outline=(0, 0, 0, 110))
+      draw.rounded_rectangle(label, radius=pad, fill=color, outline=(0, 0, 0, 110))
       draw.text((left + pad, top + pad / 4), text, fill="white" if dark else "black", font=font)
       return
 

@@ -1,4 +1,4 @@
-"""Evaluation of detection: detections in every image of a split, scored by pycocotools.
+"""Evaluation of detection: pycocotools scores the detections in every image of a split.
 
 Shapes: B images of a batch, D detections.
 """

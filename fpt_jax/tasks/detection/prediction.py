@@ -1,4 +1,4 @@
-"""Detections in single images, in pixels of their files and categories of the data set.
+"""Detections in single images, in pixels of the image file and with the data set's categories.
 
 Shapes: D detections, m side of a mask.
 """

@@ -1,6 +1,6 @@
 """Test-time views of detection: several sizes of an image, each perhaps mirrored as well.
 
-As in Detectron, the candidate boxes of all views go through one suppression, and the masks of the
+As in Detectron, the candidate boxes of all views are suppressed together, and the masks of the
 detections are means over the views.
 
 Shapes: B batch, H W rows and columns, N boxes, M candidates of a view, D detections, m side of a mask.
@@ -21,14 +21,14 @@ Detect = Callable[[Arrays, Sequence[View]], dict[str, jax.Array]]
 
 
 def short_edges(config: ConfigDict) -> tuple[int, ...]:
-  """The shorter edges of a config's views in pixels; boxes refer to the first."""
+  """Returns the shorter edges of a config's views in pixels; boxes refer to the first."""
   return tuple(config.eval.short_edges) or (config.data.short_edge,)
 
 
 def detector(
   config: ConfigDict, structure: Skeleton, sharding: jax.sharding.Sharding | None = None
 ) -> Detect:
-  """Returns the function that detects in the views that `config.eval` asks for.
+  """Returns the function that detects objects in the views that `config.eval` sets.
 
   Args:
     config: config of the run.
@@ -36,8 +36,8 @@ def detector(
     sharding: sharding of the detections; None leaves it to the compiler.
 
   Returns:
-    A function of the model's arrays and the views, one for each of `short_edges(config)`; it mirrors
-    them itself. It returns what `RCNN.detect` returns, with boxes in pixels of the first view's canvas.
+    A function of the model's arrays and the views, one for each of `short_edges(config)`; the function
+    itself mirrors them. It returns what `RCNN.detect` returns, with boxes in pixels of the first view's canvas.
     The model is compiled once per canvas.
   """
   options = {} if sharding is None else {"out_shardings": sharding}
@@ -88,14 +88,14 @@ def detector(
 
 
 def mirrored_view(view: View) -> View:
-  """The images mirrored left to right, each within its own width."""
+  """Mirrors the images of a view left to right, each within its own width."""
   return view | {"image_BHWC": mirror(view["image_BHWC"], view["size_B2"])}
 
 
 def merge(
   candidates: Sequence[dict[str, jax.Array]], sizes: Sequence[jax.Array], mirrored: Sequence[bool]
 ) -> dict[str, jax.Array]:
-  """The candidates of all views, with boxes in pixels of the first view, which is not mirrored.
+  """Joins the candidates of all views, with boxes in pixels of the first view, which is not mirrored.
 
   Args:
     candidates: candidates of each view, see `RCNN.candidates`.
@@ -112,12 +112,12 @@ def merge(
 def move_boxes(
   boxes_BN4: jax.Array, from_B2: jax.Array, to_B2: jax.Array, mirrored: bool
 ) -> jax.Array:
-  """Boxes on images of one size, as boxes on the same images at another size, mirrored or not.
+  """Converts boxes on images of one size to boxes on the same images of another size, mirrored or not.
 
   Args:
     boxes_BN4: boxes in pixels.
-    from_B2: height and width of each image that the boxes are on.
-    to_B2: height and width of each image that the result is on.
+    from_B2: height and width of each image that the boxes refer to.
+    to_B2: height and width of each image that the result refers to.
     mirrored: whether one of the two images is the mirror image of the other.
   """
   ratio_B2 = to_B2.astype(jnp.float32) / from_B2.astype(jnp.float32)
@@ -130,6 +130,6 @@ def move_boxes(
 
 
 def mean_masks(masks: Sequence[jax.Array], mirrored: Sequence[bool]) -> jax.Array:
-  """[B, D, m, m]: the mean probability over views; masks of mirrored views are mirrored back."""
+  """Returns mean probabilities over views, [B, D, m, m]; masks of mirrored views are mirrored back."""
   turned = [m[..., ::-1] if flip else m for m, flip in zip(masks, mirrored, strict=True)]
   return sum(turned) / len(turned)

@@ -2,7 +2,7 @@
 
 Shapes: B images of this host, H W rows and columns, h w those of the part of a crop that lies on its
 image, N images of a split, K canvases. Label maps hold classes 0..num_classes-1, and `VOID` where
-there is none.
+there is no class.
 """
 
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ AnyRecord = label_map.LabelRecord | instances.Record
 def model_batches(
   config: ml_collections.ConfigDict, start_step: int
 ) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
-  """This host's training batches from a step on, labels being the model's classes.
+  """Opens this host's training batches from a step on, with the model's classes as labels.
 
   Args:
-    config: a whole config.
+    config: a complete config.
     start_step: step of the first batch.
 
   Raises:
@@ -77,7 +77,7 @@ def train_batches(
       valid_B: bool, all True.
 
   Raises:
-    UserError: the data are not prepared or do not fit the config; while iterating, a record, its
+    UserError: the data are not prepared, or do not fit the config. While iterating: a record, its
       image or its label map cannot be read.
   """
   canvas = tuple(data.crop)
@@ -135,7 +135,7 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Batches:
-  """Reads this host's share of one pass over a split, every image once and whole.
+  """Reads this host's share of one pass over a split, with every image once and uncropped.
 
   Args:
     data: the config's `data`.
@@ -145,13 +145,13 @@ def eval_batches(
     process_count: number of hosts; all get the same number of batches.
 
   Returns:
-    Batches as those of `train_batches`, neither cropped nor flipped, on canvases of `data.buckets` or,
-    without buckets, of the image's size rounded up to multiples of `data.canvas_multiple`. Where an
-    image only fills the last batch of a canvas, valid_B is False and image_id_B is -1. In addition:
+    Batches like those of `train_batches`, without crops and flips, on canvases of `data.buckets` or, if
+    there are none, of the image's size rounded up to multiples of `data.canvas_multiple`. Where an
+    image only fills up the last batch of a canvas, valid_B is False and image_id_B is -1. In addition:
       original_label_BHW: uint8, the label map of the file, `VOID` beyond original_size_B2.
 
   Raises:
-    UserError: as `train_batches`.
+    UserError: see `train_batches`.
   """
   _classes(data)
   reader = Reader(data, split)
@@ -232,7 +232,7 @@ def label_map_of(record: AnyRecord) -> np.ndarray:
   if isinstance(record, label_map.LabelRecord):
     label_HW = label_map.decode_ids(record.label)
     if label_HW.shape != record.size:
-      raise ValueError(f"label map of {label_HW.shape}, the image is {record.size}")
+      raise ValueError(f"the label map has size {label_HW.shape}, the image {record.size}")
     return label_HW
   label_HW = np.zeros(record.size, np.uint8)
   for label, annotation in zip(record.labels, record.annotations, strict=True):
@@ -253,7 +253,7 @@ _FIELDS = {
 
 
 def _names(record: AnyRecord, valid: bool) -> dict[str, np.ndarray]:
-  """The arrays of a batch that name and describe an image."""
+  """Returns the arrays of a batch that name and describe an image."""
   return {
     "original_size_B2": np.array(record.size, np.int32),
     "image_id_B": np.array(record.image_id if valid else -1, np.int64),
@@ -263,7 +263,7 @@ def _names(record: AnyRecord, valid: bool) -> dict[str, np.ndarray]:
 
 
 def _read(reader: Reader, index: int) -> tuple[AnyRecord, np.ndarray, np.ndarray]:
-  """A record, its image, and its label map."""
+  """Reads a record, its image and its label map."""
   record = reader.read(index)
   image_HWC = reader.decode(index, record)
   try:
@@ -276,8 +276,8 @@ def _read(reader: Reader, index: int) -> tuple[AnyRecord, np.ndarray, np.ndarray
 
 
 def _classes(data: ml_collections.ConfigDict) -> DatasetInfo:
-  """The data set's description, which must have classes."""
+  """Returns the data set's description; raises UserError if it has no label maps."""
   dataset = info(data)
   if not dataset.class_names:
-    raise UserError(f"data.name={data.name!r} has no label maps; choose a data set that has")
+    raise UserError(f"data.name={data.name!r} has no label maps; choose another data set")
   return dataset

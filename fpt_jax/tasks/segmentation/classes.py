@@ -9,7 +9,7 @@ from fpt_jax.errors import UserError
 
 
 def adopt_classes(config: ConfigDict, dataset: DatasetInfo) -> None:
-  """Writes the data set's classes, colours and `swaps` into a config that names no classes.
+  """Writes the data set's classes, colours and swaps into a config that does not name its classes.
 
   Raises:
     UserError: the data set has no label maps or has a class that the model does not have, or
@@ -39,7 +39,7 @@ def adopt_classes(config: ConfigDict, dataset: DatasetInfo) -> None:
 
 
 def class_table(config: ConfigDict, dataset: DatasetInfo) -> np.ndarray:
-  """uint8 [256]: the model's class of each class of the data set, by name; `VOID` for other labels.
+  """Returns the model's class of each class of the data set, by name, uint8 [256]; `VOID` for other labels.
 
   Raises:
     UserError: the data set has a class that the model does not have.

@@ -10,18 +10,18 @@ import tensorflow as tf
 
 from fpt_jax.data import VOID, transforms
 
-_CROP = 0xC409  # keeps these streams apart from others drawn from the same seed
+_CROP = 0xC409  # separates these random numbers from others of the same seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-  """A window of a resized image; all are (height, width) in pixels.
+  """A window of a resized image. Sizes are (height, width) in pixels.
 
   Attributes:
-    size: of the whole image after the resize.
-    offset: of the window's top left corner on the resized image.
-    valid: of the window's part that lies on the image: its top left.
-    mirrored: whether the image is mirrored left to right, before anything else.
+    size: size of the whole image after the resize.
+    offset: (y, x) of the window's top left corner on the resized image.
+    valid: size of the part of the window that lies on the image, at the window's top left.
+    mirrored: whether the image is mirrored left to right before the resize.
   """
 
   size: tuple[int, int]
@@ -40,16 +40,16 @@ def draw(
   train_sizes: tuple[int, ...] = (),
   flip: bool = False,
 ) -> Crop:
-  """Draws a crop, a pure function of its arguments.
+  """Draws a random crop; the result is a pure function of the arguments.
 
   Args:
     seed: seed of the run.
-    position: position of the image in the run, step * global batch size + place in the batch.
+    position: position of the image in the run: step * global batch size + index in the batch.
     size: (height, width) of the image file.
     canvas: (height, width) of the crop.
-    scale: smallest and largest factor of the image size, which is drawn uniformly.
-    train_sizes: shorter edges in pixels to draw from instead, see `transforms.draw_train_size`; () for
-      `scale`.
+    scale: smallest and largest factor of the image size; the factor is drawn uniformly.
+    train_sizes: shorter edges in pixels to draw from instead of a factor, see
+      `transforms.draw_train_size`; () to use `scale`.
     flip: whether half of the images are mirrored.
   """
   bits = np.random.Philox(np.random.SeedSequence((seed, _CROP, position))).random_raw(4).tolist()
@@ -78,16 +78,17 @@ def short_edge_size(size: tuple[int, int], short_edge: int) -> tuple[int, int]:
 
 
 def nearest(old: int, new: int, start: int, count: int) -> np.ndarray:
-  """The source pixels of a nearest-neighbour resize, along one edge.
+  """Returns the source pixels of a nearest-neighbour resize along one edge.
 
-  The centre of target pixel i lies at (i + 0.5) * old / new of the source, and takes the pixel that
-  it falls on; on a border between two, the one behind. It is the geometry of the bilinear resize.
+  The centre of target pixel i lies at (i + 0.5) * old / new in the source, and target pixel i takes the
+  value of the source pixel there; on the border of two, that of the second. The bilinear resize has the
+  same geometry.
 
   Args:
-    old: pixels before.
-    new: pixels after.
-    start: the first target pixel asked for.
-    count: how many.
+    old: length of the edge before the resize, pixels.
+    new: length of the edge after the resize, pixels.
+    start: index of the first target pixel.
+    count: number of target pixels.
 
   Returns:
     int64 [count].
@@ -109,12 +110,12 @@ def cut_label(label_HW: np.ndarray, crop: Crop) -> np.ndarray:
 def cut_image(
   image_HWC: np.ndarray | tf.Tensor, size: tf.Tensor, offset: tf.Tensor, canvas: tf.Tensor
 ) -> tf.Tensor:
-  """Resizes an image and cuts out a window, without making the rest.
+  """Resizes an image and cuts out a window, without computing the rest.
 
   Bilinear with half-pixel centres and no antialiasing, as `transforms.resize_and_pad`.
 
   Args:
-    image_HWC: any real dtype.
+    image_HWC: image of any real dtype.
     size: (height, width) of the whole image after the resize.
     offset: (y, x) of the window's top left corner on it.
     canvas: (height, width) of the window.
@@ -140,7 +141,7 @@ def pad_label(label_hw: tf.Tensor, canvas: tf.Tensor) -> tf.Tensor:
 
 
 def mirror_table(swaps: tuple[tuple[int, int], ...]) -> np.ndarray:
-  """Returns uint8 [256], the class that each class becomes on a mirrored image."""
+  """Returns the class that each class becomes in a mirrored image, uint8 [256]."""
   table = np.arange(256, dtype=np.uint8)
   for left, right in swaps:
     table[left], table[right] = right, left

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fpt_jax.tasks import pictures
 
-BORDER = (255, 255, 255)  # between two classes
-OPACITY = 0.65  # of the colours over the image
-FONT_SIZE = 16  # of legends, pixels
+BORDER = (255, 255, 255)  # colour of the line between two classes
+OPACITY = 0.65  # opacity of the colours over the image
+FONT_SIZE = 16  # size of the font of legends, pixels
 
 
 def draw_label_map(
@@ -23,7 +23,7 @@ def draw_label_map(
   label_HW: np.ndarray,
   palette: Sequence[pictures.Color],
 ) -> np.ndarray:
-  """Colours an image by its classes, with a line between them; void pixels stay grey.
+  """Colours an image by its classes, with lines between them; void pixels become grey.
 
   Args:
     image_HWC: image, uint8 RGB.
@@ -39,7 +39,7 @@ def draw_label_map(
   image_HWC, label_HW = np.asarray(image_HWC), np.asarray(label_HW)
   if image_HWC.dtype != np.uint8 or image_HWC.shape != (*label_HW.shape, 3):
     raise ValueError(
-      f"a uint8 RGB image and its label map expected, got {image_HWC.dtype} {image_HWC.shape} and "
+      f"expected a uint8 RGB image and its label map, got {image_HWC.dtype} {image_HWC.shape} and "
       f"{label_HW.shape}"
     )
   known_HW = (label_HW >= 0) & (label_HW < len(palette))
@@ -59,7 +59,7 @@ def draw_legend(
   palette: Sequence[pictures.Color],
   width: int,
 ) -> np.ndarray:
-  """Draws the colours of classes with their names, in as many rows as they need.
+  """Draws the colours of classes with their names, in as many rows as needed.
 
   Args:
     classes: classes to show, such as `np.unique` of a label map; void is left out.
@@ -123,7 +123,7 @@ def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndar
 
 
 def _borders(label_HW: np.ndarray) -> np.ndarray:
-  """bool [H, W]: pixels whose right or lower neighbour is of another class."""
+  """Returns the pixels whose right or lower neighbour has another class, bool [H, W]."""
   border_HW = np.zeros(label_HW.shape, bool)
   border_HW[:, :-1] |= label_HW[:, :-1] != label_HW[:, 1:]
   border_HW[:-1] |= label_HW[:-1] != label_HW[1:]
@@ -137,7 +137,7 @@ def draw_prediction(
   truth: np.ndarray | None,
   min_score: float,
 ) -> np.ndarray:
-  """See `tasks.task.Task.draw_prediction`: the image in the colours of its classes, over a legend."""
+  """See `tasks.task.Task.draw_prediction`: the image in the colours of its classes, above a legend."""
   del min_score
   maps = [found["label_map"]] if truth is None else [truth, found["label_map"]]
   titles = None if truth is None else ["ground truth", "predicted"]
@@ -158,7 +158,7 @@ def draw_maps(
   maps: Sequence[np.ndarray | None],
   titles: Sequence[str] | None,
 ) -> np.ndarray:
-  """Draws images side by side in the colours of their label maps, over one legend.
+  """Draws images side by side in the colours of their label maps, above one legend.
 
   Args:
     config: a config whose `model` has the names and colours of the classes.
@@ -184,7 +184,7 @@ def draw_maps(
 
 
 def palette_of(config: ConfigDict) -> list[tuple[int, int, int]]:
-  """R, G, B of the model's classes: the config's colours, or colours derived from the names."""
+  """Returns the colours of the model's classes: those of the config, or colours derived from the names."""
   model = config.model
   return [tuple(c) for c in model.palette] or [
     pictures.category_color(name) for name in model.class_names

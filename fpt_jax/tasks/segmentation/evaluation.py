@@ -1,4 +1,4 @@
-"""Evaluation of segmentation: a label map of every image of a split, scored by mean IoU.
+"""Evaluation of segmentation: mean IoU of the label maps of every image of a split.
 
 Shapes: B images of a batch, H W rows and columns, T P true and predicted classes.
 """

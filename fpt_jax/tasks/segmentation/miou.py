@@ -14,7 +14,7 @@ def confusion_matrix(
   """Counts pixels by true and predicted class; the matrices of images and of hosts can be added.
 
   Args:
-    truth_HW: true classes, int, of any shape; pixels with `void` are not counted.
+    truth_HW: true classes, int, of any shape; pixels with the label `void` are not counted.
     prediction_HW: predicted classes, int, of the same shape.
     num_classes: number of classes.
     void: label of pixels without a class.
@@ -70,12 +70,12 @@ def scores(confusion_TP: np.ndarray, class_names: Sequence[str]) -> dict[str, fl
   both_T, truth_T, prediction_T = np.diag(confusion_TP), confusion_TP.sum(1), confusion_TP.sum(0)
   iou_T = _percent(both_T, truth_T + prediction_T - both_T)
   accuracy_T = _percent(both_T, truth_T)
-  figures = {
+  metrics = {
     "mIoU": _mean(iou_T),
     "mAcc": _mean(accuracy_T),
     "aAcc": float(_percent(both_T.sum(), truth_T.sum())),
   }
-  return figures | {f"IoU/{name}": float(iou) for name, iou in zip(class_names, iou_T, strict=True)}
+  return metrics | {f"IoU/{name}": float(iou) for name, iou in zip(class_names, iou_T, strict=True)}
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
@@ -89,11 +89,11 @@ def format_table(metrics: Mapping[str, float]) -> str:
 
 
 def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-  """100 part / whole, nan where the whole is 0."""
+  """Returns 100 part / whole, nan where the whole is 0."""
   return 100 * np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
 def _mean(values_T: np.ndarray) -> float:
-  """The mean of the values that are not nan; nan if all are."""
+  """Returns the mean of the values that are not nan; nan if all are."""
   known_N = values_T[~np.isnan(values_T)]
   return float(known_N.mean()) if known_N.size else float("nan")

@@ -47,7 +47,7 @@ def predictor(
 ) -> Callable[[np.ndarray], dict]:
   """Returns a function from an image, uint8 RGB [H, W, 3], to its `label_map`, uint8 [H, W].
 
-  It uses the windows, scales and mirror images of `config.eval`, as evaluation does.
+  The function uses the windows, scales and mirror images of `config.eval`, as evaluation does.
   """
   label = labeller(config, structure)
   multiple, short_edge = config.data.canvas_multiple, config.data.short_edge
@@ -57,7 +57,7 @@ def predictor(
     size = crops.short_edge_size(original, short_edge) if short_edge else original
     canvas = transforms.smallest_canvas(size, config.data.buckets, multiple)
     image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
-    # rounded up, so that images of nearly the same size share a program
+    # rounded up, so that images of similar sizes share a compiled program
     original_canvas = transforms.smallest_canvas(original, (), multiple)
     sizes = (np.array([pair], np.int32) for pair in (size, original))
     (label_HW,) = np.asarray(label(arrays, image[None], *sizes, original_canvas))
@@ -80,7 +80,7 @@ def eval_images(config: ConfigDict) -> Iterator[tuple[str, np.ndarray, np.ndarra
 
 
 def to_entries(config: ConfigDict, name: str, found: dict) -> list[dict]:
-  """See `tasks.task.Task.to_entries`: the share of each class in the pixels, the largest first."""
+  """See `tasks.task.Task.to_entries`: each class's share of the pixels, the largest first."""
   label_HW = found["label_map"]
   classes, pixels = np.unique(label_HW, return_counts=True)
   shares = {
@@ -93,8 +93,8 @@ def to_entries(config: ConfigDict, name: str, found: dict) -> list[dict]:
 def write_prediction(config: ConfigDict, workdir: str, stem: str, name: str, found: dict) -> None:
   """See `tasks.task.Task.write_prediction`.
 
-  Writes the label map as `predictions/<stem>_labels.png`, classes as numbers, and, with
-  `config.eval.submission`, the file for the evaluation server.
+  Writes the label map as `predictions/<stem>_labels.png`, with classes as numbers, and, if
+  `config.eval.submission` is set, the file for the evaluation server.
 
   Raises:
     UserError: see `submission_writer`.

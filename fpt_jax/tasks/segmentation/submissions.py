@@ -7,7 +7,7 @@ import numpy as np
 from fpt_jax.data.datasets import ade20k, cityscapes
 from fpt_jax.data.records.images import encode_png
 
-# the number in the files for class 0, 1, ...
+# numbers in the files for the classes 0, 1, ...
 _IDS = {
   "cityscapes": cityscapes.IDS,
   "ade20k": tuple(range(1, 1 + len(ade20k.LAYOUT.class_names))),

@@ -2,7 +2,7 @@
 
 Shapes: B images, H W rows and columns of a canvas, h w those of a window's canvas, K classes, L = K + 1
 sums (of the probabilities, and the number of windows), C channels. Sizes are (height, width) in pixels.
-An image lies at the top left of its canvas; the rest is padding, which changes nothing.
+An image lies at the top left of its canvas; the rest is padding, which does not affect the result.
 """
 
 import functools
@@ -30,7 +30,7 @@ def probabilities(
   overlap: float = 0.0,
   multiple: int = 1,
 ) -> jax.Array:
-  """Probabilities of the classes at every pixel, from windows that slide over the image.
+  """Computes the probabilities of the classes at every pixel, from windows that slide over the image.
 
   Windows follow each other in rows; the last of a row ends at the image's edge. A pixel in several
   windows gets the mean of their probabilities. A window of the image's size is the whole image.
@@ -40,7 +40,7 @@ def probabilities(
     image_BHWC: images, float32 in 0..255, zero on padding.
     size_B2: sizes of the images, int32.
     window: size of a window; () for the whole canvas.
-    overlap: share of a window that the next one covers again, from 0 to less than 1.
+    overlap: share of a window that overlaps the next one, from 0 to less than 1.
     multiple: a window's canvas is its size rounded up to multiples of this.
 
   Returns:
@@ -120,7 +120,7 @@ def labeller(
   place: Callable[[dict], dict] = lambda batch: batch,
   out_shardings: jax.sharding.Sharding | None = None,
 ) -> Callable[..., jax.Array]:
-  """Returns a function from images to label maps, over the views that `config.eval` asks for.
+  """Returns a function from images to label maps, over the views that `config.eval` sets.
 
   The probabilities of all windows, scales and mirror images are averaged at the size of the image file.
 
@@ -132,7 +132,7 @@ def labeller(
 
   Returns:
     A function (arrays, image_BHWC, size_B2, original_size_B2, canvas) -> uint8 [B, *canvas] of classes,
-    with images as `batches.eval_batches` yields them, and a canvas that holds the files' sizes.
+    with images as `batches.eval_batches` yields them, and a canvas at least as large as each file's image.
   """
   window, overlap = tuple(config.eval.window), config.eval.overlap
   scales, flip = tuple(config.eval.scales), config.eval.flip
@@ -175,7 +175,7 @@ def labeller(
 def at_scale(
   image_BHWC: np.ndarray, size_B2: np.ndarray, scale: float, multiple: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Images resized by a factor and their sizes, on canvases rounded up to `multiple` pixels."""
+  """Resizes images by a factor, on canvases rounded up to `multiple` pixels; returns them and their sizes."""
   if scale == 1:
     return image_BHWC, size_B2
   canvas = tuple(
@@ -190,7 +190,7 @@ def at_scale(
 
 
 def _cut(x_BHWC, start_B2, size):
-  """[B, *size, C]: the window of each image that begins at its start."""
+  """Returns the window of each image that begins at its start, [B, *size, C]."""
   return jax.vmap(
     lambda x_HWC, start_2: jax.lax.dynamic_slice(
       x_HWC, (start_2[0], start_2[1], 0), (*size, x_HWC.shape[-1])
@@ -199,7 +199,7 @@ def _cut(x_BHWC, start_B2, size):
 
 
 def _paste(x_BHWC, window_BhwC, start_B2):
-  """The images, each with its window pasted at its start."""
+  """Returns the images, each with its window pasted at its start."""
   return jax.vmap(
     lambda x_HWC, window_hwC, start_2: jax.lax.dynamic_update_slice(
       x_HWC, window_hwC, (start_2[0], start_2[1], 0)

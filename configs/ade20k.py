@@ -7,14 +7,14 @@ shorter edge of 269, 369, 469 or 569 pixels, as in OCNet. It gives a rate of 0.0
 batch size of 16 is OCNet's, with which the rate per image equals that of the other data sets. The crop
 size of 569 x 569 is our choice.
 
-The words behind the colon are those of `configs/cityscapes.py`.
+The words after the colon are those of `configs/cityscapes.py`.
 """
 
 from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   config = segmentation()
   config.batch_size = 16
   config.train_images = 120 * 20_210

@@ -7,7 +7,7 @@
       --config.init_from=/runs/lite0
 
 CamVid is not one of the paper's data sets. The model is trained on 367 images and evaluated on the 233 of
-the test split, as in Badrinarayanan et al. 2017. The words behind the colon are those of
+the test split, as in Badrinarayanan et al. 2017. The words after the colon are those of
 `configs/cityscapes.py`; `fpt=none` is the pyramid alone. The weights of the classes in the loss are the
 square roots of those of median frequency balancing (Eigen & Fergus 2015) on the training labels: without
 them, poles and bicyclists are hardly found after so few steps.
@@ -17,7 +17,7 @@ from fpt_jax.configs.segmentation import segmentation, small, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   config = small(segmentation())
   config.train_images = 18 * 367
   config.data.update(dict(name="camvid", eval_split="test", scale=(1.0, 2.0)))

@@ -6,7 +6,7 @@ The paper reports 81.7 mIoU on val and 82.2 on test for a frozen dilated ResNet-
 (`--config.init_from`, see docs/weights.md), after 120 epochs of crops of 969 x 969. It gives 8 GPUs and no
 batch size; one image per GPU is our choice.
 
-Words and settings behind the colon, in any order, separated by commas:
+Words and settings after the colon, in any order, separated by commas:
 
     cityscapes.py:demo                 generated images, a narrow ResNet-18, minutes on two CPU cores
     cityscapes.py:small                EfficientNet-Lite0 at low resolution
@@ -23,5 +23,5 @@ from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   return variant(segmentation(), arg)

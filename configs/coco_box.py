@@ -3,14 +3,14 @@
     python -m fpt_jax.main --config=configs/coco_box.py --workdir=... --config.data.source=/data/coco
 
 The paper's schedule without masks is shorter: 100k steps of 8 images, with the rate divided by ten after
-80k. The words behind the colon are those of `configs/coco_mask.py`.
+80k. The words after the colon are those of `configs/coco_mask.py`.
 """
 
 from fpt_jax.configs.detection import detection, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   config = detection()
   config.model.mask_head.enabled = False
   config.train_images = 100_000 * 8

@@ -5,7 +5,7 @@
 The paper reports 38.0 box AP and 36.8 mask AP on val2017 for ResNet-50 after 160k steps of 8 images, with
 a frozen backbone with ImageNet weights (`--config.init_from`, see docs/weights.md).
 
-Words and settings behind the colon, in any order, separated by commas:
+Words and settings after the colon, in any order, separated by commas:
 
     coco_mask.py:demo                   generated images, a narrow ResNet-18, minutes on two CPU cores
     coco_mask.py:small                  the same network on real images at low resolution, for laptops
@@ -25,5 +25,5 @@ from fpt_jax.configs.detection import detection, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   return variant(detection(), arg)

@@ -5,14 +5,14 @@
 The paper reports 56.2 mIoU on val for a frozen dilated ResNet-101, after 50 epochs of crops of
 573 x 573. On a mirrored image, left and right parts of the body are exchanged.
 
-The words behind the colon are those of `configs/cityscapes.py`.
+The words after the colon are those of `configs/cityscapes.py`.
 """
 
 from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   config = segmentation()
   config.train_images = 50 * 30_462
   config.data.update(

@@ -9,14 +9,14 @@ The paper reports 85.0 mIoU on test for a frozen dilated ResNet-101, after 80 ep
     --config.data.builder.splits='("trainaug", "val")' --config.data.train_split=trainaug \\
       --config.train_images=846560
 
-The words behind the colon are those of `configs/cityscapes.py`.
+The words after the colon are those of `configs/cityscapes.py`.
 """
 
 from fpt_jax.configs.segmentation import segmentation, variant
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` has the words behind the colon."""
+  """Returns the config; `arg` has the words after the colon."""
   config = segmentation()
   config.train_images = 80 * 1464
   config.data.update(

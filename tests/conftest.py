@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Silent rank promotion raises, and all tests share one compilation cache.
+"""Fixtures for all tests. Implicit rank promotion raises an error; all tests share one compilation cache.
 
 Environment variables:
   FPT_REAL_DATA: folder of real images; tests that read it are skipped if the variable is not set.
@@ -31,7 +31,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-  """Halves the compilation time of tests of whole runs; the programs are slower."""
+  """Halves the compilation time of tests of whole runs; the compiled programs are slower."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)

@@ -32,7 +32,7 @@ def write_coco(root: pathlib.Path) -> dict:
     ],
     "categories": [{"id": 90, "name": "zebra"}, {"id": 3, "name": "ant"}],
     "annotations": [
-      {  # the left half of its box is filled
+      {  # fills the left half of its box
         "id": 1000000007,
         "image_id": 70,
         "category_id": 90,
@@ -41,7 +41,7 @@ def write_coco(root: pathlib.Path) -> dict:
         "area": 80.3,
         "iscrowd": 0,
       },
-      {  # column-major runs: columns 2 to 11, whole
+      {  # column-major runs: all of columns 2 to 11
         "id": 2,
         "image_id": 70,
         "category_id": 3,
@@ -55,7 +55,7 @@ def write_coco(root: pathlib.Path) -> dict:
         "image_id": 5,
         "category_id": 3,
         "bbox": [2, 0, 10, 20],
-        # the same runs, compressed: 5 bits per character from "0"; bit 6 marks that more follow
+        # the same runs, compressed: 5 bits per character from "0"; the sixth bit marks that more follow
         "segmentation": {"size": [HEIGHT, WIDTH], "counts": "X1X6`a0"},
         "iscrowd": 0,
       },

@@ -1,4 +1,4 @@
-"""A tiny run for tests: the demo's config, made as small as it can be and still do everything."""
+"""A tiny run for tests: the demo's config, as small as possible while it still uses every part."""
 
 import json
 import os
@@ -66,17 +66,17 @@ SEGMENTATION_FIELDS = {
 
 
 def tiny_config(arg: str = "", **fields) -> ConfigDict:
-  """The config of `coco_mask.py:demo,{arg}`; `fields` are set on top, with "__" for the dots."""
+  """Returns the config of `coco_mask.py:demo,{arg}`, with `fields` set; their names have "__" for dots."""
   return _tiny(coco_mask.get_config(f"demo,{arg}"), FIELDS, fields)
 
 
 def tiny_segmentation_config(arg: str = "", **fields) -> ConfigDict:
-  """As `tiny_config`, of `cityscapes.py:demo,{arg}`."""
+  """Like `tiny_config`, for `cityscapes.py:demo,{arg}`."""
   return _tiny(cityscapes.get_config(f"demo,{arg}"), SEGMENTATION_FIELDS, fields)
 
 
 def shared_data_dir() -> str:
-  """The folder of generated records that all tests share."""
+  """Returns the folder of generated records that all tests share."""
   return os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
 
 
@@ -95,7 +95,7 @@ def _tiny(config: ConfigDict, tiny: dict, fields: dict) -> ConfigDict:
 
 
 def config_file(folder: pathlib.Path, **fields) -> pathlib.Path:
-  """A config file of `tiny_config(**fields)`, for the command line."""
+  """Writes a config file that returns `tiny_config(**fields)`, for the command line; returns its path."""
   file = folder / "tiny_config.py"
   file.write_text(
     f"from tests.runs import tiny_config\n\n\ndef get_config():\n  return tiny_config(**{fields!r})\n"
@@ -104,7 +104,7 @@ def config_file(folder: pathlib.Path, **fields) -> pathlib.Path:
 
 
 def command(*flags: str, **environment: str) -> subprocess.Popen:
-  """`python -m fpt_jax.main` with these flags, its standard error readable as text."""
+  """Starts `python -m fpt_jax.main` with these flags; its standard error is a pipe of text."""
   return subprocess.Popen(
     [sys.executable, "-m", "fpt_jax.main", *flags],
     cwd=ROOT,
@@ -114,21 +114,21 @@ def command(*flags: str, **environment: str) -> subprocess.Popen:
     | {
       "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "fpt_jax_test_cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `quick_compilation` of the tests
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # like the fixture `quick_compilation`
     }
     | environment,
   )
 
 
 def importer(*flags: str) -> subprocess.CompletedProcess:
-  """`python scripts/import_torchvision.py` with these flags, its output as text."""
+  """Runs `python scripts/import_torchvision.py` with these flags; captures its output as text."""
   command = [sys.executable, ROOT / "scripts" / "import_torchvision.py", *flags]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def host_devices(count: int) -> dict[str, str]:
-  """The environment of a process in which the CPU appears as `count` devices.
+  """Returns the environment of a process in which the CPU appears as `count` devices.
 
   XLA's concurrent schedule lets two devices start different collectives, each of which then waits for
   the other device: on few cores, such a process soon deadlocks. In the sequential schedule all devices
@@ -146,20 +146,20 @@ def host_devices(count: int) -> dict[str, str]:
 
 
 def succeed(process: subprocess.Popen, timeout: float = 400) -> None:
-  """Waits for the end of a process that must succeed: no stack trace, no signal, exit code 0."""
+  """Waits for a process and checks that it succeeds: exit code 0, no signal and no stack trace."""
   _, text = process.communicate(timeout=timeout)
   assert process.returncode == 0, f"exit code {process.returncode}: {text[-3000:]}"
   assert "Traceback" not in text, text[-3000:]
 
 
 def error_lines(process: subprocess.Popen, timeout: float = 400) -> list[str]:
-  """Waits for the end of a process; returns its lines of standard error that report an error."""
+  """Waits for a process; returns the lines of its standard error that report errors."""
   _, text = process.communicate(timeout=timeout)
   return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
 
 
 def losses_by_step(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
-  """The losses in metrics.jsonl; fails if a step is written twice."""
+  """Returns the losses in metrics.jsonl by step; fails if a step is written twice."""
   losses = {}
   for line in (workdir / "metrics.jsonl").read_text().splitlines():
     entry = json.loads(line)

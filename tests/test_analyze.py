@@ -15,8 +15,8 @@ def torchvision():
   return analyze.analyze(coco_mask.get_config("torchvision"))
 
 
-def test_torchvision_detector_by_hand(torchvision):
-  """44.4 M parameters as torchvision documents; the rest from the layers' sizes."""
+def test_costs_of_torchvisions_detector_equal_those_computed_by_hand(torchvision):
+  """Has 44.4 M parameters, as torchvision documents; the other numbers follow from the layers' sizes."""
   assert torchvision.total().parameters == 44_401_393
   assert torchvision.canvas == (800, 1344)
   positions = [200 * 336, 100 * 168, 50 * 84, 25 * 42]
@@ -33,7 +33,7 @@ def test_torchvision_detector_by_hand(torchvision):
   assert torchvision.total().attention == 0
 
 
-def test_parts_stand_below_their_module(torchvision):
+def test_parts_are_listed_below_their_module(torchvision):
   lines = analyze.format_modules(torchvision).splitlines()
   names = [line[:32].rstrip() for line in lines[5:]]
   stages = ["  conv1", *(f"  stages.{i}" for i in range(4))]
@@ -44,18 +44,18 @@ def test_parts_stand_below_their_module(torchvision):
   assert all(len(line) >= 84 for line in lines[5:])
 
 
-def test_a_model_is_written_into_its_folder(tmp_path, capsys):
+def test_costs_of_a_model_are_written_into_its_folder(tmp_path, capsys):
   config = coco_mask.get_config("demo,fpt=gt,head=augmented")
   analyze.analyze_model(config, str(tmp_path / "run"))
   written = json.loads((tmp_path / "run" / "analysis.json").read_text())
   assert written["canvas"] == [128, 128] and written["dtype"] == "float32"
   modules = written["modules"]
-  for figure, total in written["total"].items():
-    assert sum(cost[figure] for cost in modules.values()) == total > 0
+  for name, total in written["total"].items():
+    assert sum(cost[name] for cost in modules.values()) == total > 0
   heads = ("rpn", "roi_align", "box_head", "mask_head")
-  for figure, features in written["features"].items():
-    assert features == written["total"][figure] - sum(modules[h][figure] for h in heads)
-  # P2 of 32 x 32 hears P3, P4 and P5, in 4 parts of 48 channels together
+  for name, features in written["features"].items():
+    assert features == written["total"][name] - sum(modules[h][name] for h in heads)
+  # P2, of 32 x 32, attends to P3, P4 and P5, in 4 parts with 48 channels together
   keys = 16**2 + 8**2 + 4**2
   assert modules["fpt.grounding_transformers.0"]["attention"] == keys * (32**2 * (2 * 48 + 4) + 48)
   assert "grounding_transformers.0" in capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
   printed = capsys.readouterr().out
   totals = [row["total"]["parameters"] for row in written]
   assert [row["paper"]["gflops"] for row in written] == [172.3, 248.2, 187.9, 256.7]
-  # what the level itself has in the convolution that fuses, and the normalisation, counted twice
+  # the level's own share of the fusing convolution, and the normalisation, are counted twice
   channels = cityscapes.get_config("demo").model.pyramid.channels
   own = 4 * (9 * channels**2 + 2 * channels)
   assert totals[3] == totals[1] + totals[2] - totals[0] - own
@@ -83,7 +83,7 @@ def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
   assert f"{-own / 1e6:+.1f}" in sums
 
 
-def test_markdown(torchvision):
+def test_table_in_markdown(torchvision):
   rows = [
     tables.Row("A", "fpt=st", (32.0, 54.9), None, 55.0, 248.2),
     tables.Row("B", "", (31.6,), (29.9,)),
@@ -96,8 +96,8 @@ def test_markdown(torchvision):
   ]
 
 
-def test_segmenter():
-  """A crop of the config's size; the auxiliary head, which only trains, has parameters alone."""
+def test_costs_of_a_segmenter():
+  """The image is a training crop; the auxiliary head, used in training only, has parameters alone."""
   config = cityscapes.get_config("demo,fpt=lgt")
   counted = analyze.analyze(config)
   assert counted.canvas == tuple(config.data.crop)
@@ -129,6 +129,6 @@ def test_the_papers_rows_do_not_add_up():
   assert surplus("BFP+ST+GT+RT") == [-1.3, -10.4]
 
 
-def test_tables_that_do_not_exist_are_told():
+def test_tables_that_do_not_exist_are_reported():
   with pytest.raises(UserError, match="--table=9 does not exist; choose one of 1, 2, 3"):
     analyze.rows_of_table(9)

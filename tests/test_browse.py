@@ -1,4 +1,4 @@
-"""Pictures of training batches: their objects, and the anchors that the RPN samples."""
+"""Pictures of training batches with their objects and the anchors that the RPN samples."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from tests.runs import tiny_config
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_browsing_leaves_pictures_in_the_order_of_training(tmp_path):
+def test_pictures_are_written_in_the_order_of_training(tmp_path):
   config = tiny_config(data__flip=False)
   browse(config, str(tmp_path), num_images=5)
   with detection.train_batches(config, 0) as batches:
@@ -32,7 +32,7 @@ def test_browsing_leaves_pictures_in_the_order_of_training(tmp_path):
 
 
 @pytest.mark.parametrize("canvas", [(64, 64), (96, 160), (100, 75)])
-def test_anchors_are_those_of_the_model(canvas):
+def test_drawn_anchors_are_those_of_the_model(canvas):
   config = tiny_config()
   structure = models.structure_of(config)
   levels = []
@@ -51,7 +51,7 @@ def test_anchors_are_those_of_the_model(canvas):
   np.testing.assert_array_equal(anchors_of_canvas(config.model.rpn, canvas), np.concatenate(levels))
 
 
-def test_anchors_have_their_objects_colors():
+def test_anchors_have_the_colors_of_their_objects():
   image_HWC = np.zeros((400, 500, 3), np.uint8)
   boxes_G4 = np.array([[10.0, 10, 60, 60], [300, 200, 400, 300]])
   drawn = draw_anchors(

@@ -1,4 +1,4 @@
-"""The command line: one line for every mistake, pictures and JSON for every image."""
+"""The command line reports every mistake in one line, and writes pictures and JSON for every image."""
 
 import json
 
@@ -71,7 +71,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_eval_gives_the_figures_of_training(run):
+def test_eval_gives_the_same_results_as_training(run):
   workdir, _ = run
   results = workdir / "eval" / "coco_instances_results.json"
   before = json.loads(results.read_text())

@@ -1,4 +1,4 @@
-"""The paper's recipe, step by step, against plain NumPy."""
+"""The paper's training recipe, step by step, against plain NumPy."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def test_the_papers_schedule(module, total, drop):
   assert rate(drop + 1) == rate(total) == pytest.approx(0.005)
 
 
-def test_other_batch_sizes_follow_linearly():
+def test_learning_rate_is_linear_in_the_batch_size():
   config = coco_mask.get_config()
   config.batch_size = 32
   assert optim.total_steps(config) == 40_000
@@ -34,14 +34,14 @@ def test_other_batch_sizes_follow_linearly():
   assert optim.total_steps(config) == 3
 
 
-def test_unknown_schedule_is_told():
+def test_unknown_schedules_are_reported():
   config = coco_mask.get_config()
   config.optim.schedule = "linear"
   with pytest.raises(UserError, match="'linear' does not exist; choose step, cosine or poly"):
     optim.schedule(config)
 
 
-def test_sgd_with_momentum_and_decay(rng):
+def test_sgd_with_momentum_and_weight_decay(rng):
   config = coco_mask.get_config()
   config.optim.warmup_steps = 0
   config.optim.clip_norm = 1.0

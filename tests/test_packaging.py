@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# The packages of the extra `train` that an installation of jax and flax does not bring.
+# The packages of the extra `train` that are not installed with jax and flax.
 TRAINING_ONLY = (
   "PIL",
   "array_record",
@@ -33,7 +33,7 @@ def project() -> dict:
 
 
 def lower_bounds() -> dict[str, str]:
-  """Returns the lower bounds of all dependencies but the accelerators': {requirement name: version}."""
+  """Returns the lower bounds of all dependencies, without accelerators: {requirement name: version}."""
   extras = project()["optional-dependencies"]
   requirements = project()["dependencies"] + extras["train"] + extras["test"] + extras["docs"]
   matches = (re.match(r"([\w\-]+)(?:\[\w+\])?>=([\w.]+)", text) for text in requirements)

@@ -1,4 +1,4 @@
-"""Training writes what it promises, resumes exactly, compiles once, and reports what went wrong."""
+"""Training writes its files, resumes exactly, compiles once, and reports errors."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run of 6 steps, and what it logged about compilation."""
+  """Returns folder, metrics and log messages about compilation of a run of 6 steps."""
   workdir = tmp_path_factory.mktemp("run")
   config = tiny_config(steps=6, data__flip=False)
   records = []
@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
   return workdir, metrics, records
 
 
-def test_what_a_run_leaves_behind(finished):
+def test_files_that_a_run_writes(finished):
   workdir, metrics, _ = finished
   losses = losses_by_step(workdir)
   assert set(losses) == {1, 2, 3, 4, 5, 6}
@@ -108,7 +108,7 @@ def test_another_model_is_refused_and_nothing_is_touched(finished):
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
 
 
-def test_init_from_takes_what_fits(finished, tmp_path):
+def test_init_from_takes_the_arrays_that_fit(finished, tmp_path):
   workdir, _, _ = finished
   config = tiny_config(steps=1, init_from=str(workdir), model__num_classes=5)
   config.optim.learning_rate = 0.0
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def wait_for_step(workdir, step, process, seconds=900):
-  """Until metrics.jsonl has reached a step."""
+  """Waits until metrics.jsonl has reached a step."""
   file, end = workdir / "metrics.jsonl", time.monotonic() + seconds
   while time.monotonic() < end and process.poll() is None:
     if file.exists() and any(f'"step": {n},' in file.read_text() for n in range(step, step + 20)):
@@ -142,19 +142,19 @@ def wait_for_step(workdir, step, process, seconds=900):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
   file = config_file(tmp_path, steps=60, checkpoint__every_steps=3)
-  straight, broken = tmp_path / "straight", tmp_path / "broken"
-  succeed(command(f"--config={file}", f"--workdir={straight}"))
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  succeed(command(f"--config={file}", f"--workdir={whole}"))
   for step in (4, 25):
-    process = command(f"--config={file}", f"--workdir={broken}")
-    wait_for_step(broken, step, process)
+    process = command(f"--config={file}", f"--workdir={killed}")
+    wait_for_step(killed, step, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-  succeed(command(f"--config={file}", f"--workdir={broken}"))
-  expected = losses_by_step(straight)
+  succeed(command(f"--config={file}", f"--workdir={killed}"))
+  expected = losses_by_step(whole)
   assert set(expected) == set(range(1, 61))
-  assert losses_by_step(broken) == expected
-  ours, theirs = (fpt_jax.restore(str(w)).arrays for w in (broken, straight))
+  assert losses_by_step(killed) == expected
+  ours, theirs = (fpt_jax.restore(str(w)).arrays for w in (killed, whole))
   assert all((ours[n] == theirs[n]).all() for n in ours)
 
 
@@ -186,7 +186,7 @@ def test_two_devices_train_as_one_and_restore_on_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path):
+def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path):
   file = config_file(tmp_path, steps=4, checkpoint__every_steps=2, model__box_head__hidden=512)
   workdir = tmp_path / "run"
   process = command(f"--config={file}", f"--workdir={workdir}")
@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path):
   error_lines(process)
   file = config_file(tmp_path, steps=8, checkpoint__every_steps=2, model__box_head__hidden=512)
   process = command(f"--config={file}", f"--workdir={workdir}")
-  # No file may grow beyond 100 kB from here: writes fail as on a full disk.
+  # from here on, no file may grow beyond 100 kB: writes fail as on a full disk
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
   lines = [line for line in error_lines(process) if line.startswith("error:")]
   assert process.returncode == 2

@@ -75,7 +75,7 @@ def add_data(config: ConfigDict) -> None:
 def add_model(config: ConfigDict) -> None:
   """Adds the group `model`."""
   model = config.model = ConfigDict()
-  model.name = "rcnn"  # rcnn (detection) or segmenter (segmentation)
+  model.name = "rcnn"  # name of the model: rcnn (detection) or segmenter (segmentation)
   # number of classes; taken from the data unless the config names the classes
   model.num_classes = 80
   # mean of the images that the backbone was trained on: R, G, B in 0..1

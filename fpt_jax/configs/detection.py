@@ -21,7 +21,7 @@ def detection() -> ConfigDict:
   data.max_instances = 100
 
   model.category_ids = ()  # category id of each class in the data set; (): taken from the data
-  model.category_names = ()  # name of each class
+  model.category_names = ()  # name of each class; (): taken from the data
   # side of the smallest square region that is pooled from P4, pixels
   model.canonical_size = 224.0
   model.aligned = True  # RoIAlign with the half-pixel offset; False: as in torchvision's Mask R-CNN
@@ -33,7 +33,7 @@ def detection() -> ConfigDict:
   # group_norm
   pyramid.level_norm = "none"
   rpn = model.rpn = ConfigDict()
-  # sides of the square anchors of each level, pixels
+  # sides of each level's anchors at an aspect ratio of 1, pixels
   rpn.anchor_sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
   rpn.aspect_ratios = (0.5, 1.0, 2.0)  # height / width of the anchors
   rpn.fg_threshold = 0.7  # IoU from which an anchor is positive

@@ -27,7 +27,8 @@ def segmentation() -> ConfigDict:
   model.class_names = ()  # name of each class; (): taken from the data
   model.palette = ()  # colour of each class in pictures, R, G, B; (): taken from the data
   model.class_weights = ()  # weight of each class's pixels in the loss; (): 1 for all
-  # pairs of classes that are exchanged when an image is mirrored, such as left and right arm
+  # pairs of classes that are exchanged when an image is mirrored, such as left and right arm;
+  # (): taken from the data
   model.swaps = ()
   # normalisation in the pyramid and the heads: sync_bn, bn (statistics per device), group_norm or none
   model.norm = "sync_bn"

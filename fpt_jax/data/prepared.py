@@ -27,7 +27,7 @@ class DatasetInfo:
     category_ids: ids of the labels 1, 2, ... in the data set.
     num_images: number of images of each split.
     class_names: names of the label maps' classes 0, 1, ...; () if there are no label maps.
-    palette: RGB colors of the classes 0, 1, ...
+    palette: RGB colours of the classes 0, 1, ...
     swaps: pairs of classes that a mirrored image exchanges, such as the left and the right arm.
     has_masks: whether instances have masks; if not, the masks in the records are the whole boxes.
   """

@@ -49,7 +49,7 @@ def resize_and_pad(
 ) -> tf.Tensor:
   """Resizes an image and places it at the top left of a black canvas.
 
-  The resize is bilinear with half-pixel centers and no antialiasing, in float32, as in torch's
+  The resize is bilinear with half-pixel centres and no antialiasing, in float32, as in torch's
   interpolate(mode="bilinear", align_corners=False).
 
   Args:

@@ -23,7 +23,7 @@ def build(config, rngs: nnx.Rngs) -> nnx.Module:
   """Builds the model that a config describes, with initial weights.
 
   Args:
-    config: whole config, see `fpt_jax.configs`; only its `model` part is read.
+    config: complete config, see `fpt_jax.configs`; only its `model` part is read.
     rngs: source of the initial weights.
 
   Returns:
@@ -46,7 +46,7 @@ def structure_of(config) -> Skeleton:
   """Returns the structure of the model that a config describes, without its weights.
 
   Args:
-    config: whole config, as for `build`.
+    config: complete config, as for `build`.
 
   Raises:
     UserError: a part that the config names does not exist, or does not fit another.

@@ -95,7 +95,7 @@ def check_same_model(
     changes = "; ".join(f"model.{n} was {old.get(n)}, now {new.get(n)}" for n in shown)
     more = f" and {len(differing) - len(shown)} more" if len(differing) > len(shown) else ""
     raise UserError(
-      f"--workdir={workdir} holds a run of another model ({changes}{more}); "
+      f"--workdir={workdir} belongs to a run of another model ({changes}{more}); "
       "choose another --workdir, or the config it was made with"
     )
 

@@ -1,4 +1,4 @@
-"""Every config describes a model; its parts are what the paper and the config's docstring say."""
+"""Every config describes a model with the parts that the paper and the config's docstring name."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def parameters(shapes, prefix):
 )
 def test_variants_describe_models(module, arg):
   config = module.get_config(arg)
-  # as it comes back from config.json, tuples become lists
+  # in config.json, tuples become lists
   config = ConfigDict(json.loads(config.to_json()))
   shapes = models.structure_of(config).shapes
   assert (parameters(shapes, "mask_head.") > 0) == (module is coco_mask)
@@ -73,7 +73,7 @@ def test_parts_that_do_not_exist_are_reported(field, value, words):
     models.structure_of(config)
 
 
-def test_settings_name_the_pyramids_there_are():
+def test_settings_name_all_pyramids():
   assert DETECTION_PYRAMIDS == detection.PYRAMIDS
   assert SEGMENTATION_PYRAMIDS == segmentation.PYRAMIDS
   assert tuple(BACKBONES) == variants.BACKBONES
@@ -89,7 +89,7 @@ def test_settings_name_the_pyramids_there_are():
       coco_mask.get_config(arg)
 
 
-def test_categories_with_gaps():
+def test_category_ids_with_gaps():
   dataset = DatasetInfo(("cat", "dog"), (7, 90), {"train": 1})
   config = coco_mask.get_config()
   adopt_classes(config, dataset)
@@ -107,7 +107,7 @@ def test_categories_with_gaps():
     label_table(config, dataset)
 
 
-def test_smallest_canvas():
+def test_smallest_canvas_that_holds_an_image():
   buckets = ((800, 1024), (1024, 800), (800, 800))
   assert smallest_canvas((800, 900), buckets) == (800, 1024)
   assert smallest_canvas((700, 800), buckets) == (800, 800)

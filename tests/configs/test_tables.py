@@ -17,11 +17,11 @@ INSTANCES = (tables.TABLE_1, tables.TABLE_2, tables.TABLE_3)
 ROWS = {row.arg: row for table in INSTANCES for row in table}
 
 
-def test_rows_have_the_papers_figures():
+def test_rows_have_the_papers_results():
   assert [len(table) for table in INSTANCES] == [8, 4, 17]
   for row in ROWS.values():
     assert len(row.box) in (1, 6) and (row.mask is None or len(row.mask) == 6), row.name
-  # what the text says of them
+  # differences that the paper's text gives
   plain, full = tables.TABLE_1[0], tables.TABLE_1[-1]
   assert full.box[0] - plain.box[0] == pytest.approx(6.4)
   assert full.mask[0] - plain.mask[0] == pytest.approx(6.9)
@@ -30,7 +30,7 @@ def test_rows_have_the_papers_figures():
 
 @pytest.mark.parametrize("arg", ROWS)
 def test_row_at_full_size(arg):
-  """What the row turns on is there, at the paper's widths, and nothing else is."""
+  """The model has the row's parts, at the paper's widths, and no others."""
   config = coco_mask.get_config(arg)
   shapes = models.structure_of(config).shapes
   parts = {
@@ -48,9 +48,9 @@ def test_row_at_full_size(arg):
 @pytest.mark.slow
 @pytest.mark.parametrize("arg", ROWS)
 def test_row_trains_and_evaluates(arg, tmp_path):
-  # ResNet-18 has the same places for blocks of context, and a twentieth of the program to compile
+  # ResNet-18 has context blocks in the same places, and takes a twentieth of the time to compile
   fields = {}
-  if "_aa" in arg:  # of a narrower backbone, a tenth of the channels is less than a head's one each
+  if "_aa" in arg:  # in a narrower backbone, a tenth of the channels is less than one per head
     fields["model__backbone__width"] = 16
   if "head=augmented" in arg:
     fields["model__mask_head__layers"] = 2
@@ -62,9 +62,9 @@ def test_row_trains_and_evaluates(arg, tmp_path):
     steps=3,
     **fields,
   )
-  figures = train(config, str(tmp_path))
+  metrics = train(config, str(tmp_path))
   losses = losses_by_step(tmp_path)
   assert all(np.isfinite(list(entry.values())).all() for entry in losses.values())
   assert losses[3]["total_loss"] < losses[1]["total_loss"]
-  assert {"bbox/AP", "segm/AP"} <= set(figures)
+  assert {"bbox/AP", "segm/AP"} <= set(metrics)
   assert isinstance(json.loads((tmp_path / "eval/coco_instances_results.json").read_text()), list)

@@ -1,4 +1,4 @@
-"""Every row of the paper's tables 4 and 5 describes a network; its parts are those the row names."""
+"""Every row of the paper's tables 4 and 5 describes a network with the parts that the row names."""
 
 import importlib
 import math
@@ -23,9 +23,9 @@ def config_of(row):
   return importlib.import_module(f"fpt_jax.configs.{row.config}").get_config(row.arg)
 
 
-def test_rows_have_the_papers_figures():
+def test_rows_have_the_papers_results():
   assert len(tables.TABLE_4) == 8 and len(tables.TABLE_5) == 4 * 10
-  # what the text says of them
+  # differences that the paper's text gives
   first, last = tables.TABLE_4[0].miou, tables.TABLE_4[-1].miou
   assert [b - a for a, b in zip(first, last, strict=True)] == pytest.approx([1.4, 2.6])
   by_name = {row.name: row.miou[0] for row in tables.TABLE_5}
@@ -36,7 +36,7 @@ def test_rows_have_the_papers_figures():
 
 @pytest.mark.parametrize("arg", [row.arg for row in tables.TABLE_5[:10]])
 def test_row_at_full_size(arg):
-  """The parts of the row are there, at the paper's widths, and nothing else is."""
+  """The model has the row's parts, at the paper's widths, and no others."""
   shapes = models.structure_of(cityscapes.get_config(arg)).shapes
   assert_transformers(arg, shapes)
   assert any(".context" in n for n in shapes) == ("oc" in arg)
@@ -57,7 +57,7 @@ def assert_transformers(arg, shapes):
     assert len(found) == (short in fpt) * {"st": 4, "lgt": 6, "rt": 6}[short] * 3
 
 
-# what stands beside their rows of table 5, which has no figures of it
+# the pyramids of table 5 without FPT, for which the paper gives no results
 PLAIN = tuple(
   tables.Row(p, f"pyramid={p},fpt=none", None, None, config="cityscapes") for p in ("ppm", "aspp")
 )
@@ -68,7 +68,7 @@ PLAIN = tuple(
   "row", tables.TABLE_4 + PLAIN + tables.TABLE_5, ids=lambda r: f"{r.config}:{r.arg}"
 )
 def test_row_trains_and_evaluates(row, tmp_path):
-  """Its file's `demo`, smaller still, for two steps; every data set's is the same network."""
+  """Trains the `demo` of the row's file, made smaller still; the network is the same for every data set."""
   config = tiny(row.arg, module=importlib.import_module(f"fpt_jax.configs.{row.config}"))
   config.data.builder = ConfigDict({"train_size": 24, "val_size": 4, "image_size": 64})
   config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
@@ -77,14 +77,14 @@ def test_row_trains_and_evaluates(row, tmp_path):
   config.update(dict(steps=3, log_every=1, batch_size=4))
   config.optim.update(dict(base_batch_size=4, warmup_steps=0, learning_rate=0.02))
   config.eval.update(dict(every_steps=100, batch_size=4))
-  figures = train(config, str(tmp_path))
+  metrics = train(config, str(tmp_path))
   losses = losses_by_step(tmp_path)
   assert all(np.isfinite(list(entry.values())).all() for entry in losses.values())
   assert losses[3]["total_loss"] < losses[1]["total_loss"]
-  assert 0 <= figures["mIoU"] <= 100
+  assert 0 <= metrics["mIoU"] <= 100
 
 
-def test_data_sets_differ_in_classes_alone_and_have_the_papers_recipe():
+def test_data_sets_differ_in_classes_only_and_have_the_papers_recipe():
   recipes = {}
   for row in tables.TABLE_5:
     config, other = config_of(row), cityscapes.get_config(row.arg)
@@ -103,7 +103,7 @@ def test_data_sets_differ_in_classes_alone_and_have_the_papers_recipe():
   }
 
 
-def test_words():
+def test_words_of_image_folder():
   demo = image_folder.get_config("demo")
   assert demo.data.name == "context_shapes" and not demo.model.backbone.frozen
   small = image_folder.get_config("small,fpt=gt")
@@ -111,7 +111,10 @@ def test_words():
   parameters = models.structure_of(small).parameters()
   backbone = {n for n in parameters if n.startswith("backbone.")}
   kept = backbone - optim.trainable(small, parameters)
-  levels = {4: "backbone.blocks.4.project.kernel", 5: "backbone.blocks.5.expand.kernel"}  # C3's end
+  levels = {
+    4: "backbone.blocks.4.project.kernel",
+    5: "backbone.blocks.5.expand.kernel",
+  }  # the end of C3
   assert levels[4] in kept and levels[5] in backbone - kept
   assert not image_folder.get_config("small,backbone=resnet50").optim.frozen
   assert small.model.fpt.window is None and not small.model.fpt.self_transformer
@@ -126,6 +129,6 @@ def test_words():
     ("torchvision", "the word 'torchvision' does not exist; choose one of small, demo"),
   ],
 )
-def test_what_does_not_exist_is_reported(arg, words):
+def test_networks_that_do_not_exist_are_reported(arg, words):
   with pytest.raises(UserError, match=words):
     cityscapes.get_config(arg)

@@ -1,4 +1,4 @@
-"""The words behind the colon give the same config in any order, and what cannot be is refused."""
+"""The words after the colon give the same config in any order; impossible ones are rejected."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from fpt_jax.tasks.task import check_config
     (ade20k, ("small", "context=oc_base", "fpt=none")),
   ],
 )
-def test_words_in_any_order(module, words):
+def test_words_give_the_same_config_in_any_order(module, words):
   configs = {
     module.get_config(",".join(order)).to_json() for order in itertools.permutations(words)
   }
@@ -35,7 +35,7 @@ def test_multiscale_is_relative_to_the_size():
   assert coco_mask.get_config("multiscale,small").data.train_sizes == (96, 192)
 
 
-def test_a_backbone_comes_with_its_preprocessing():
+def test_a_backbone_sets_its_preprocessing():
   config = camvid.get_config("backbone=resnet50")
   model = config.model
   assert (model.pixel_mean, model.pixel_std) == (IMAGENET.pixel_mean, IMAGENET.pixel_std)
@@ -44,7 +44,7 @@ def test_a_backbone_comes_with_its_preprocessing():
   config = coco_mask.get_config("small,backbone=efficientnet_lite0")
   assert config.model.pixel_mean == EFFICIENTNET_LITE.pixel_mean
   assert config.model.backbone.frozen and config.model.pyramid.level_norm == "sync_bn"
-  # the backbone that a benchmark has already changes nothing
+  # a benchmark's own backbone changes nothing
   assert camvid.get_config("backbone=efficientnet_lite0") == camvid.get_config()
 
 
@@ -66,7 +66,7 @@ def test_a_backbone_comes_with_its_preprocessing():
     (cityscapes, "sbn=maybe", "sbn=maybe does not exist; choose one of on, off"),
   ],
 )
-def test_unknown_words_are_refused(module, arg, words):
+def test_unknown_words_are_reported(module, arg, words):
   with pytest.raises(UserError, match=words):
     module.get_config(arg)
 
@@ -80,7 +80,7 @@ def test_configs_are_locked():
 
 
 @pytest.mark.parametrize("name", sorted(benchmarks()))
-def test_every_benchmark_has_possible_values(name):
+def test_every_benchmark_has_valid_values(name):
   module = __import__(f"fpt_jax.configs.{name}", fromlist=["get_config"])
   for arg in ("", "small", "demo"):
     config = module.get_config(arg)

@@ -33,7 +33,7 @@ def test_resize_and_pad_equals_torchvision():
 
 
 def test_resize_of_a_hand_written_row():
-  # half-pixel centers at 2x: -0.25, 0.25, 0.75, 1.25 between the pixels 0 and 100
+  # half-pixel centres at 2x: -0.25, 0.25, 0.75, 1.25 between the pixels 0 and 100
   row = np.array([[[0], [100]]], np.uint8)
   canvas = transforms.resize_and_pad(row, (2, 4), (3, 5)).numpy()[..., 0]
   expected = [[0, 25, 75, 100, 0], [0, 25, 75, 100, 0], [0, 0, 0, 0, 0]]

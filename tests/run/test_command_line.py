@@ -1,4 +1,4 @@
-"""The config flag: benchmarks of an installed package, mistakes in files and in overrides."""
+"""The config flag: benchmarks of an installed package, and mistakes in files and in overrides."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from fpt_jax.run.command_line import check_field, find_config, load_config
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BENCHMARKS = configs.benchmarks()
-ANALYZE = """
+PROGRAM = """
 from absl import flags
 from ml_collections import config_flags
 from fpt_jax import configs
@@ -24,9 +24,9 @@ command_line.run(lambda: print("steps", CONFIG.value.steps), configs.benchmarks(
 
 
 def run(folder, *flags):
-  """A small command with a config flag, run in a folder; its status, output and error lines."""
+  """Runs a small command with a config flag in a folder; returns its status, output and error lines."""
   done = subprocess.run(
-    [sys.executable, "-c", ANALYZE, *flags],
+    [sys.executable, "-c", PROGRAM, *flags],
     cwd=folder,
     capture_output=True,
     text=True,
@@ -48,7 +48,7 @@ def test_benchmarks_are_found_by_name(tmp_path, monkeypatch):
     (["--config=configs/none.py"], ["--config=configs/none.py"]),
   ):
     assert find_config(given, BENCHMARKS) == expected
-  # a file on disk wins
+  # a file on disk takes precedence
   (tmp_path / "configs").mkdir()
   (tmp_path / "configs" / "coco_mask.py").write_text("")
   given = ["--config=configs/coco_mask.py"]
@@ -81,7 +81,7 @@ def test_a_benchmark_and_a_users_file_in_another_folder(tmp_path):
     ("config.eval.short_edges = (1, 2.5)['x']", "line 4: TypeError: tuple indices"),
   ],
 )
-def test_mistakes_inside_a_config_file(line, expected, tmp_path, monkeypatch):
+def test_mistakes_in_a_config_file_are_reported(line, expected, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "mine.py").write_text(
     "from fpt_jax.configs import coco_mask\ndef get_config():\n"
@@ -92,7 +92,7 @@ def test_mistakes_inside_a_config_file(line, expected, tmp_path, monkeypatch):
   assert str(raised.value).startswith(f"--config=mine.py: {expected}"), raised.value
 
 
-def test_words_that_do_not_exist(tmp_path):
+def test_words_that_do_not_exist_are_reported(tmp_path):
   with pytest.raises(UserError, match=r"coco_mask.py:smal: the word 'smal' does not exist; choose"):
     load_config(f"{BENCHMARKS['coco_mask']}:smal")
   with pytest.raises(UserError, match=r"none.py does not exist"):
@@ -113,7 +113,7 @@ def test_words_that_do_not_exist(tmp_path):
     ("steps.x", "9", "steps is a value and has no fields"),
   ],
 )
-def test_overrides_of_fields_that_do_not_exist(path, value, words):
+def test_overrides_of_fields_that_do_not_exist_are_reported(path, value, words):
   from fpt_jax.configs import coco_mask
 
   config = coco_mask.get_config()

@@ -1,4 +1,4 @@
-"""A run's config as an earlier version wrote it is read as if its later fields had been there."""
+"""A config that an earlier version wrote is read with the fields of this version."""
 
 import json
 
@@ -18,7 +18,7 @@ LATER = {
 
 
 @pytest.mark.parametrize("module", LATER)
-def test_fields_of_later_versions(module, tmp_path):
+def test_fields_of_later_versions_are_added(module, tmp_path):
   whole = json.loads(module.get_config().to_json())
   older = json.loads(json.dumps(whole))
   for path in LATER[module]:
@@ -31,7 +31,7 @@ def test_fields_of_later_versions(module, tmp_path):
   assert json.loads(read_config(str(tmp_path)).to_json()) == whole
 
 
-def test_what_a_run_was_made_with_stays(tmp_path):
+def test_values_of_a_run_are_kept(tmp_path):
   config = coco_mask.get_config("small,backbone=efficientnet_lite0")
   write_config(str(tmp_path), config)
   read = read_config(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Folders of runs that an earlier version wrote resume, evaluate and predict (tests/golden/README.md)."""
+"""Runs of an earlier version resume, evaluate and predict (tests/golden/README.md)."""
 
 import json
 import tarfile
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def unpacked(name, folder):
-  """The folder of the run, its records where all tests have them."""
+  """Unpacks a run into a folder and returns its config, with the records that all tests share."""
   with tarfile.open(GOLDEN / "runs" / f"{name}.tar.gz") as archive:
     archive.extractall(folder, filter="data")
   config = json.loads((folder / "config.json").read_text())
@@ -30,7 +30,7 @@ def unpacked(name, folder):
 
 
 @pytest.mark.parametrize("name", ["detection", "segmentation"])
-def test_an_older_run_goes_on(name, tmp_path):
+def test_an_older_run_resumes(name, tmp_path):
   config = unpacked(name, tmp_path)
   assert fpt_jax.restore(str(tmp_path)).step == 4
   config.steps = config.checkpoint.every_steps = 6

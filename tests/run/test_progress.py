@@ -1,4 +1,4 @@
-"""Long work is shown as a bar on a terminal and as lines in a log."""
+"""Progress is a bar on a terminal and lines in the log elsewhere."""
 
 import io
 import sys

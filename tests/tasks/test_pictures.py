@@ -6,7 +6,7 @@ import pytest
 from fpt_jax.tasks import pictures
 
 
-def test_colors_are_stable_and_apart():
+def test_colors_of_categories_are_distinct():
   common = ["person", "chair", "car", "dining table", "cup", "bottle", "dog", "cat", "book"]
   colors = np.array([pictures.category_color(name) for name in common], float)
   distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1)
@@ -16,7 +16,7 @@ def test_colors_are_stable_and_apart():
   assert 15 < np.linalg.norm(first - second) < 130
 
 
-def test_contact_sheet_places_every_image_unbent():
+def test_contact_sheet_keeps_aspect_ratios():
   red, green, blue = (np.zeros((h, w, 3), np.uint8) for h, w in [(50, 100), (300, 100), (7, 9)])
   red[..., 0], green[..., 1], blue[..., 2] = 255, 255, 255
   sheet = pictures.contact_sheet([red, green, blue], 2, ["a", "b" * 300, "c"], cell_width=120)

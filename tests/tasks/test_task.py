@@ -35,7 +35,7 @@ from fpt_jax.tasks.task import check_config
     ("optim.base_batch_size", 0, "1 or more"),
   ],
 )
-def test_values_of_both_tasks(module, field, value, needed):
+def test_impossible_values_of_both_tasks_are_reported(module, field, value, needed):
   config = module.get_config()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
@@ -59,35 +59,35 @@ def test_values_of_both_tasks(module, field, value, needed):
     (cityscapes, "eval.scales", (), "positive factors"),
   ],
 )
-def test_values_of_one_task(module, field, value, needed):
+def test_impossible_values_of_one_task_are_reported(module, field, value, needed):
   config = module.get_config()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
     check_config(config)
 
 
-def test_a_model_that_does_not_exist():
+def test_a_model_that_does_not_exist_is_reported():
   config = coco_mask.get_config()
   config.model.name = "yolo"
   with pytest.raises(UserError, match="'yolo' does not exist; choose one of rcnn, segmenter"):
     check_config(config)
 
 
-def test_a_model_of_another_task():
+def test_a_model_of_another_task_is_reported():
   config = coco_mask.get_config()
   config.model.name = "segmenter"
   with pytest.raises(UserError, match=r"no field data\.crop, which model\.name='segmenter' needs"):
     check_config(config)
 
 
-def test_short_names_of_dtypes():
+def test_short_names_of_dtypes_are_accepted():
   config = coco_mask.get_config()
   config.model.dtype = "bf16"
   check_config(config)
   assert config.model.dtype == "bfloat16"
 
 
-def test_no_steps_means_as_many_as_the_images_make():
+def test_zero_steps_are_derived_from_the_number_of_images():
   config = coco_mask.get_config()
   config.steps = 0
   check_config(config)

@@ -1,6 +1,6 @@
 """ADE20K scene parsing: images/{training,validation}/*.jpg and annotations/.../*.png.
 
-The label files hold class + 1, 1..150, and 0 for unlabeled pixels.
+The label files hold class + 1, 1..150, and 0 for unlabelled pixels.
 Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017.
 """
 

@@ -1,7 +1,7 @@
 """Context Shapes: generated images in which the category of a small object depends on a distant one.
 
 Every image holds beacons, which are large circles or large squares but never both, and far from them
-small gray discs, the satellites. All satellites look the same: only the beacons determine whether one
+small grey discs, the satellites. All satellites look the same: only the beacons determine whether one
 is a satellite of a circle or of a square. Triangles are large and carry no information.
 """
 
@@ -196,7 +196,7 @@ def _coverage(kind: int, box: tuple[float, ...], size: int, rng: np.random.Gener
 
 
 def _texture(kind: int, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns float32 RGB [size, size, 3]: stripes of two colors, or plain gray for satellites."""
+  """Returns float32 RGB [size, size, 3]: stripes of two colours, or plain grey for satellites."""
   if kind == _SATELLITE:
     return np.full((size, size, 3), rng.uniform(170, 215), np.float32)
   # the lighter stripe stands out from every background
@@ -210,7 +210,7 @@ def _texture(kind: int, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-  """Returns float32 RGB [size, size, 3]: a gradient between dark colors of the four corners."""
+  """Returns float32 RGB [size, size, 3]: a gradient between dark colours of the four corners."""
   corners_223 = rng.uniform(40, 130, (2, 2, 3)).astype(np.float32)
   t = np.linspace(0, 1, size, dtype=np.float32)
   weights_2S = np.stack([1 - t, t])

@@ -25,7 +25,7 @@ def builder(
   Args:
     num_classes: number of classes; the label files hold 0..num_classes-1. 0 to use the number of names.
     class_names: names of the classes 0, 1, ...; () to name the classes by their numbers.
-    void: value that marks unlabeled pixels in the label files; -1 if every pixel is labeled.
+    void: value that marks unlabelled pixels in the label files; -1 if every pixel is labelled.
     **arguments: further arguments of `LabelMaps`.
 
   Raises:

@@ -33,7 +33,7 @@ class Layout:
   Attributes:
     name: value of `data.name`.
     class_names: names of the classes 0, 1, ...
-    palette: RGB colors of the classes 0, 1, ...
+    palette: RGB colours of the classes 0, 1, ...
     class_of_id: the class, or `VOID`, of each number that a label file may hold.
     splits: splits that are prepared unless the config names others.
     pairs: function from the source folder and a split to the image and label files, in order. It
@@ -210,7 +210,7 @@ def colors(hexadecimal: str) -> tuple[Color, ...]:
 
 
 def numbered_colors(count: int) -> tuple[Color, ...]:
-  """Returns the PASCAL VOC colors of the numbers 0..count-1, black first.
+  """Returns the PASCAL VOC colours of the numbers 0..count-1, black first.
 
   Three bits of the number at a time, lowest first, become the highest bits of red, green and blue.
   """

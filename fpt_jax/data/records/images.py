@@ -20,7 +20,7 @@ def decode_image(data: bytes, *, upright: bool = False) -> np.ndarray:
   """Decodes an image file.
 
   Args:
-    data: bytes of an image file, in color, gray, CMYK or with a palette, 8 bits per channel.
+    data: bytes of an image file, in colour, grey, CMYK or with a palette, 8 bits per channel.
     upright: whether to rotate the image as the camera's orientation tag says.
 
   Returns:

@@ -1,6 +1,6 @@
 """The record of an image and its label map, the same for all data sets.
 
-H W rows and columns of the image file. Classes are 0..num_classes-1; `VOID` marks unlabeled pixels.
+H W rows and columns of the image file. Classes are 0..num_classes-1; `VOID` marks unlabelled pixels.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class LabelRecord:
     image_id: number of the image in the prepared data set, 1, 2, ... over all splits.
     file_name: name of the image file.
     size: (height, width) of the image file.
-    label: bytes of a gray 8-bit PNG of that size that holds classes and `VOID`.
+    label: bytes of a grey 8-bit PNG of that size that holds classes and `VOID`.
   """
 
   image: bytes
@@ -78,9 +78,9 @@ def decode_ids(png: bytes) -> np.ndarray:
       if image.mode.startswith("I"):
         raise ValueError("16 bits per pixel, labels must have 8")
       if image.mode not in ("1", "L", "P"):
-        raise ValueError(f"a color PNG ({image.mode}), labels must be one number per pixel")
+        raise ValueError(f"a colour PNG ({image.mode}), labels must be one number per pixel")
       ids_HW = np.array(image, np.uint8)
-      # Pillow stretches grays of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
+      # Pillow stretches greys of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
       return ids_HW // (255 // (2 ** png[24] - 1)) if image.mode == "L" else ids_HW
   except (OSError, SyntaxError, IndexError, PIL.Image.DecompressionBombError) as error:
     raise ValueError(f"undecodable: {one_line(error)}") from error

@@ -25,7 +25,7 @@ def to_original_image(
   """Converts one image's detections to pixels of its file and the data set's category ids.
 
   Args:
-    detections: boxes_BD4, scores_BD, labels_BD, valid_BD and perhaps masks_BDmm of this image.
+    detections: boxes_BD4, scores_BD, labels_BD, valid_BD and, with a mask head, masks_BDmm of this image.
     size_2: (height, width) of the image on the canvas.
     original_size_2: (height, width) of its file.
     model: the config's `model`, for its `category_ids` and `aligned`.
@@ -82,7 +82,7 @@ def predictor(
 
 
 def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
-  """See `tasks.task.Task.to_result`: boxes_xyxy, scores, labels and perhaps masks."""
+  """See `tasks.task.Task.to_result`: boxes_xyxy, scores, labels and, with a mask head, masks."""
   detections = {k: found[k] for k in ("boxes_xyxy", "scores")} | {"labels": found["category_ids"]}
   if found["rles"] is not None:
     masks = [coco_mask.decode(rle).astype(bool) for rle in found["rles"]]

@@ -1,4 +1,4 @@
-"""Test-time views of detection: several sizes of an image, each perhaps mirrored as well.
+"""Test-time views of detection: several sizes of an image, each optionally mirrored as well.
 
 As in Detectron, the candidate boxes of all views are suppressed together, and the masks of the
 detections are means over the views.
@@ -37,8 +37,8 @@ def detector(
 
   Returns:
     A function of the model's arrays and the views, one for each of `short_edges(config)`; the function
-    itself mirrors them. It returns what `RCNN.detect` returns, with boxes in pixels of the first view's canvas.
-    The model is compiled once per canvas.
+    itself mirrors them. It returns what `RCNN.detect` returns, with boxes in pixels of the first view's
+    canvas. The model is compiled once per canvas.
   """
   options = {} if sharding is None else {"out_shardings": sharding}
   flips = (False, True) if config.eval.flip else (False,)

@@ -52,9 +52,9 @@ def test_records_keep_the_order_and_bytes_of_the_files(prepared):
     assert decode_image(record.image).shape == (*record.size, 3)
 
 
-def test_gray_and_cmyk_become_rgb(prepared):
-  _, gray, cmyk, _ = (decode_image(r.image).astype(int) for r in _read(prepared))
-  assert (gray[..., :1] == gray).all()
+def test_grey_and_cmyk_become_rgb(prepared):
+  _, grey, cmyk, _ = (decode_image(r.image).astype(int) for r in _read(prepared))
+  assert (grey[..., :1] == grey).all()
   inks = PIL.Image.open(pathlib.Path(prepared.source) / "train2017" / "cmyk.jpg")
   c, m, y, k = np.moveaxis(np.asarray(inks, float), -1, 0)
   np.testing.assert_allclose(
@@ -221,7 +221,7 @@ def test_real_bitmaps_agree_with_the_masks(real_coco):
         continue
       segmentation = instances.decode_annotation(annotation)["segmentation"]
       mask_HW = masks.rasterize(segmentation, *record.size)
-      # look up the center of each pixel in the bitmap
+      # look up the centre of each pixel in the bitmap
       rows, columns = (np.arange(n) + 0.5 for n in record.size)
       u, v = (columns - x0) / (x1 - x0) * 112, (rows - y0) / (y1 - y0) * 112
       inside = ((v >= 0) & (v < 112))[:, None] & ((u >= 0) & (u < 112))[None, :]

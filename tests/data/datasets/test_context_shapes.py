@@ -38,21 +38,21 @@ def test_only_the_beacons_determine_the_satellites(examples):
 
 
 def test_satellites_look_the_same_and_are_far_from_beacons(examples):
-  grays = {OF_CIRCLE: [], OF_SQUARE: []}
+  greys = {OF_CIRCLE: [], OF_SQUARE: []}
   for example in examples:
     image_HWC = decode_image(example["image"])
     beacons = [o["bbox"] for o in example["objects"] if o["label"] in (CIRCLE, SQUARE)]
     for satellite in example["objects"]:
-      if satellite["label"] not in grays:
+      if satellite["label"] not in greys:
         continue
       x0, y0, x1, y1 = satellite["bbox"]
       assert min(x1 - x0, y1 - y0) >= 9 and max(x1 - x0, y1 - y0) <= 18
       for bx0, by0, bx1, by1 in beacons:
         assert max(bx0 - x1, x0 - bx1, by0 - y1, y0 - by1) > 0.23 * 128
       x, y = int((x0 + x1) / 2), int((y0 + y1) / 2)
-      grays[satellite["label"]].append(image_HWC[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1)))
-  one, other = (np.array(values) for values in grays.values())
-  assert np.ptp(one.mean(0)) < 3  # gray
+      greys[satellite["label"]].append(image_HWC[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1)))
+  one, other = (np.array(values) for values in greys.values())
+  assert np.ptp(one.mean(0)) < 3  # grey
   assert abs(one.mean() - other.mean()) < 10
   assert max(one.max(), other.max()) < 225 and min(one.min(), other.min()) > 160
 

@@ -114,7 +114,7 @@ def test_ade20k_names_equal_those_of_the_list(real_data):
   assert list(ade20k.LAYOUT.class_names) == names
 
 
-def test_the_real_gray_jpeg_becomes_rgb(real_data, tmp_path):
+def test_the_real_grey_jpeg_becomes_rgb(real_data, tmp_path):
   config = label_config("lip", tmp_path, source=str(real_data / "lip_sample"))
   data.prepare(config)
   ((_, image_HWC, _),) = images(config, "val")
@@ -127,8 +127,8 @@ def _png(array, mode=None):
   return file.getvalue()
 
 
-def _gray_png(ids_HW, bits):
-  """A gray PNG with `bits` bits per pixel, written as the PNG specification says."""
+def _grey_png(ids_HW, bits):
+  """A grey PNG with `bits` bits per pixel, written as the PNG specification says."""
   height, width = ids_HW.shape
   rows = b""
   for row in ids_HW:
@@ -146,9 +146,9 @@ def _gray_png(ids_HW, bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_grays_of_few_bits_are_read_as_numbers(rng, bits):
+def test_greys_of_few_bits_are_read_as_numbers(rng, bits):
   ids_HW = rng.integers(0, 2**bits, (5, 7), np.uint8)
-  np.testing.assert_array_equal(label_map.decode_ids(_gray_png(ids_HW, bits)), ids_HW)
+  np.testing.assert_array_equal(label_map.decode_ids(_grey_png(ids_HW, bits)), ids_HW)
 
 
 @pytest.mark.parametrize("colors", [2, 4, 16, 256])
@@ -242,8 +242,8 @@ BAD = {
   ),
   "size": (_png(np.zeros((WIDTH, HEIGHT), np.uint8)), "not of the size .*9x6 .* the image is 6x9"),
   "16 bit": (_png(np.zeros((HEIGHT, WIDTH), np.uint16)), "unusable: 16 bits per pixel"),
-  "color": (_png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), r"a color PNG \(RGB\)"),
-  "alpha": (_png(np.zeros((HEIGHT, WIDTH, 2), np.uint8)), r"a color PNG \(LA\)"),
+  "color": (_png(np.zeros((HEIGHT, WIDTH, 3), np.uint8)), r"a colour PNG \(RGB\)"),
+  "alpha": (_png(np.zeros((HEIGHT, WIDTH, 2), np.uint8)), r"a colour PNG \(LA\)"),
   "truncated": (_png(np.eye(HEIGHT, WIDTH, dtype=np.uint8))[:55], "unusable: "),
   "truncated end": (_png(np.eye(HEIGHT, WIDTH, dtype=np.uint8))[:-9], "the file is truncated"),
   "empty": (b"", "unusable: undecodable"),

@@ -1,4 +1,4 @@
-"""Batches: what they hold, that they can be resumed, shared, and left."""
+"""Batches: their contents, resuming, sharing among hosts, and closing."""
 
 import json
 import pathlib
@@ -132,7 +132,7 @@ def test_evaluation_reads_every_image_once_on_all_hosts(coco):
   assert sorted(ids) == [5, 6, 9, 70]
 
 
-def test_too_many_instances_keep_the_largest(shapes, caplog):
+def test_the_largest_of_too_many_instances_are_kept(shapes, caplog):
   few = shapes.copy_and_resolve_references()
   few.max_instances = 2
   with caplog.at_level("WARNING"), eval_batches(few, "train", batch_size=1) as batches:
@@ -152,7 +152,7 @@ def test_too_many_instances_keep_the_largest(shapes, caplog):
 
 
 def test_other_views_are_the_same_images_at_other_sizes(coco):
-  coco = ml_collections.ConfigDict(json.loads(coco.to_json()))  # as of a run's config.json
+  coco = ml_collections.ConfigDict(json.loads(coco.to_json()))  # as read from a run's config.json
   (large,) = _take(eval_batches(coco, "val", batch_size=3, short_edges=(30, 20)), 1)
   (small,) = _take(eval_batches(coco, "val", batch_size=3), 1)
   (view,) = large["other_views"]
@@ -200,7 +200,7 @@ def test_part_of_a_split(shapes):
     ({"buckets": ((64, 60),)}, ("data.buckets", "64x64", "(64, 60)")),
   ],
 )
-def test_mistakes_are_told_in_a_line(shapes, change, words):
+def test_mistakes_are_reported_in_one_line(shapes, change, words):
   shapes = shapes.copy_and_resolve_references().unlock()
   shapes.update(change)
   with pytest.raises(UserError) as raised:
@@ -209,8 +209,8 @@ def test_mistakes_are_told_in_a_line(shapes, change, words):
   assert "\n" not in str(raised.value)
 
 
-def test_a_spoilt_image_names_its_record(coco, tmp_path, monkeypatch):
-  # a builder that does not decode its images stands for files damaged after they were prepared
+def test_the_error_of_a_damaged_image_names_its_record(coco, tmp_path, monkeypatch):
+  # preparing without decoding the images simulates files that are damaged afterwards
   write_coco(tmp_path / "source")
   path = tmp_path / "source/train2017/grey.jpg"
   path.write_bytes(path.read_bytes()[:-100])
@@ -229,7 +229,7 @@ def test_a_spoilt_image_names_its_record(coco, tmp_path, monkeypatch):
       next(batches)
 
 
-def test_a_corrupt_record_is_named(shapes, tmp_path):
+def test_the_error_of_a_corrupt_record_names_it(shapes, tmp_path):
   broken = shapes.copy_and_resolve_references()
   broken.data_dir = str(tmp_path)
   data.prepare(broken)
@@ -253,7 +253,7 @@ def test_records_can_be_read_by_tfds_alone(shapes):
   assert np.shape(example["objects"]["bbox"])[1:] == (4,)
 
 
-def test_closed_batches_say_so(shapes):
+def test_closed_batches_raise(shapes):
   batches = train_batches(shapes, batch_size=2, seed=0)
   next(batches)
   batches.close()
@@ -316,7 +316,7 @@ def test_real_images_fit_and_are_all_read(real_coco):
   assert read == 100
 
 
-def test_a_name_for_each_record(shapes):
+def test_each_record_has_a_name(shapes):
   reader = Reader(shapes, "val[1:3]+train[:1]")
   assert [reader.name(i).split(" in ")[0] for i in range(len(reader))] == [
     "record 1 of split val",

@@ -1,3 +1,5 @@
+"""COCO's average precision, against pycocotools and against values computed by hand."""
+
 import contextlib
 import copy
 import io
@@ -12,8 +14,8 @@ from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from fpt_jax.tasks.detection import coco_ap
 
-FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
-PERFECT = {f"{kind}/{figure}": 100.0 for kind in ("bbox", "segm") for figure in FIGURES}
+METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+PERFECT = {f"{kind}/{name}": 100.0 for kind in ("bbox", "segm") for name in METRICS}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def real_truth(real_data):
 
 
 def detect(truth, mask_of, score=lambda i: 1.0):
-  """The ground truth, without its crowds, as results."""
+  """Returns the ground truth, without crowds, as results."""
   images = {image["id"]: image for image in truth["images"]}
   results = []
   for i, annotation in enumerate(truth["annotations"]):
@@ -46,7 +48,7 @@ def rectangle(x, y, w, h):
 
 @pytest.fixture
 def truth():
-  """Two images, a small, a medium, and a large object, a crowd; nothing of the category bird."""
+  """Returns two images with a small, a medium and a large object and a crowd, and without birds."""
   return {
     "images": [
       {"id": 7, "height": 200, "width": 300},
@@ -105,14 +107,14 @@ def test_ground_truth_as_detections_is_perfect(truth):
   assert metrics == pytest.approx(PERFECT)
 
 
-def test_average_precision_worked_out_by_hand(truth):
+def test_average_precision_computed_by_hand(truth):
   results = (
     result(7, 3, 0.9, 10, 20, 120, 100, (200, 300))  # the large cat
     + result(9, 3, 0.8, 60, 80, 20, 20, (120, 100))  # no cat there
     + result(9, 3, 0.7, 5, 5, 20, 16, (120, 100))  # the small cat at IoU 0.8
   )
   metrics = coco_ap.evaluate(truth, results, per_category=True)
-  # 51 of 101 recalls at precision 1, 50 at 2/3; only the first where the IoU must exceed 0.8
+  # 51 of 101 recalls have precision 1, and 50 have 2/3; only the former if the IoU must exceed 0.8
   both, one = (51 + 50 * 2 / 3) / 101 * 100, 51 / 101 * 100
   for kind in ("bbox", "segm"):
     assert metrics[f"{kind}/AP-cat"] == pytest.approx((7 * both + 3 * one) / 10)
@@ -123,7 +125,7 @@ def test_average_precision_worked_out_by_hand(truth):
     assert metrics[f"{kind}/APl"] == pytest.approx(100)
 
 
-def test_no_detection_scores_zero_and_no_ground_truth_no_figure(truth):
+def test_metrics_are_zero_without_detections_and_absent_without_ground_truth(truth):
   metrics = coco_ap.evaluate(truth, [])
   assert metrics == dict.fromkeys(PERFECT, 0)
   del truth["annotations"][:3]
@@ -143,7 +145,7 @@ def test_nothing_is_printed_and_nothing_is_changed(truth, capfd):
   assert capfd.readouterr() == ("", "")
 
 
-def test_mask_sizes_are_judged_by_the_mask_not_the_box(truth):
+def test_sizes_of_masks_are_those_of_the_mask_not_the_box(truth):
   # a diagonal sliver: its box is large, its mask small
   sliver = [[10.0, 20.0, 130.0, 115.0, 130.0, 120.0]]
   truth["annotations"] = [
@@ -151,7 +153,7 @@ def test_mask_sizes_are_judged_by_the_mask_not_the_box(truth):
   ]
   metrics = coco_ap.evaluate(truth, detect(truth, exact))
   assert "segm/APs" in metrics and "segm/APl" not in metrics
-  # a sliver that is not there: its mask is a small false alarm, its box a large one
+  # a false positive with a small mask and a large box
   wrong = detect(truth, exact, score=lambda i: 1.5)
   wrong[0]["segmentation"] = masks.encode_rle(
     masks.rasterize([[170.0, 20.0, 290.0, 115.0, 290.0, 120.0]], 200, 300)
@@ -164,7 +166,7 @@ def test_mask_sizes_are_judged_by_the_mask_not_the_box(truth):
 
 
 def disturbed(truth, rng):
-  """Shifted, doubled, lost and mistaken detections of the ground truth."""
+  """Returns the ground truth as shifted, duplicated, missing and misclassified detections."""
 
   def shifted(segmentation, box, height, width):
     bitmap = masks.rasterize(segmentation, height, width)
@@ -184,7 +186,7 @@ def disturbed(truth, rng):
   return kept
 
 
-def test_figures_equal_pycocotools_on_real_images(real_truth, rng):
+def test_metrics_equal_pycocotools_on_real_images(real_truth, rng):
   results = disturbed(real_truth, rng)
   metrics = coco_ap.evaluate(real_truth, results, per_category=True)
   for kind in ("bbox", "segm"):
@@ -199,7 +201,7 @@ def test_figures_equal_pycocotools_on_real_images(real_truth, rng):
       evaluation.accumulate()
       evaluation.summarize()
     assert 5 < metrics[f"{kind}/AP"] < 95
-    ours = [metrics[f"{kind}/{figure}"] for figure in FIGURES]
+    ours = [metrics[f"{kind}/{name}"] for name in METRICS]
     np.testing.assert_allclose(ours, 100 * evaluation.stats[:6], rtol=1e-12)
     per_category = [v for k, v in metrics.items() if k.startswith(f"{kind}/AP-")]
     assert len(per_category) == 80
@@ -214,12 +216,12 @@ def test_real_ground_truth_as_detections_is_perfect(real_truth):
 @pytest.mark.parametrize(
   ("size", "aligned", "at_least"), [(112, True, 99), (28, True, 93), (112, False, 88)]
 )
-def test_real_objects_survive_box_bitmaps(real_truth, size, aligned, at_least):
-  def there_and_back(segmentation, box, height, width):
+def test_bitmaps_preserve_real_objects(real_truth, size, aligned, at_least):
+  def through_bitmap(segmentation, box, height, width):
     bitmap = masks.box_bitmap(segmentation, box, height, width, size).astype(np.float32)
     return masks.paste_rle(bitmap, box, height, width, aligned=aligned)
 
-  metrics = coco_ap.evaluate(real_truth, detect(real_truth, there_and_back), ("segm",))
+  metrics = coco_ap.evaluate(real_truth, detect(real_truth, through_bitmap), ("segm",))
   assert metrics["segm/AP"] >= at_least
 
 
@@ -233,7 +235,7 @@ def test_real_objects_survive_box_bitmaps(real_truth, size, aligned, at_least):
     ({"segmentation": {"size": [300, 200], "counts": "d0"}}, r"\[300, 200\].*\[200, 300\]"),
   ],
 )
-def test_results_that_do_not_fit_are_named(truth, change, message):
+def test_results_that_do_not_fit_are_reported(truth, change, message):
   results = detect(truth, exact)
   results[1] |= change
   with pytest.raises(UserError, match=f"result 1 .*{message}"):
@@ -249,7 +251,7 @@ def test_masks_need_ground_truth_masks(truth):
     coco_ap.evaluate(truth, [], ("keypoints",))
 
 
-def test_table():
+def test_table_of_metrics():
   metrics = {"bbox/AP": 37.94, "bbox/AP50": 100.0, "bbox/APs": 0.0, "segm/APl": 5.25, "loss": 1.0}
   assert coco_ap.format_table(metrics).splitlines() == [
     "           AP   AP50   AP75    APs    APm    APl",

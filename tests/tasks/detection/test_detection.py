@@ -1,4 +1,4 @@
-"""Imported detectors find what torchvision finds, whatever the sizes of images (tests/golden/README.md)."""
+"""Imported detectors give torchvision's detections for images of any size (tests/golden/README.md)."""
 
 import json
 
@@ -25,7 +25,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def config(golden, tmp_path_factory):
-  """torchvision's config, and the images as a data set in COCO's format."""
+  """Returns torchvision's config, with the images as a data set in COCO's format."""
   folder = tmp_path_factory.mktemp("coco")
   content = {
     "images": [],
@@ -61,7 +61,7 @@ def config(golden, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-  """The folder that the import script makes of torchvision's own weights."""
+  """Returns the folder that the import script writes for torchvision's weights."""
   folder = tmp_path_factory.mktemp("import")
   np.savez(folder / "weights.npz", **state_dict("maskrcnn_resnet50_fpn"))
   flags = [f"--config={file_of(config, folder)}", f"--weights={folder}/weights.npz"]
@@ -71,7 +71,7 @@ def run(config, tmp_path_factory):
 
 
 def file_of(config, folder):
-  """A config file for the command line."""
+  """Writes a config file for the command line and returns its path."""
   (folder / "config.json").write_text(config.to_json())
   file = folder / "config.py"
   file.write_text(
@@ -85,18 +85,18 @@ def file_of(config, folder):
 
 
 def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
-  """Same detections in the same order."""
+  """Checks that an image has the same detections in the same order."""
   np.testing.assert_array_equal(labels, golden[f"image_{i}_labels"])
-  # Random weights amplify rounding: 3e-4 computed in float64; in float32 2e-4 to 1.2e-3, by the
-  # instructions that the CPU has.
+  # Random weights amplify rounding: 3e-4 if computed in float64, 2e-4 to 1.2e-3 in float32, depending
+  # on the CPU's instructions.
   assert_close(scores, golden[f"image_{i}_scores"], tolerance=2e-3)
   assert_close(boxes_xyxy, golden[f"image_{i}_boxes_xyxy"])
-  # a pixel at exactly one half may fall on either side
+  # a pixel at exactly one half may be rounded either way
   np.testing.assert_allclose(areas, golden[f"image_{i}_mask_areas"], atol=3)
 
 
 def evaluated(workdir):
-  """The detections of each image that evaluation left in a run's folder."""
+  """Returns the detections of each image that evaluation wrote into a run's folder."""
   results = json.loads((workdir / RESULTS_FILE).read_text())
   found = []
   for i in range(4):
@@ -113,22 +113,22 @@ def evaluated(workdir):
   return found
 
 
-def test_a_batch_with_padding(run, golden):
-  """Two images of unlike sizes on the canvas of their own that they share, by the command line."""
+def test_detections_in_a_batch_with_padding(run, golden):
+  """Two images of different sizes share the canvas that fits them best; uses the command line."""
   succeed(command("--mode=eval", f"--workdir={run}"))
   found = evaluated(run)
   for i in range(2):
     assert_same(*found[i], golden, i)
 
 
-def test_predict(run, golden):
+def test_predictions_of_one_image(run, golden):
   (found,) = fpt_jax.restore(str(run)).predict([golden["image_HWC_2"]])
   areas = found["masks"].sum(axis=(1, 2))
   assert_same(found["boxes_xyxy"], found["scores"], found["labels"], areas, golden, 2)
 
 
-def test_a_batch_on_the_canvas_of_its_largest(run, config, golden, tmp_path):
-  """The first and the last image, as torchvision batches them: neither has a canvas of its own."""
+def test_detections_on_the_canvas_of_the_largest_image(run, config, golden, tmp_path):
+  """The first and the last image share a canvas that is larger than either, as in torchvision."""
   config = config.copy_and_resolve_references()
   config.data.buckets, config.data.eval_split = ((192, 224),), "val[:1]+val[3:]"
   file = file_of(config, tmp_path)

@@ -1,4 +1,4 @@
-"""Pictures of detections: what is drawn where."""
+"""Pictures of detections: positions and colours of what is drawn."""
 
 import json
 
@@ -13,7 +13,7 @@ from fpt_jax.tasks.detection.draw import draw_detections
 
 @pytest.fixture
 def scene():
-  """A grey image with a large object, and a small one within it."""
+  """Returns a grey image with a large object and a small one inside it."""
   image = np.full((420, 560, 3), 128, np.uint8)
   large, small = np.zeros((2, 420, 560), bool)
   large[100:380, 60:460] = True
@@ -26,7 +26,7 @@ def changed(image, drawn):
   return (np.asarray(drawn) != image).any(axis=-1)
 
 
-def test_masks_are_tinted_and_the_small_lies_on_the_large(scene):
+def test_masks_are_tinted_and_small_ones_are_on_top(scene):
   image, boxes, names, scores, bitmaps = scene
   drawn = draw_detections(image, boxes, names, scores, bitmaps)
   assert drawn.shape == image.shape and drawn.dtype == np.uint8
@@ -36,7 +36,7 @@ def test_masks_are_tinted_and_the_small_lies_on_the_large(scene):
     color = np.float64(pictures.category_color(name)) - 128
     assert tint @ color / np.linalg.norm(tint) / np.linalg.norm(color) > 0.99
     assert 0.2 < np.linalg.norm(tint) / np.linalg.norm(color) < 0.6
-  # the ground far from boxes and plates is left as it was
+  # the background far from boxes and labels does not change
   np.testing.assert_array_equal(drawn[:60], image[:60])
   np.testing.assert_array_equal(drawn[:, 480:], image[:, 480:])
 
@@ -62,7 +62,7 @@ def test_frames_surround_their_boxes(scene):
 
 
 @pytest.mark.parametrize("size", [(8, 9), (64, 48), (64, 1000), (427, 640), (1500, 2200)])
-def test_any_size_of_image_has_legible_plates_within_it(size):
+def test_labels_are_legible_and_inside_images_of_any_size(size):
   height, width = size
   image = np.zeros((height, width, 3), np.uint8)
   corners = np.array([[0, 0, 2, 2], [width - 3, height - 2, width, height]], float)
@@ -72,11 +72,11 @@ def test_any_size_of_image_has_legible_plates_within_it(size):
   assert max(drawn.shape) >= 400
   for name in ("vicuña", "ocelot"):
     rows, cols = np.nonzero((drawn == pictures.category_color(name)).all(axis=-1))
-    assert np.ptp(rows) >= 10  # the plate, of at least 10 pixels, in one piece
+    assert np.ptp(rows) >= 10  # the label, of at least 10 pixels, in one piece
     assert np.ptp(cols) >= 30
 
 
-def test_plates_never_cover_each_other():
+def test_labels_do_not_cover_each_other():
   image = np.full((480, 640, 3), 60, np.uint8)
   rng = np.random.default_rng(0)
   boxes = rng.uniform(0, 400, (60, 4))
@@ -84,16 +84,16 @@ def test_plates_never_cover_each_other():
   names = [f"kind {i}" for i in range(60)]
   scores = rng.random(60)
   best = int(scores.argmax())
-  everything = draw_detections(image, boxes, names, scores)
-  # the plate of the best is whole: what drawing it alone changes outside the box's surroundings
+  together = draw_detections(image, boxes, names, scores)
+  # the label of the best is complete: it equals that of the best drawn alone
   alone = draw_detections(image, boxes[best : best + 1], [names[best]], scores[best : best + 1])
   frame = np.zeros(image.shape[:2], bool)
   x0, y0, x1, y1 = boxes[best].astype(int)
   frame[max(y0 - 6, 0) : y1 + 7, max(x0 - 6, 0) : x1 + 7] = True
-  plate = changed(image, alone) & ~frame
-  assert plate.sum() > 300
-  same = (everything == alone).all(axis=-1)
-  assert same[plate].mean() > 0.97  # its shaded outline may be mixed with frames below
+  label = changed(image, alone) & ~frame
+  assert label.sum() > 300
+  same = (together == alone).all(axis=-1)
+  assert same[label].mean() > 0.97  # its translucent outline may be mixed with frames below
 
 
 def test_no_detections_change_nothing(scene):
@@ -101,7 +101,7 @@ def test_no_detections_change_nothing(scene):
   np.testing.assert_array_equal(draw_detections(image, np.zeros((0, 4)), [], [], []), image)
 
 
-def test_boxes_off_the_image_and_empty_masks_do_no_harm(scene):
+def test_boxes_outside_the_image_and_empty_masks_are_allowed(scene):
   image = scene[0]
   boxes = np.array([[-50.0, -50, -10, -10], [600, 10, 700, 50], [-20, 100, 900, 200], [9, 9, 9, 9]])
   nothing = np.zeros((4, 420, 560), bool)
@@ -112,7 +112,7 @@ def test_boxes_off_the_image_and_empty_masks_do_no_harm(scene):
   assert not changed(image, draw_detections(image, boxes[:2], list("ab"))).any()
 
 
-def test_grey_images_and_wrong_inputs():
+def test_grey_images_are_drawn_and_wrong_inputs_are_reported():
   grey = np.full((400, 400), 50, np.uint8)
   assert draw_detections(grey, [[1, 1, 9, 9]], ["a"]).shape == (400, 400, 3)
   with pytest.raises(ValueError, match="float"):
@@ -123,7 +123,7 @@ def test_grey_images_and_wrong_inputs():
     draw_detections(grey, [[1, 1, 9, 9]], ["a"], [1.0], np.ones((1, 28, 28)))
 
 
-def test_a_real_image(real_data):
+def test_detections_on_a_real_image(real_data):
   truth = json.loads((real_data / "coco/annotations/instances_val2017.json").read_text())
   names = {category["id"]: category["name"] for category in truth["categories"]}
   image_info = next(image for image in truth["images"] if image["id"] == 92660)

@@ -1,4 +1,4 @@
-"""Views of an image put together: against plain detection, by symmetry, and against NumPy."""
+"""Detections combined over views: against plain detection, by symmetry, and against NumPy."""
 
 import functools
 
@@ -32,7 +32,7 @@ def structure(config):
 
 @pytest.fixture(scope="module")
 def arrays(structure):
-  """Random weights, those that tell regions apart not small."""
+  """Returns random weights, large enough to distinguish regions."""
   rng, arrays = np.random.default_rng(0), {}
   for name, shape in sorted((n, s.shape) for n, s in structure.shapes.items()):
     if name.endswith("kernel"):
@@ -123,7 +123,7 @@ def test_a_symmetric_image_has_symmetric_detections(detect, arrays, views, confi
   x0, y0, x1, y1 = boxes_D4.T
   mirrored_D4 = np.stack([50 - x1, y0, 50 - x0, y1], -1)
   partners = 0
-  for i, box_4 in enumerate(mirrored_D4[:-1]):  # the last one's may have found no place
+  for i, box_4 in enumerate(mirrored_D4[:-1]):  # the partner of the last one may be missing
     near_D = (np.abs(boxes_D4 - box_4).max(-1) < 1e-3) & (labels_D == labels_D[i])
     if near_D.any():
       partner = int(near_D.argmax())
@@ -132,7 +132,7 @@ def test_a_symmetric_image_has_symmetric_detections(detect, arrays, views, confi
         found["masks_BDmm"][1][i], found["masks_BDmm"][1][partner][:, ::-1], atol=1e-4
       )
       assert found["scores_BD"][1][i] == found["scores_BD"][1][partner]
-    else:  # it fell to the better half of the pair, or to one that this one does not overlap
+    else:  # suppressed by the better half of the pair, or by a box that does not overlap this one
       others = np.flatnonzero(labels_D == labels_D[i])
       assert max(iou(box_4, boxes_D4[o]) for o in others) > config.model.test.nms_threshold - 1e-4
   assert partners > 0
@@ -146,7 +146,7 @@ def iou(a_4, b_4):
 
 
 def moved(boxes_N4, size, new_size, flip):
-  """Boxes of an image of one size on the same image of another."""
+  """Converts boxes on an image of one size to boxes on the same image of another size."""
   boxes_N4 = np.float64(boxes_N4) * np.tile(np.float64(new_size[::-1]) / size[::-1], 2)
   x0, y0, x1, y1 = boxes_N4.T
   return np.stack([new_size[1] - x1, y0, new_size[1] - x0, y1], -1) if flip else boxes_N4
@@ -159,7 +159,7 @@ def test_sizes_and_mirror_images_against_numpy(
   with monkeypatch.context() as patch:
     patch.setattr(RCNN, "features", lambda *args: traced.append(args[1].shape) or features(*args))
     found = jax.device_get(detect((64, 96), flip=True)(arrays, views))
-  assert traced == [(2, 64, 64, 3), (2, 96, 96, 3)]  # one compilation for each canvas
+  assert traced == [(2, 64, 64, 3), (2, 96, 96, 3)]  # one compilation per canvas
   seen = [(mirrored_view(v) if flip else v, flip) for v in views for flip in (False, True)]
 
   @jax.jit
@@ -169,11 +169,11 @@ def test_sizes_and_mirror_images_against_numpy(
     canvas = view["image_BHWC"].shape[1:3]
     return pyramid, model.candidates(pyramid, view["size_B2"], canvas)
 
-  looked = [find_candidates(arrays, v) for v, _ in seen]
+  features_and_candidates = [find_candidates(arrays, v) for v, _ in seen]
   sizes = [np.asarray(v["size_B2"]) for v, _ in seen]
   draw = jax.jit(lambda arrays, *inputs: structure.fill(arrays).masks(*inputs))
   masks = 0
-  for (pyramid, _), size_B2, (_, flip) in zip(looked, sizes, seen, strict=True):
+  for (pyramid, _), size_B2, (_, flip) in zip(features_and_candidates, sizes, seen, strict=True):
     boxes_BD4 = np.stack(
       [moved(found["boxes_BD4"][b], SIZE_B2[b], size_B2[b], flip) for b in range(2)]
     ).astype(np.float32)
@@ -184,7 +184,7 @@ def test_sizes_and_mirror_images_against_numpy(
   for b in range(2):
     union = []
     for i, ((_, candidates), size_B2, (_, flip)) in enumerate(
-      zip(looked, sizes, seen, strict=True)
+      zip(features_and_candidates, sizes, seen, strict=True)
     ):
       boxes_M4 = moved(candidates["boxes_BM4"][b], size_B2[b], SIZE_B2[b], flip)
       scores_M, labels_M = candidates["scores_BM"][b], candidates["labels_BM"][b]
@@ -207,4 +207,4 @@ def test_sizes_and_mirror_images_against_numpy(
     np.testing.assert_array_equal(found["labels_BD"][b][valid_D], labels)
     np.testing.assert_allclose(found["boxes_BD4"][b][valid_D], np.stack(boxes), atol=1e-3)
     np.testing.assert_allclose(found["masks_BDmm"][b][valid_D], masks[b][valid_D], atol=1e-4)
-  assert len(sources) > 2  # several sizes contribute, and mirrored images too
+  assert len(sources) > 2  # several sizes contribute, and so do mirrored images

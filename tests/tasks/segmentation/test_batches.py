@@ -1,4 +1,4 @@
-"""Batches of label maps: right pixels in the right order, whatever the step and the host."""
+"""Batches of label maps have the right pixels in the right order for any step and host."""
 
 import collections
 
@@ -22,7 +22,7 @@ SIZES = [(20, 30), (33, 17), (40, 40), (21, 30), (64, 50), (19, 29), (40, 39)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Seven images of all sizes in one's own folders; a pixel's label is its red channel / 50."""
+  """Returns the config of seven images of different sizes; a pixel's label is its red channel / 50."""
   root = tmp_path_factory.mktemp("folder")
   rng = np.random.default_rng(0)
   for split in ("train", "val"):
@@ -56,7 +56,7 @@ def _assert_equal(one, other):
     np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_a_training_batch(folder):
+def test_shapes_and_dtypes_of_a_training_batch(folder):
   (batch,) = _take(train_batches(folder, batch_size=4, seed=0), 1)
   assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
     "image_BHWC": ((4, 24, 32, 3), np.float32),
@@ -71,7 +71,7 @@ def test_a_training_batch(folder):
 
 
 def test_training_crops_are_those_drawn(folder):
-  """Each image of each batch is what the drawn crop of the right file gives."""
+  """Each image of a batch is the drawn crop of the right file."""
   files = {
     name: (i, image_HWC, label_HW)
     for i, (name, image_HWC, label_HW) in enumerate(images(folder, "train"))
@@ -101,10 +101,10 @@ def test_training_crops_are_those_drawn(folder):
       outside[:h, :w] = False
       assert (batch["label_BHW"][b][outside] == 255).all()
       assert (batch["label_BHW"][b][~outside] < 5).all()
-  assert set(seen.values()) == {4}  # 28 places, 7 images, none left out
+  assert set(seen.values()) == {4}  # 28 positions for 7 images, none left out
 
 
-def test_labels_lie_on_their_image(folder):
+def test_labels_are_aligned_with_their_image(folder):
   for batch in _take(train_batches(folder, batch_size=4, seed=1), 5):
     for image_HWC, label_HW in zip(batch["image_BHWC"], batch["label_BHW"], strict=True):
       on_HW = label_HW < 255
@@ -132,7 +132,7 @@ def test_hosts_read_the_shares_of_one_batch(folder):
 
 
 def test_mirrored_people_change_sides(tmp_path):
-  """Of a picture whose left half is a left arm, a mirrored one's right half is the right arm."""
+  """If the left half of an image is a left arm, the right half of its mirror image is a right arm."""
   for kind in ("images", "segmentations"):
     (tmp_path / f"train_{kind}").mkdir()
   label = np.array([[14] * 8 + [19] * 8] * 12, np.uint8)
@@ -229,7 +229,7 @@ def test_hosts_share_an_evaluation(folder):
     _assert_equal(one, {k: np.concatenate([part[k] for part in two]) for k in one})
 
 
-def test_many_canvases_are_told(folder, caplog, monkeypatch):
+def test_many_canvases_are_logged(folder, caplog, monkeypatch):
   monkeypatch.setattr(canvases, "_MANY", 6)
   with caplog.at_level("WARNING"):
     eval_batches(folder, "val", batch_size=1).close()
@@ -244,19 +244,19 @@ def test_many_canvases_are_told(folder, caplog, monkeypatch):
     ({"train_split": "test"}, r"split 'test' cannot be read"),
   ],
 )
-def test_what_does_not_fit_is_refused(folder, fields, message):
+def test_splits_that_do_not_exist_are_reported(folder, fields, message):
   with pytest.raises(UserError, match=message):
     train_batches(_changed(folder, **fields), batch_size=1, seed=0)
 
 
-def test_canvases_that_do_not_fit_are_refused(folder):
+def test_canvases_that_do_not_fit_are_reported(folder):
   with pytest.raises(UserError, match=r"64x50 \(height x width\) fits none"):
     eval_batches(_changed(folder, buckets=((50, 50),)), "val", batch_size=1)
   with pytest.raises(UserError, match=r"data.canvas_multiple=0"):
     eval_batches(_changed(folder, canvas_multiple=0), "val", batch_size=1)
 
 
-def test_labels_spoilt_after_they_were_prepared_are_named(folder, tmp_path, monkeypatch):
+def test_the_error_of_damaged_labels_names_their_record(folder, tmp_path, monkeypatch):
   encode = label_maps.encode_png
   monkeypatch.setattr(label_maps, "encode_png", lambda label_HW: encode(label_HW)[:-20])
   broken = _changed(folder, data_dir=str(tmp_path))
@@ -271,9 +271,9 @@ def test_labels_spoilt_after_they_were_prepared_are_named(folder, tmp_path, monk
     assert "\n" not in str(error.value)
 
 
-def test_the_shared_defaults_read_ones_own_folders(folder, tmp_path):
+def test_the_default_config_reads_an_image_folder(folder, tmp_path):
   config = segmentation().data
-  flags_of_a_command_line = {
+  fields_on_the_command_line = {
     "name": "image_folder",
     "source": folder.source,
     "data_dir": str(tmp_path),
@@ -281,7 +281,7 @@ def test_the_shared_defaults_read_ones_own_folders(folder, tmp_path):
     "builder.splits": ("val", "train"),
     "crop": (24, 32),
   }
-  config.update_from_flattened_dict(flags_of_a_command_line)
+  config.update_from_flattened_dict(fields_on_the_command_line)
   data.prepare(config)
   ours = _take(train_batches(config, batch_size=2, seed=0), 2)
   theirs = _take(train_batches(folder, batch_size=2, seed=0), 2)
@@ -326,5 +326,5 @@ def test_real_images_fit_the_largest_crops(real_data, tmp_path):
     assert batch["image_BHWC"][b, :h, :w].mean() > 20
 
 
-def test_reader_tells_both_kinds(folder, shapes):
+def test_reader_recognises_both_kinds_of_records(folder, shapes):
   assert Reader(folder, "val").read(0).label and Reader(shapes, "val").read(0).bitmaps

@@ -21,7 +21,7 @@ SIZES = [  # of the file, resized, offset, canvas
 
 
 def _window(image_HW, size, offset, canvas, sample, outside):
-  """The window, value by value; `sample` gives that at a point of the source in pixels."""
+  """Computes the window value by value; `sample` returns the value at a point of the source in pixels."""
   out = np.full(canvas, outside, np.float64)
   for i in range(canvas[0]):
     for j in range(canvas[1]):
@@ -36,7 +36,7 @@ def _window(image_HW, size, offset, canvas, sample, outside):
 
 
 def _nearest(image_HW, y, x):
-  return image_HW[math.floor(y), math.floor(x)]  # the pixel on whose square the point lies
+  return image_HW[math.floor(y), math.floor(x)]  # the pixel whose square contains the point
 
 
 def _bilinear(image_HW, y, x):
@@ -82,7 +82,7 @@ def test_a_window_is_a_part_of_the_whole(rng, old, size, offset, canvas):
 
 
 def test_image_and_label_share_one_geometry(rng):
-  """Where the image is flat around a point, the label's colour is the image's."""
+  """Where the image is constant around a point, its value is that of the label."""
   blocks_HW = rng.integers(0, 4, (6, 5), np.uint8)
   label_HW = blocks_HW.repeat(16, 0).repeat(16, 1)
   for size, offset in (((67, 171), (11, 40)), ((190, 49), (70, 3)), ((96, 80), (5, 6))):
@@ -91,7 +91,7 @@ def test_image_and_label_share_one_geometry(rng):
     image_hwC = crops.cut_image(
       label_HW[..., None] * 60.0, tf.constant(size), tf.constant(offset), tf.constant((32, 40))
     )
-    # a bilinear value is a mixture of the blocks it touches, and the nearest has the largest part
+    # a bilinear value is a mixture of neighbouring blocks, and the nearest has the largest share
     flat_hw = np.isin(np.round(image_hwC[..., 0], 1), [0, 60, 120, 180])
     same_hw = np.abs(image_hwC[..., 0] - 60.0 * label_hw) < 0.1
     assert flat_hw.mean() > 0.6 and same_hw[flat_hw].mean() > 0.99
@@ -106,9 +106,9 @@ def test_mirroring_comes_first(rng):
   np.testing.assert_array_equal(crops.cut_label(label_HW, crop), expected)
 
 
-def test_draws_are_pure_and_spread():
+def test_draws_are_reproducible_and_uniform():
   size, canvas = (100, 200), (80, 120)
-  arguments = {"scales": (0.5, 2.0), "flip": True}
+  arguments = {"scale": (0.5, 2.0), "flip": True}
   drawn = [crops.draw(3, i, size, canvas, **arguments) for i in range(2000)]
   assert drawn[7] == crops.draw(3, 7, size, canvas, **arguments) != drawn[8]
   assert drawn[7] != crops.draw(4, 7, size, canvas, **arguments)
@@ -123,18 +123,18 @@ def test_draws_are_pure_and_spread():
       assert 0 <= offset <= max(resized - room, 0) and valid == min(resized, room)
   shares = [crop.offset[0] / (crop.size[0] - 80) for crop in drawn if crop.size[0] > 120]
   assert min(shares) == 0 and max(shares) == 1 and abs(np.mean(shares) - 0.5) < 0.05
-  assert not any(crops.draw(3, i, size, canvas, scales=(0.5, 2.0)).mirrored for i in range(50))
+  assert not any(crops.draw(3, i, size, canvas, scale=(0.5, 2.0)).mirrored for i in range(50))
 
 
 def test_shorter_edges_are_drawn_from_the_list():
   edges = (269, 369, 469, 569)
-  sizes = [crops.draw(0, i, (683, 512), (569, 569), short_edges=edges).size for i in range(400)]
+  sizes = [crops.draw(0, i, (683, 512), (569, 569), train_sizes=edges).size for i in range(400)]
   counts = np.unique([min(size) for size in sizes], return_counts=True)
   assert counts[0].tolist() == list(edges) and counts[1].min() > 60
   assert {size[0] for size in sizes} == {round(e * 683 / 512) for e in edges}
 
 
-def test_sizes_are_rounded_and_never_nothing():
+def test_sizes_are_rounded_and_at_least_one():
   assert crops.scaled_size((3, 5), 0.5) == (2, 3)
   assert crops.scaled_size((1, 100), 0.1) == (1, 10)
   assert crops.short_edge_size((1024, 2048), 513) == (513, 1026)

@@ -1,4 +1,4 @@
-"""Overlays and legends show the classes' own colours where the classes are."""
+"""Overlays and legends have the colours of the classes."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_colors_are_mixed_with_the_image(label, expected):
   np.testing.assert_allclose(drawn_HWC[0, 0], expected, atol=1)
 
 
-def test_borders_lie_where_classes_meet():
+def test_borders_are_drawn_between_classes():
   image_HWC = np.zeros((4, 6, 3), np.uint8)
   label_HW = np.zeros((4, 6), np.uint8)
   label_HW[2:, 3:] = 1

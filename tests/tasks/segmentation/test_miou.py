@@ -1,4 +1,4 @@
-"""mIoU against a count pixel by pixel in plain Python, and against figures worked out by hand."""
+"""mIoU against a pixel-by-pixel count in plain Python, and against values computed by hand."""
 
 import math
 
@@ -9,7 +9,7 @@ from fpt_jax.tasks.segmentation import miou
 
 
 def _count(truth, prediction, num_classes):
-  """IoU and accuracy of each class (None where undefined) and of all pixels, from the definition."""
+  """Returns IoU and accuracy of each class (None where undefined), and the accuracy of all pixels."""
   pixels = [(int(t), int(p)) for t, p in zip(truth.flat, prediction.flat, strict=True) if t != 255]
   ious, accuracies = [], []
   for c in range(num_classes):
@@ -28,7 +28,7 @@ def _mean(values):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 13), (31, 6)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32])
-def test_figures_equal_a_plain_count(rng, height, width, dtype):
+def test_metrics_equal_a_plain_count(rng, height, width, dtype):
   names = ("sky", "road", "car", "bus", "tree", "dog")
   truth = rng.choice([0, 1, 2, 4, 255], (height, width)).astype(dtype)
   truth[0, 0] = 2
@@ -46,14 +46,14 @@ def test_figures_equal_a_plain_count(rng, height, width, dtype):
   np.testing.assert_allclose(found["aAcc"], overall, rtol=1e-12)
 
 
-def test_figures_worked_out_by_hand():
+def test_metrics_computed_by_hand():
   truth = np.array([[0, 0, 1], [1, 1, 255]])
   prediction = np.array([[0, 1, 1], [1, 2, 2]])
   confusion = miou.confusion_matrix(truth, prediction, 4)
   assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
   found = miou.scores(confusion, "abcd")
   assert found["IoU/a"] == 50 and found["IoU/b"] == 50
-  assert found["IoU/c"] == 0  # predicted, never true: a mistake that counts
+  assert found["IoU/c"] == 0  # predicted but never true, which counts as zero
   assert math.isnan(found["IoU/d"])
   np.testing.assert_allclose(found["mIoU"], 100 / 3)
   np.testing.assert_allclose(found["mAcc"], (50 + 200 / 3) / 2)
@@ -77,18 +77,18 @@ def test_many_pixels_do_not_overflow():
   assert confusion[149, 149] == 90_000 and confusion.sum() == 90_000
 
 
-def test_nothing_counted_is_nan():
+def test_metrics_without_labelled_pixels_are_nan():
   truth = np.full((2, 3), 255, np.uint8)
   confusion = miou.confusion_matrix(truth, np.zeros((2, 3), np.uint8), 2)
   assert all(math.isnan(value) for value in miou.scores(confusion, "ab").values())
 
 
-def test_another_void():
+def test_another_void_label():
   truth, prediction = np.array([[11, 3]]), np.array([[0, 3]])
   assert miou.confusion_matrix(truth, prediction, 11, void=11).sum() == 1
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_reported():
   truth = np.array([[0, 1]])
   with pytest.raises(
     ValueError, match=r"truth has shape \(1, 2\) and prediction has shape \(2, 1\)"

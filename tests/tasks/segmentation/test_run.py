@@ -1,4 +1,4 @@
-"""A segmenter is trained, evaluated, resumed, restored and asked, as a detector is."""
+"""A segmenter trains, evaluates, restores and predicts like a detector."""
 
 import json
 
@@ -20,30 +20,30 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run of 3 steps and its figures."""
+  """Returns the folder and the metrics of a run of 3 steps."""
   workdir = tmp_path_factory.mktemp("run")
   return workdir, train(tiny_segmentation_config("fpt=none", steps=3), str(workdir))
 
 
-def test_what_a_run_leaves_behind(finished):
-  workdir, figures = finished
+def test_files_that_a_run_writes(finished):
+  workdir, metrics = finished
   losses = losses_by_step(workdir)
   assert set(losses) == {1, 2, 3}
   assert all(set(e) == {"loss_seg", "loss_aux", "total_loss"} for e in losses.values())
   model = json.loads((workdir / "config.json").read_text())["model"]
   assert model["num_classes"] == 6 and model["class_names"][:2] == ["background", "circle"]
   assert len(model["palette"]) == 6
-  assert {"mIoU", "mAcc", "aAcc", "IoU/background"} <= set(figures)
+  assert {"mIoU", "mAcc", "aAcc", "IoU/background"} <= set(metrics)
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-  assert last["step"] == 3 and last["mIoU"] == figures["mIoU"]
+  assert last["step"] == 3 and last["mIoU"] == metrics["mIoU"]
   counts = np.array(json.loads((workdir / "eval" / "confusion.json").read_text())["counts"])
   assert counts.sum() == 4 * 64 * 64
   with PIL.Image.open(workdir / "eval" / "confusion.png") as picture:
     assert picture.size[0] == picture.size[1] > 300
 
 
-def test_predictions_are_those_evaluated(finished, rng):
-  workdir, figures = finished
+def test_predictions_equal_those_of_evaluation(finished, rng):
+  workdir, metrics = finished
   restored = fpt_jax.restore(str(workdir))
   right = labelled = 0
   for _, image_HWC, label_HW in segmentation.eval_images(restored.config):
@@ -51,20 +51,20 @@ def test_predictions_are_those_evaluated(finished, rng):
     assert found["label_map"].dtype == np.uint8
     right += (found["label_map"] == label_HW).sum()
     labelled += (label_HW != 255).sum()
-  assert 100 * right / labelled == pytest.approx(figures["aAcc"], abs=0.05)
+  assert 100 * right / labelled == pytest.approx(metrics["aAcc"], abs=0.05)
   odd = rng.integers(0, 255, (37, 51, 3), np.uint8)
   (found,) = restored.predict([odd])
   assert found["label_map"].shape == (37, 51) and found["label_map"].max() < 6
 
 
-def test_a_window_of_the_images_size_changes_no_figure(finished):
-  workdir, figures = finished
+def test_a_window_of_the_images_size_changes_no_metric(finished):
+  workdir, metrics = finished
   restored = fpt_jax.restore(str(workdir))
   mesh = sharding.mesh(jax.device_count())
   arrays = sharding.replicate(restored.arrays, mesh)
   restored.config.eval.update({"window": (64, 64), "overlap": 0.5})
   arguments = (restored.config, restored.structure, arrays, mesh, str(workdir))
-  np.testing.assert_equal(segmentation.evaluate(*arguments), figures)  # nan is nan
+  np.testing.assert_equal(segmentation.evaluate(*arguments), metrics)  # nan is nan
   restored.config.eval.submission = True
   with pytest.raises(UserError, match=r"not for data\.name='context_shapes' with 6 classes"):
     segmentation.evaluate(*arguments)
@@ -86,7 +86,7 @@ def test_pictures_of_predictions(finished, tmp_path):
   assert all(sum(e["shares"].values()) == pytest.approx(1, abs=1e-5) for e in entries)
 
 
-def test_other_classes_are_refused(finished):
+def test_other_classes_are_reported(finished):
   workdir, _ = finished
   names = ("background", "circle", "square", "triangle", "cat", "dog")
   config = tiny_segmentation_config("fpt=none", steps=3, model__class_names=names)

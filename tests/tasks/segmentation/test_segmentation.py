@@ -1,4 +1,4 @@
-"""Evaluation counts every labelled pixel once, averages scores, and real data go through all of it."""
+"""Evaluation counts every labelled pixel once and averages scores, also on real data."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ DATASET = DatasetInfo((), (), {"train": 1}, ("sky", "car", "bus"), ((1, 2, 3),) 
 
 
 def run_config(data_config, **fields):
-  """A whole config with the fields that evaluation and pictures read."""
+  """Returns a complete config with the fields that evaluation and pictures read."""
   config = segmentation_config().unlock()
   config.data = label_config("image_folder", "none")
   config.data.update(data_config)
@@ -42,7 +42,7 @@ def run_config(data_config, **fields):
 
 
 def structure_of(logits):
-  """A skeleton whose model, whatever its arrays, has these logits."""
+  """Returns a skeleton whose model has these logits, whatever its arrays."""
   return SimpleNamespace(fill=lambda _: SimpleNamespace(logits=logits))
 
 
@@ -54,7 +54,7 @@ def test_classes_are_taken_from_the_data():
   assert table[:4].tolist() == [0, 1, 2, 255] and table.shape == (256,) and table[255] == 255
 
 
-def test_classes_are_known_by_name():
+def test_classes_are_matched_by_name():
   config = run_config(
     {"name": "mine"}, **{"model.class_names": ("bus", "tram", "car", "sky"), "model.num_classes": 4}
   )
@@ -72,7 +72,7 @@ def test_classes_are_known_by_name():
 
 
 @pytest.mark.parametrize("weights", [(1.0,) * 2, (1.0, 0.0, 1.0)])
-def test_classes_weigh_something_each(weights):
+def test_class_weights_must_be_positive_and_one_per_class(weights):
   config = run_config({"name": "mine"}, **{"model.class_weights": weights})
   with pytest.raises(UserError, match="must be 3 positive numbers, one per class"):
     segmentation.adopt_classes(config, DATASET)
@@ -89,7 +89,7 @@ def test_any_demo_fits_the_generated_data(name):
 
 
 def test_scores_are_averaged_not_labels():
-  """Seen from one side class 0 is best, from the other class 2, and on the whole class 1."""
+  """Class 0 is best in the image, class 2 in its mirror image, and class 1 on average."""
   fields = {"model.swaps": (), "eval.flip": True}
   config = run_config(label_config("mine", "none"), **fields)
   one, other = jnp.log(jnp.array([[0.5, 0.45, 0.05], [0.05, 0.45, 0.5]]))
@@ -103,7 +103,7 @@ def test_scores_are_averaged_not_labels():
   image_BHWC[0, :, :4] = 1
   inputs = ({}, image_BHWC, np.array([[20, 25]]), np.array([[20, 25]]), (20, 25))
   assert (np.asarray(labeller(config, structure_of(logits))(*inputs)) == 1).all()
-  # mirrored people change sides: what is 2 in the mirror is 0 here, which wins twice
+  # with swaps, class 2 in the mirror image is class 0 here, which is then best in both
   config.model.swaps = ((0, 2),)
   assert (np.asarray(labeller(config, structure_of(logits))(*inputs)) == 0).all()
 
@@ -176,7 +176,7 @@ def test_real_samples_are_browsed_and_evaluated(name, real_data, tmp_path):
     agreeing += (best_HW == truth_HW)[truth_HW != 255].sum()
   assert counts_TP.sum(axis=1).tolist() == expected[:classes].tolist()
   assert expected[classes:255].sum() == 0
-  # float32 and float64 may differ about a pixel whose two best classes are equal
+  # float32 and float64 may differ in pixels whose two best classes have equal scores
   assert abs(counts_TP.trace() - agreeing) <= 1e-4 * counts_TP.sum()
   assert metrics["aAcc"] == pytest.approx(100 * counts_TP.trace() / counts_TP.sum())
 

@@ -1,4 +1,4 @@
-"""The servers' files: right numbers, right names, and back again through the data set's own reader."""
+"""Files for evaluation servers have the right numbers and names, and the data set's reader reads them."""
 
 import numpy as np
 import PIL.Image
@@ -36,8 +36,8 @@ def test_ade20k_gets_one_to_150(tmp_path):
   assert [ade20k.LAYOUT.class_of_id[i] for i in ids_HW.ravel()] == list(range(150))
 
 
-def test_what_is_no_class_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"x.png: a map of classes 0..18 expected, .* 0..255"):
+def test_labels_that_are_not_classes_are_reported(tmp_path):
+  with pytest.raises(ValueError, match=r"x.png: expected a map of classes 0..18, .* 0..255"):
     submissions.write("cityscapes", tmp_path, "x.png", np.array([[0, 255]]))
   with pytest.raises(ValueError, match="got shape"):
     submissions.write("ade20k", tmp_path, "x.png", np.zeros((2, 2, 1), int))

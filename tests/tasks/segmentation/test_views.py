@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from fpt_jax.data import transforms
+from fpt_jax.ops.mirror import mirror
 from fpt_jax.tasks.segmentation import views
 
 WEIGHT_CK = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 
 
 def logits(image_BHWC, size_B2):
-  """Of a pixel and its image: a window's scores depend on all that the window sees."""
+  """Returns logits that depend on the pixel and on the mean of the window or image."""
   area_B = jnp.prod(size_B2, axis=1).astype(jnp.float32)
   mean_BC = image_BHWC.sum(axis=(1, 2)) / area_B[:, None]
   seen_BHWC = image_BHWC + jnp.roll(image_BHWC, 1, axis=1)
@@ -22,7 +23,7 @@ def logits(image_BHWC, size_B2):
 
 
 def on_canvas(images, canvas):
-  """The images as a batch on one canvas, and their sizes."""
+  """Returns the images as a batch on one canvas, and their sizes."""
   batch = np.zeros((len(images), *canvas, 3), np.float32)
   for b, image_HWC in enumerate(images):
     batch[b, : image_HWC.shape[0], : image_HWC.shape[1]] = image_HWC
@@ -45,7 +46,7 @@ def test_a_window_of_the_images_size_is_the_whole_image(rng):
 
 
 def starts(edge, window, step):
-  """Where windows begin, one after the other; the last ends at the edge."""
+  """Returns the starts of consecutive windows; the last window ends at the edge."""
   places = [0]
   while places[-1] + window < edge:
     places.append(min(places[-1] + step, edge - window))
@@ -54,7 +55,7 @@ def starts(edge, window, step):
 
 @pytest.mark.parametrize(("window", "overlap"), [((8, 10), 1 / 3), ((7, 31), 0.0), ((40, 9), 0.5)])
 def test_windows_are_averaged(window, overlap, rng):
-  """Images of two sizes on one canvas, against a loop over each one's windows."""
+  """Two images of different sizes on one canvas, against a loop over the windows of each."""
   images = [rng.normal(size=size) * 0.3 for size in ((21, 31, 3), (9, 26, 3))]
   image_BHWC, size_B2 = on_canvas(images, (23, 33))
   found = np.asarray(probabilities(image_BHWC, size_B2, window=window, overlap=overlap, multiple=4))
@@ -65,14 +66,14 @@ def test_windows_are_averaged(window, overlap, rng):
     for y in starts(height, h, step[0]):
       for x in starts(width, w, step[1]):
         part = np.s_[y : y + h, x : x + w]
-        expected[part] += numpy_probabilities_on_room(image_HWC[part], window)
+        expected[part] += numpy_probabilities_on_canvas(image_HWC[part], window)
         count[part] += 1
     np.testing.assert_allclose(found[b, :height, :width], expected / count, atol=1e-5)
     assert (found[b, height:] == 0).all() and (found[b, :, width:] == 0).all()
 
 
-def numpy_probabilities_on_room(image_HWC, window):
-  """What `logits` see above a window's first row is the last of its canvas: padding, if there is any."""
+def numpy_probabilities_on_canvas(image_HWC, window):
+  """Computes probabilities on a window's canvas: `logits` roll its last row to before the first one."""
   room = min(-(-min(window[0], 23) // 4) * 4, 23)
   padded = np.zeros((room, *image_HWC.shape[1:]))
   padded[: len(image_HWC)] = image_HWC
@@ -81,19 +82,19 @@ def numpy_probabilities_on_room(image_HWC, window):
   return (scores / scores.sum(-1, keepdims=True))[: len(image_HWC)]
 
 
-def test_mirror_images(rng):
+def test_mirror_images_stay_at_the_left(rng):
   images = [rng.normal(size=size) for size in ((5, 7, 3), (4, 3, 3))]
   image_BHWC, size_B2 = on_canvas(images, (6, 8))
   expected, _ = on_canvas([image[:, ::-1] for image in images], (6, 8))
-  mirrored = views.mirrored(jnp.asarray(image_BHWC), jnp.asarray(size_B2))
+  mirrored = mirror(jnp.asarray(image_BHWC), jnp.asarray(size_B2))
   np.testing.assert_array_equal(mirrored, expected)
-  np.testing.assert_array_equal(views.mirrored(mirrored, jnp.asarray(size_B2)), image_BHWC)
+  np.testing.assert_array_equal(mirror(mirrored, jnp.asarray(size_B2)), image_BHWC)
 
 
 @pytest.mark.parametrize("new", [(21, 30), (33, 17), (5, 40), (1, 1)])
-def test_sizes(new, rng):
+def test_resized_equals_the_data_pipeline(new, rng):
   image_HWC = rng.normal(size=(21, 30, 5)).astype(np.float32)
-  canvas_HWC = np.full((32, 33, 5), np.inf, np.float32)  # what is beyond the image is not looked at
+  canvas_HWC = np.full((32, 33, 5), np.inf, np.float32)  # values beyond the image are not used
   canvas_HWC[:21, :30] = image_HWC
   sizes = (np.array([size], np.int32) for size in ((21, 30), new))
   (found,) = views.resized(canvas_HWC[None], *sizes, (35, 41))

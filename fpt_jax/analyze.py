@@ -67,7 +67,7 @@ def analyze(config: ConfigDict) -> Analysis:
   Raises:
     UserError: a part that the config names does not exist.
   """
-  check_config(config)
+  check_config(config, training=False)
   task = task_of(config)
   structure = models.structure_of(config)
   canvas = task.canvas(config)

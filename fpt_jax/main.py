@@ -76,7 +76,7 @@ def main() -> None:
   if mode in ("prepare", "train") and config is None:
     raise UserError(f"--mode={mode} needs --config=FILE, such as configs/coco_mask.py")
   if config is not None:
-    check_config(config)
+    check_config(config, training=mode in ("train", "browse"))
   if mode == "prepare":
     data.prepare(config.data)
     return

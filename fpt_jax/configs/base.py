@@ -58,9 +58,6 @@ def add_data(config: ConfigDict) -> None:
   data.num_workers = 0  # number of threads that read images; 0: one per core
   data.prefetch = 2  # number of batches that are read ahead
   builder = data.builder = ConfigDict()
-  # splits to prepare; coco: annotation file and image folder of each, {"train": ("train.json", "images")};
-  # data sets of label maps: their names
-  builder.splits = placeholder(object)
   # image_folder: number of classes, unless class_names is set
   builder.num_classes = placeholder(int)
   builder.class_names = placeholder(tuple)  # image_folder: name of each class

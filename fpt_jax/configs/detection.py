@@ -4,6 +4,7 @@ Each field is assigned on its own line. Its comment is its description in the do
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from fpt_jax.configs import variants
 from fpt_jax.configs.base import base
@@ -16,6 +17,9 @@ def detection() -> ConfigDict:
   data.annotations = ""  # one annotation file in COCO's format, instead of data.source
   # folder of the images of data.annotations; every tenth image is in the split "val"
   data.images = ""
+  # coco: annotation file and image folder of each split, {"train": ("train.json", "images")}; unset:
+  # those of the official layout
+  data.builder.splits = placeholder(dict)
   data.long_edge = 1000  # upper bound of the longer edge of a resized image, pixels
   # largest number of ground truths per image; the largest objects are kept
   data.max_instances = 100

@@ -4,6 +4,7 @@ Each field is assigned on its own line. Its comment is its description in the do
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from fpt_jax.configs import variants
 from fpt_jax.configs.base import base
@@ -16,6 +17,8 @@ def segmentation() -> ConfigDict:
   data, model = config.data, config.model
   config.train_images = 120 * 2975  # the paper's epochs times the images of the training split
   data.name = "cityscapes"
+  # names of the splits to prepare, ("train", "val"); unset: those of the data set
+  data.builder.splits = placeholder(tuple)
   data.crop = (969, 969)  # size (height, width) of a training crop, pixels
   # range of the random factor that training images are resized by, unless data.train_sizes is set
   data.scale = (0.5, 2.0)

@@ -186,7 +186,7 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
       f"data.data_dir={data.data_dir}: records are read from a file system; mount the bucket, or "
       "prepare on the local disk"
     )
-  arguments = {name: v for name, v in data.builder.items() if v is not None}
+  arguments = {name: value for name, value in data.builder.to_dict().items() if value is not None}
   if data.name != "context_shapes":  # it is drawn, not read
     arguments |= {"source": data.source, "skip_bad": data.skip_bad}
   if "annotations" in data:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from fpt_jax.errors import UserError
-
 _SCALE = 0x5CA1E  # separates these random numbers from others of the same seed
 
 
@@ -82,16 +80,6 @@ def flip(
   x0_G, y0_G, x1_G, y1_G = boxes_G4.T
   flipped_G4 = np.stack([width - x1_G, y0_G, width - x0_G, y1_G], -1)
   return image_HWC[:, ::-1], flipped_G4, bitmaps_Gmm[:, :, ::-1]
-
-
-def check_train_sizes(sizes: Sequence[int]) -> None:
-  """Raises UserError unless `data.train_sizes` are shorter edges that can be drawn."""
-  if any(size < 1 for size in sizes):
-    raise UserError(f"data.train_sizes={tuple(sizes)} must be positive numbers of pixels")
-  if len(sizes) == 2 and sizes[0] > sizes[1]:
-    raise UserError(
-      f"data.train_sizes={tuple(sizes)}: two numbers are the smallest and the largest size; swap them"
-    )
 
 
 def draw_train_size(bits: int, sizes: Sequence[int]) -> int:

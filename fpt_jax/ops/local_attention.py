@@ -21,6 +21,8 @@ from jax import lax
 from fpt_jax.ops.attention_blocks import Keys, attend, attend_backward
 from fpt_jax.ops.mos_attention import is_written_out
 
+Implementation = Literal["auto", "naive", "tiled"]
+
 # Side of a tile in queries: larger tiles compute more masked products, smaller ones smaller matrices.
 _TILE_QUERIES = 8
 
@@ -36,7 +38,7 @@ def local_mos_attention(
   similarity: Literal["dot", "euclidean"] = "dot",
   scale: float = 1.0,
   key_valid_Bhw: jax.Array | None = None,
-  implementation: Literal["auto", "naive", "tiled"] = "auto",
+  implementation: Implementation = "auto",
 ) -> jax.Array:
   """Attends from each query to the window around its position (locality-constrained GT, paper, 3.3).
 

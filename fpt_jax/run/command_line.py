@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fpt_jax.errors import UserError
-from fpt_jax.run.config_upgrade import RENAMED, new_name
+from fpt_jax.run.config_upgrade import RENAMED
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -122,10 +122,12 @@ def load_config(file: str) -> ConfigDict:
     UserError: the file does not exist, has no `get_config`, or raises an error.
   """
   path = file.partition(":")[0]
+  if not path:
+    raise UserError("--config is empty; set it to a config file, such as configs/coco_mask.py")
   if not os.path.exists(path):
     raise UserError(f"--config={file}: {path} does not exist")
   try:
-    return config_flags.config_flags.ConfigFileFlagParser("config").parse(file)
+    config = config_flags.config_flags.ConfigFileFlagParser("config").parse(file)
   except UserError as error:
     raise UserError(f"--config={file}: {error}") from error
   except Exception as error:  # whatever a user's file raises
@@ -133,30 +135,54 @@ def load_config(file: str) -> ConfigDict:
     wrapped = str(error).startswith("Error whilst parsing config file")
     original = (error.__context__ if wrapped else None) or error
     raise UserError(f"--config={file}: {_explain(original, path)}") from error
+  if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict):
+    raise UserError(f"--config={file}: get_config must return a config, see fpt_jax.configs")
+  return config
 
 
 def _explain(error: BaseException, path: str) -> str:
-  """Describes an error in a config file, with the line."""
+  """What went wrong in a config file, with the line."""
   if isinstance(error, SyntaxError):
     return f"line {error.lineno}: {error.msg}"
-  lines = [
-    frame.lineno
+  frames = [
+    frame
     for frame in traceback.extract_tb(error.__traceback__)
     if os.path.abspath(frame.filename) == os.path.abspath(path)
   ]
-  where = f"line {lines[-1]}: " if lines else ""
+  where = f"line {frames[-1].lineno}: " if frames else ""
+  line = frames[-1].line or "" if frames else ""
   text = " ".join(str(error.args[0] if error.args else error).split())
-  if missing := re.search(r"Key \"(\w+)\" does not exist", text):
-    field = missing[1]
-    if renamed := new_name(field):
-      return f"{where}the field {field} is now config.{renamed}"
+  if "has no attribute 'get_config'" in text:
+    return "the file has no function get_config"
+  # setting an unknown field of a locked config, and reading one
+  unknown = re.search(r"Key \"(\w+)\" does not exist", text) or re.match(r"['\"]+(\w+)['\"]", text)
+  if renamed := _renamed_in(line, unknown[1] if unknown else ""):
+    return f"{where}{renamed}"
+  if unknown and isinstance(error, AttributeError):
     hint = re.search(r"Did you mean \"(\w+)\"", text)
-    return f"{where}the config has no field {field}" + (
-      f"; did you mean {hint[1]}?" if hint else ""
-    )
-  if isinstance(error, ImportError | NameError | AttributeError | UserError):
+    suggestion = f"; did you mean {hint[1]}?" if hint else ""
+    return f"{where}the config has no field {unknown[1]}{suggestion}"
+  if isinstance(error, ImportError | NameError | AttributeError):
     return f"{where}{text}"
   return f"{where}{type(error).__name__}: {text}"
+
+
+def _renamed_in(line: str, field: str) -> str:
+  """Which field on a line of a config file was renamed; "" for none.
+
+  Args:
+    line: the line that raised an error.
+    field: name of the field that does not exist, or "".
+  """
+  paths = [match[1:] for match in re.findall(r"\bconfig((?:\.\w+)+)", line)]
+  for path in paths:
+    if path in RENAMED:
+      return f"config.{path} is now config.{RENAMED[path]}"
+  if any(path.split(".")[-1] == field for path in paths):
+    return ""
+  # the group has another name in the file: `test = config.model.test`
+  candidates = [old for old in RENAMED if old.split(".")[-1] == field]
+  return "; ".join(f"config.{old} is now config.{RENAMED[old]}" for old in candidates)
 
 
 def check_field(config: ConfigDict, path: str, value: str | None) -> None:

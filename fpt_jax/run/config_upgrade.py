@@ -115,17 +115,6 @@ _UPGRADES: dict[str, Callable[[ConfigDict], None]] = {
 }
 
 
-def new_name(path: str) -> str | None:
-  """Returns the new name of a field of earlier versions; None if it was not renamed.
-
-  Args:
-    path: names of the field and its groups with dots between them, or the field's name alone.
-  """
-  if path in RENAMED:
-    return RENAMED[path]
-  return next((new for old, new in RENAMED.items() if old.split(".")[-1] == path), None)
-
-
 def _group(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
   *groups, field = path.split(".")
   for name in groups:

@@ -42,28 +42,21 @@ TRAIN_SIZES = Rule(
   lambda sizes: all(s >= 1 for s in sizes) and (len(sizes) != 2 or sizes[0] <= sizes[1]),
 )
 
-RULES = {
+ODD = Rule(
+  "an odd number, or unset", lambda value: value is None or (value >= 1 and value % 2 == 1)
+)
+
+TRAINING_RULES = {
   "batch_size": POSITIVE,
   "train_images": POSITIVE,
   "steps": NOT_NEGATIVE,
   "log_every": POSITIVE,
   "data.train_sizes": TRAIN_SIZES,
-  "data.short_edge": NOT_NEGATIVE,
-  "data.buckets": SIZES,
-  "data.canvas_multiple": POSITIVE,
   "data.num_workers": NOT_NEGATIVE,
   "data.prefetch": POSITIVE,
-  "model.num_classes": POSITIVE,
-  "model.pixel_mean": THREE,
-  "model.pixel_std": THREE_POSITIVE,
-  "model.channel_order": one_of("rgb", "bgr"),
-  "model.backbone.width": POSITIVE,
-  "model.pyramid.channels": POSITIVE,
-  "model.fpt.self_parts": POSITIVE,
-  "model.fpt.grounding_parts": POSITIVE,
   "model.fpt.drop_block_size": POSITIVE,
   "model.fpt.keep_probability": KEPT,
-  "optim.learning_rate": ABOVE_ZERO,
+  "optim.learning_rate": NOT_NEGATIVE,
   "optim.base_batch_size": POSITIVE,
   "optim.momentum": SHARE,
   "optim.weight_decay": NOT_NEGATIVE,
@@ -75,9 +68,23 @@ RULES = {
   "optim.power": ABOVE_ZERO,
   "optim.clip_norm": NOT_NEGATIVE,
   "eval.every_steps": POSITIVE,
-  "eval.batch_size": POSITIVE,
   "checkpoint.every_steps": POSITIVE,
   "checkpoint.keep": POSITIVE,
+}
+RULES = {
+  "data.short_edge": NOT_NEGATIVE,
+  "data.buckets": SIZES,
+  "data.canvas_multiple": POSITIVE,
+  "model.num_classes": POSITIVE,
+  "model.pixel_mean": THREE,
+  "model.pixel_std": THREE_POSITIVE,
+  "model.channel_order": one_of("rgb", "bgr"),
+  "model.backbone.width": POSITIVE,
+  "model.pyramid.channels": POSITIVE,
+  "model.fpt.self_parts": POSITIVE,
+  "model.fpt.grounding_parts": POSITIVE,
+  "model.fpt.window": ODD,
+  "eval.batch_size": POSITIVE,
 }
 
 

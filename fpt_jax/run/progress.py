@@ -44,10 +44,14 @@ class Progress:
   def __enter__(self) -> "Progress":
     if self._bar:
       self._bar.start()
+      # the bar has replaced sys.stderr: log lines must go above it
+      self._log_stream = logging.get_absl_handler().python_handler.setStream(sys.stderr)
     return self
 
   def __exit__(self, *_: object) -> None:
     if self._bar:
+      if self._log_stream:
+        logging.get_absl_handler().python_handler.setStream(self._log_stream)
       self._bar.stop()
 
   def advance(self, count: int = 1) -> None:

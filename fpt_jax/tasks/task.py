@@ -6,7 +6,7 @@ A task is a package with the attributes and functions of `Task`. `TASKS` has it 
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from fpt_jax.data import DatasetInfo
 from fpt_jax.errors import UserError
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.state import Arrays, Skeleton
+from fpt_jax.ops import local_attention, mos_attention
 from fpt_jax.run import config_values
 from fpt_jax.tasks import detection, segmentation
 
@@ -132,15 +133,27 @@ def task_of(config: ConfigDict) -> Task:
   return TASKS[name]
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: ConfigDict, *, training: bool = True) -> None:
   """Checks the values of a config before any work begins.
 
   `config.model.dtype` gets its full name: "bf16" is accepted for "bfloat16".
+
+  Args:
+    config: complete config.
+    training: whether to check the fields that only training reads.
 
   Raises:
     UserError: a value is not possible; the message has the field, its value, and what it must be.
   """
   task = task_of(config)
-  config_values.check(config, config_values.RULES | {"model.dtype": config_values.one_of(*DTYPES)})
+  implementations = (
+    *get_args(mos_attention.Implementation),
+    *get_args(local_attention.Implementation),
+  )
+  rules = config_values.RULES | {
+    "model.dtype": config_values.one_of(*DTYPES),
+    "model.fpt.implementation": config_values.one_of(*dict.fromkeys(implementations)),
+  }
+  config_values.check(config, rules | (config_values.TRAINING_RULES if training else {}))
   config.model.dtype = DTYPES[config.model.dtype]
   task.check_config(config)

@@ -1,10 +1,8 @@
 """Resizing as torchvision does it; boxes and bitmaps move with the image."""
 
 import numpy as np
-import pytest
 
 from fpt_jax.data import transforms
-from fpt_jax.errors import UserError
 from tests.conftest import GOLDEN
 
 
@@ -87,14 +85,3 @@ def test_train_sizes_are_one_a_range_or_a_list():
   assert [draw(bits, (30, 33)) for bits in range(5)] == [30, 31, 32, 33, 30]
   assert draw(2**64 - 1, (30, 30)) == 30
   assert [draw(bits, (9, 30, 7)) for bits in range(4)] == [9, 30, 7, 9]
-
-
-@pytest.mark.parametrize("sizes", [(), (1,), (30, 30), (30, 33), (40, 30, 20)])
-def test_good_train_sizes(sizes):
-  transforms.check_train_sizes(sizes)
-
-
-@pytest.mark.parametrize("sizes", [(0,), (-1, 30), (33, 30), (40, 0, 20)])
-def test_bad_train_sizes_raise(sizes):
-  with pytest.raises(UserError, match=r"data\.train_sizes=\("):
-    transforms.check_train_sizes(sizes)

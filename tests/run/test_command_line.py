@@ -76,8 +76,23 @@ def test_a_benchmark_and_a_users_file_in_another_folder(tmp_path):
     ("config.steps = = 3", "line 4: invalid syntax"),
     ("config.steps = undefined", "line 4: name 'undefined' is not defined"),
     ("config.stepz = 3", "line 4: the config has no field stepz; did you mean steps?"),
-    ("config.images = 100", "line 4: the field images is now config.train_images"),
-    ("config.data.short_edge_min = 9", "line 4: the field short_edge_min is now config.data.train"),
+    ("config.images = 100", "line 4: config.images is now config.train_images"),
+    ("x = config.images", "line 4: config.images is now config.train_images"),
+    (
+      "config.data.short_edge_min = 9",
+      "line 4: config.data.short_edge_min is now config.data.train",
+    ),
+    (
+      "config.model.test.short_edges = (9,)",
+      "line 4: config.model.test.short_edges is now config.eva",
+    ),
+    ("config.model.head = 'augmented'", "line 4: config.model.head is now config.model.head.name"),
+    (
+      "test = config.model.test; test.flip = True",
+      "line 4: config.model.test.flip is now config.eval",
+    ),
+    ("config.context = 1", "line 4: the config has no field context"),
+    ("x = config.model.stepz", "line 4: the config has no field stepz"),
     ("config.eval.short_edges = (1, 2.5)['x']", "line 4: TypeError: tuple indices"),
   ],
 )
@@ -90,6 +105,21 @@ def test_mistakes_in_a_config_file_are_reported(line, expected, tmp_path, monkey
   with pytest.raises(UserError) as raised:
     load_config("mine.py")
   assert str(raised.value).startswith(f"--config=mine.py: {expected}"), raised.value
+
+
+@pytest.mark.parametrize(
+  ("content", "expected"),
+  [
+    ("x = 1\n", "the file has no function get_config"),
+    ("def get_config():\n  return 5\n", "get_config must return a config"),
+    ("def get_config():\n  pass\n", "get_config must return a config"),
+  ],
+)
+def test_files_without_a_config(content, expected, tmp_path, monkeypatch):
+  monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of the tests before
+  (tmp_path / "mine.py").write_text(content)
+  with pytest.raises(UserError, match=expected):
+    load_config(str(tmp_path / "mine.py"))
 
 
 def test_words_that_do_not_exist_are_reported(tmp_path):

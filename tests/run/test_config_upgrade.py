@@ -5,7 +5,9 @@ import json
 import pytest
 
 from fpt_jax.configs import cityscapes, coco_mask
+from fpt_jax.data.transforms import draw_train_size
 from fpt_jax.run.config_file import read_config, write_config
+from fpt_jax.tasks.task import check_config
 
 LATER = {
   coco_mask: (
@@ -37,3 +39,63 @@ def test_values_of_a_run_are_kept(tmp_path):
   read = read_config(str(tmp_path))
   assert read.model.pyramid.level_norm == "sync_bn"
   assert read.model.canonical_size == 84.0
+
+
+def older(module, changes, tmp_path):
+  """Reads today's config of a benchmark after its JSON was changed to an earlier form."""
+  config = json.loads(module.get_config().to_json())
+  for path, value in changes.items():
+    *groups, field = path.split(".")
+    group = config
+    for name in groups:
+      group = group[name]
+    if value is None:
+      del group[field]
+    else:
+      group[field] = value
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  return read_config(str(tmp_path))
+
+
+DETECTION = {
+  "train_images": None, "images": 800, "data.train_sizes": None, "data.short_edge_min": 96,
+  "model.head": "augmented", "eval.short_edges": None, "model.test.short_edges": [600, 800],
+  "eval.flip": None, "model.test.flip": True, "model.pyramid.norm": None, "optim.power": None,
+  "data.num_workers": None, "data.prefetch": None, "data.builder": None,
+}  # fmt: skip
+SEGMENTATION = {
+  "train_images": None, "images": 800, "data.train_sizes": None, "data.short_edges": [9, 30],
+  "data.scale": None, "data.scale_min": 0.75, "data.scale_max": 1.5,
+  "model.head.name": None, "model.head.context": "oc_base", "optim.decay_at": None,
+  "optim.decay_factor": None,
+}  # fmt: skip
+
+
+def test_renamed_fields_of_detection(tmp_path):
+  config = older(coco_mask, DETECTION, tmp_path)
+  assert config.train_images == 800 and "images" not in config
+  assert config.data.train_sizes == (96, 800) and "short_edge_min" not in config.data
+  assert config.model.head.to_dict() == {"name": "augmented"}
+  assert tuple(config.eval.short_edges) == (600, 800) and config.eval.flip
+  assert "short_edges" not in config.model.test and "flip" not in config.model.test
+  assert config.model.pyramid.norm == "none" and config.data.builder.to_dict() == {}
+  check_config(config)
+  assert older(coco_mask, DETECTION | {"data.short_edge_min": 0}, tmp_path).data.train_sizes == ()
+
+
+def test_renamed_fields_of_segmentation(tmp_path):
+  config = older(cityscapes, SEGMENTATION, tmp_path)
+  assert config.train_images == 800 and config.data.scale == (0.75, 1.5)
+  assert config.model.head.name == "oc_base" and "context" not in config.model.head
+  check_config(config)
+  plain = older(cityscapes, SEGMENTATION | {"model.head.context": "none"}, tmp_path)
+  assert plain.model.head.name == "fcn"
+
+
+@pytest.mark.parametrize("sizes", [(), (9, 30), (269, 369, 469, 569)])
+def test_lists_of_shorter_edges_draw_as_before(sizes, tmp_path):
+  config = older(cityscapes, SEGMENTATION | {"data.short_edges": list(sizes)}, tmp_path)
+  for bits in range(12 if sizes else 0):
+    drawn = draw_train_size(bits, tuple(config.data.train_sizes))
+    assert drawn == sizes[bits % len(sizes)]
+  assert bool(config.data.train_sizes) == bool(sizes)

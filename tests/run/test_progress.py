@@ -1,9 +1,11 @@
 """Progress is a bar on a terminal and lines in the log elsewhere."""
 
 import io
+import re
 import sys
 
 import pytest
+from absl import logging
 
 from fpt_jax.run import progress
 from fpt_jax.run.progress import Progress, duration
@@ -27,12 +29,18 @@ def test_lines_in_a_log(caplog, monkeypatch):
 def test_a_bar_on_a_terminal(monkeypatch, caplog):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
+  before = logging.get_absl_handler().python_handler.stream
   monkeypatch.setattr(sys, "stderr", terminal)
   with caplog.at_level("INFO"), Progress("predict", 3) as work:
     work.advance(2)
+    logging.get_absl_handler().python_handler.stream.write("a line of the log\n")
     work.advance()
   assert "predict" in terminal.getvalue() and "3/3" in terminal.getvalue()
   assert not caplog.records
+  # the line has the terminal's line to itself
+  (line,) = [part for part in re.split(r"[\r\n]", terminal.getvalue()) if "of the log" in part]
+  assert re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip() == "a line of the log"
+  assert logging.get_absl_handler().python_handler.stream is before
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:00:05"), (3723, "1:02:03")])

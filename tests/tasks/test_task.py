@@ -28,10 +28,12 @@ from fpt_jax.tasks.task import check_config
     ("model.dtype", "float16", "one of float32, bfloat16, bf16"),
     ("model.channel_order", "gbr", "one of rgb, bgr"),
     ("model.pixel_std", (0.1, 0.0, 0.1), "above 0"),
+    ("model.fpt.window", 4, "an odd number"),
+    ("model.fpt.implementation", "fast", "one of auto, naive, chunked, pallas"),
     ("model.fpt.keep_probability", 0.0, "at most 1"),
     ("optim.schedule", "linear", "one of step, cosine, poly"),
     ("optim.decay_at", (1.5,), "between 0 and 1"),
-    ("optim.learning_rate", -0.1, "more than 0"),
+    ("optim.learning_rate", -0.1, "0 or more"),
     ("optim.base_batch_size", 0, "1 or more"),
   ],
 )
@@ -47,7 +49,7 @@ def test_impossible_values_of_both_tasks_are_reported(module, field, value, need
   [
     (coco_mask, "data.short_edge", 0, "1 or more"),
     (coco_mask, "data.short_edge", 1001, r"at most config\.data\.long_edge=1000"),
-    (coco_mask, "data.train_sizes", (640, 1200), r"at most config\.data\.long_edge=1000"),
+    (coco_mask, "model.rpn.anchor_sizes", ((8.0,), (16.0,)), "5 tuples of positive numbers"),
     (coco_mask, "eval.short_edges", (800, 0), "positive"),
     (coco_mask, "model.test.score_threshold", 1.5, "less than 1"),
     (coco_mask, "data.max_instances", 0, "1 or more"),
@@ -78,6 +80,16 @@ def test_a_model_of_another_task_is_reported():
   config.model.name = "segmenter"
   with pytest.raises(UserError, match=r"no field data\.crop, which model\.name='segmenter' needs"):
     check_config(config)
+
+
+def test_a_trained_model_opens_whatever_its_training_was():
+  config = coco_mask.get_config()
+  config.optim.learning_rate = 0.0
+  config.checkpoint.keep = 0
+  check_config(config, training=False)
+  config.eval.batch_size = 0
+  with pytest.raises(UserError, match=r"config\.eval\.batch_size=0"):
+    check_config(config, training=False)
 
 
 def test_short_names_of_dtypes_are_accepted():

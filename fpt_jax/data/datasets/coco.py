@@ -60,7 +60,6 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     skip_bad: bool = False,
   ):
     self._source = absolute(source)
-    self._files = dict(splits or OFFICIAL_SPLITS)
     self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
     if self._is_single:
@@ -70,6 +69,8 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       self._files = {"train": pair, "val": pair}
       name = pathlib.Path(annotations).stem
       data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self._source.encode()):08x}")
+    else:
+      self._files = _files_of_splits(splits) if splits else dict(OFFICIAL_SPLITS)
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -140,6 +141,29 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       )
     metadata.update(found)
     return {category_id: label for label, category_id in enumerate(names, 1)}
+
+
+def _files_of_splits(splits: object) -> dict[str, tuple[str, str]]:
+  """Returns the annotation file and the image folder of each split.
+
+  Raises:
+    UserError: `data.builder.splits` has another form.
+  """
+  given = dict(splits) if isinstance(splits, Mapping) else splits
+  files = {}
+  for split, pair in given.items() if isinstance(given, dict) else ():
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_text, pair)):
+      files[split] = (pair[0], pair[1])
+  if not isinstance(given, dict) or files.keys() != given.keys():
+    raise UserError(
+      f"data.builder.splits={given!r} must have an annotation file and an image folder for each split, "
+      "such as {'train': ('train.json', 'images')}; set it in a config file"
+    )
+  return files
+
+
+def _is_text(value: object) -> bool:
+  return isinstance(value, str) and bool(value)
 
 
 def _check_single_file(source: str, splits: object, annotations: str, images: str) -> None:

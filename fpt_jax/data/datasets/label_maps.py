@@ -74,6 +74,8 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
   ):
     self._layout = layout
     self._source = absolute(source)
+    if isinstance(splits, str) or not all(isinstance(split, str) for split in splits):
+      raise UserError(f"data.builder.splits={splits!r} must be names, such as ('train', 'val')")
     self._splits = tuple(splits) or layout.splits
     self._skip_bad = skip_bad
     self._images = 0

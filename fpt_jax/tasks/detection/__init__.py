@@ -1,18 +1,22 @@
 """Object detection, with or without masks: the functions of `tasks.task.Task`."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, transforms
+from fpt_jax.data import canvases, info, transforms
 from fpt_jax.data.records.instances import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
 from fpt_jax.run import config_values
 from fpt_jax.run.config_values import NOT_NEGATIVE, POSITIVE, SHARE
-from fpt_jax.tasks.detection.batches import model_batches as train_batches
-from fpt_jax.tasks.detection.categories import adopt_classes
+from fpt_jax.tasks.detection import batches
+from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 from fpt_jax.tasks.detection.draw import draw_example, draw_prediction
 from fpt_jax.tasks.detection.evaluation import evaluate
 from fpt_jax.tasks.detection.prediction import (
@@ -22,6 +26,7 @@ from fpt_jax.tasks.detection.prediction import (
   to_result,
   write_prediction,
 )
+from fpt_jax.tasks.labels import model_batches
 
 __all__ = [
   "BATCH_KEYS",
@@ -53,6 +58,7 @@ BATCH_KEYS: tuple[str, ...] = (
   "gt_masks_BGmm",
   "gt_valid_BG",
 )
+LEVELS = 5  # of the RPN: P2 to P6
 MAIN_METRIC = "bbox/AP"
 FROM_DATA: tuple[str, ...] = ("category_ids", "category_names", "num_classes")
 NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
@@ -68,6 +74,10 @@ _RULES = {
   "data.long_edge": POSITIVE,
   "data.max_instances": POSITIVE,
   "model.canonical_size": config_values.ABOVE_ZERO,
+  "model.rpn.anchor_sizes": config_values.Rule(
+    f"{LEVELS} tuples of positive numbers of pixels, one per level",
+    lambda sizes: len(sizes) == LEVELS and all(len(level) and min(level) > 0 for level in sizes),
+  ),
   "model.rpn.samples": POSITIVE,
   "model.rpn.train.pre_nms": POSITIVE,
   "model.rpn.train.post_nms": POSITIVE,
@@ -88,12 +98,18 @@ def check_config(config: ConfigDict) -> None:
   """See `tasks.task.Task.check_config`."""
   config_values.check(config, _RULES)
   data = config.data
-  longest = max((data.short_edge, *data.train_sizes))
-  if longest > data.long_edge:
-    field = "short_edge" if longest == data.short_edge else "train_sizes"
+  if data.short_edge > data.long_edge:
     raise UserError(
-      f"config.data.{field}={data[field]!r} must be at most config.data.long_edge={data.long_edge}"
+      f"config.data.short_edge={data.short_edge} must be at most config.data.long_edge={data.long_edge}"
     )
+
+
+def train_batches(
+  config: ConfigDict, start_step: int
+) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
+  """See `tasks.task.Task.train_batches`; the arrays are those of `batches.train_batches`."""
+  class_of_label = label_table(config, info(config.data))
+  return model_batches(batches.train_batches, config, start_step, "gt_labels_BG", class_of_label)
 
 
 def canvas(config: ConfigDict) -> tuple[int, int]:

@@ -5,7 +5,6 @@ pixels, N images of a split, K canvases, V views.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import cast
 
 import ml_collections
@@ -17,31 +16,6 @@ from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import Reader, info
 from fpt_jax.data.records import instances
-from fpt_jax.run import sharding
-from fpt_jax.tasks.detection.categories import label_table
-from fpt_jax.tasks.labels import with_model_classes
-
-
-def model_batches(
-  config: ml_collections.ConfigDict, start_step: int
-) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
-  """Opens this host's training batches from a step on, with the model's classes as labels.
-
-  Args:
-    config: a complete config.
-    start_step: step of the first batch.
-
-  Raises:
-    UserError: see `train_batches`.
-  """
-  batches = train_batches(
-    config.data,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=start_step,
-    **sharding.this_host(),
-  )
-  return with_model_classes(batches, "gt_labels_BG", label_table(config, info(config.data)))
 
 
 def train_batches(

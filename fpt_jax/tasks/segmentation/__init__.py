@@ -1,14 +1,20 @@
 """Semantic segmentation, a class for every pixel: the functions of `tasks.task.Task`."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from fpt_jax.data import info
 from fpt_jax.run import config_values
 from fpt_jax.run.config_values import POSITIVE, SHARE
-from fpt_jax.tasks.segmentation.batches import model_batches as train_batches
-from fpt_jax.tasks.segmentation.classes import adopt_classes
+from fpt_jax.tasks.labels import model_batches
+from fpt_jax.tasks.segmentation import batches
+from fpt_jax.tasks.segmentation.classes import adopt_classes, class_table
 from fpt_jax.tasks.segmentation.draw import draw_example, draw_prediction
 from fpt_jax.tasks.segmentation.evaluation import evaluate
 from fpt_jax.tasks.segmentation.prediction import (
@@ -74,6 +80,14 @@ _RULES = {
 def check_config(config: ConfigDict) -> None:
   """See `tasks.task.Task.check_config`."""
   config_values.check(config, _RULES)
+
+
+def train_batches(
+  config: ConfigDict, start_step: int
+) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
+  """See `tasks.task.Task.train_batches`; the arrays are those of `batches.train_batches`."""
+  class_of_label = class_table(config, info(config.data)).astype(np.int32)
+  return model_batches(batches.train_batches, config, start_step, "label_BHW", class_of_label)
 
 
 def canvas(config: ConfigDict) -> tuple[int, int]:

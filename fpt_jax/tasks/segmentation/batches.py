@@ -6,7 +6,6 @@ there is no class.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import ml_collections
 import numpy as np
@@ -18,35 +17,9 @@ from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import DatasetInfo, Reader, info
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
-from fpt_jax.run import sharding
-from fpt_jax.tasks.labels import with_model_classes
 from fpt_jax.tasks.segmentation import crops
-from fpt_jax.tasks.segmentation.classes import class_table
 
 AnyRecord = label_map.LabelRecord | instances.Record
-
-
-def model_batches(
-  config: ml_collections.ConfigDict, start_step: int
-) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
-  """Opens this host's training batches from a step on, with the model's classes as labels.
-
-  Args:
-    config: a complete config.
-    start_step: step of the first batch.
-
-  Raises:
-    UserError: see `train_batches`.
-  """
-  batches = train_batches(
-    config.data,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=start_step,
-    **sharding.this_host(),
-  )
-  class_of_label = class_table(config, info(config.data)).astype(np.int32)
-  return with_model_classes(batches, "label_BHW", class_of_label)
 
 
 def train_batches(

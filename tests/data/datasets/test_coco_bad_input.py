@@ -215,3 +215,13 @@ def test_many_skipped_are_named_ten_times_and_counted(tmp_path, caplog):
     data.prepare(config("coco", tmp_path / "data", source=str(source), skip_bad=True))
   assert len(re.findall("skipped: .*category_id must be", caplog.text)) == 10 + 1
   assert "prepare train: 25 skipped: annotation: field category_id" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "splits", [("train", "val"), {"train": "a.json"}, {"train": ("a.json",)}, {"train": ("", "b")}]
+)
+def test_splits_of_another_form(splits, tmp_path):
+  data_config = config("coco", tmp_path / "data", source=str(tmp_path))
+  data_config.builder = {"splits": splits}
+  with pytest.raises(UserError, match=r"data\.builder\.splits=.* must have an annotation file and"):
+    data.prepare(data_config)

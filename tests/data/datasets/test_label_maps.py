@@ -364,3 +364,12 @@ def test_context_shapes_have_label_maps(shapes):
 def test_instances_without_label_maps_raise(real_coco):
   with pytest.raises(UserError, match=r"data.name='coco' has no label maps"):
     next(images(real_coco, "val"))
+
+
+@pytest.mark.parametrize("splits", ["train", (1, 2)])
+def test_splits_must_be_names(splits, tmp_path):
+  config = label_config(
+    "camvid", tmp_path / "data", source=str(tmp_path), builder={"splits": splits}
+  )
+  with pytest.raises(UserError, match=r"data\.builder\.splits=.* must be names"):
+    data.prepare(config)

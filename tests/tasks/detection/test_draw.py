@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fpt_jax.configs import coco_mask
 from fpt_jax.ops import masks
 from fpt_jax.tasks import pictures
-from fpt_jax.tasks.detection.draw import draw_detections
+from fpt_jax.tasks.detection.draw import draw_detections, draw_prediction
 
 
 @pytest.fixture
@@ -94,6 +95,23 @@ def test_labels_do_not_cover_each_other():
   assert label.sum() > 300
   same = (together == alone).all(axis=-1)
   assert same[label].mean() > 0.97  # its translucent outline may be mixed with frames below
+
+
+def test_predictions_below_the_lowest_score_are_not_drawn(scene):
+  image, boxes, names, scores, bitmaps = scene
+  config = coco_mask.get_config()
+  config.model.update(dict(category_ids=(3, 7), category_names=("ant", "elephant")))
+  found = {
+    "boxes_xyxy": boxes,
+    "scores": scores,
+    "category_ids": np.array([3, 7]),
+    "rles": [masks.encode_rle(bitmap) for bitmap in bitmaps],
+  }
+  drawn = draw_prediction(config, image, found, None, 0.6)
+  expected = draw_detections(image, boxes[:1], names[:1], scores[:1], bitmaps[:1])
+  np.testing.assert_array_equal(drawn, expected)
+  both = draw_prediction(config, image, found, None, 0.5)
+  np.testing.assert_array_equal(both, draw_detections(image, boxes, names, scores, bitmaps))
 
 
 def test_no_detections_change_nothing(scene):

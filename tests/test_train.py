@@ -117,6 +117,7 @@ def test_init_from_takes_the_arrays_that_fit(finished, tmp_path):
   assert all((old[n] == new[n]).all() for n in old if n.endswith("kernel"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   config = tiny_config(steps=8, optim__learning_rate=1e20, optim__clip_norm=0.0)
   config.checkpoint.every_steps = 1

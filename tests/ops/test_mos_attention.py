@@ -233,6 +233,7 @@ def test_remat_changes_nothing(implementation):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_needs_no_communication():
   """Four devices, each with its own images: no communication, and the same numbers."""
   here = pathlib.Path(__file__)

@@ -46,6 +46,7 @@ def resnet18(width: int) -> dict[str, np.ndarray]:
   return {name: fill(name, shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_the_script_makes_a_checkpoint(tmp_path):
   tensors = resnet18(16)
   np.savez(tmp_path / "weights.npz", **tensors)

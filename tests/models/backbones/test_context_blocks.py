@@ -272,6 +272,7 @@ def test_parameters_of_the_attention_paper():
     assert abs(total / 1e6 - millions) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "context", "first_changed"),
   [

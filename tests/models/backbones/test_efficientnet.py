@@ -144,6 +144,7 @@ def test_levels(name, output_stride):
     assert level.size == level.valid_BHW.shape[1:] == (-(-45 // stride), -(-70 // stride))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_stride", [16, 8])
 @pytest.mark.parametrize(
   ("build", "first"),

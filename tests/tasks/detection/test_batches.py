@@ -280,6 +280,7 @@ def test_closing_ends_every_thread(shapes):
   assert after[1] <= before[1] + 1
 
 
+@pytest.mark.slow
 def test_the_interpreter_exits_in_the_middle_of_an_epoch(shapes):
   script = """
 import json, sys

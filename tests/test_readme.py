@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_module_inside_a_users_model():
   (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "nnx.Module" in b]
   names = {"__name__": "readme"}

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
+from fpt_jax.data.order import Plan
 from fpt_jax.data.prepared import Reader
 
 
@@ -73,26 +74,21 @@ def _close_all() -> None:
 def assemble(
   data: ml_collections.ConfigDict,
   reader: Reader,
-  steps: tf.data.Dataset,
-  plan: Callable[[np.int64], tuple[np.ndarray, ...]],
+  plan: Plan,
   fields: dict[str, tuple[tf.DType, tuple[int | None, ...]]],
   load: Callable[[int, int, bool], dict[str, np.ndarray]],
   finish: Callable[[dict[str, tf.Tensor], tf.Tensor], dict[str, tf.Tensor]],
-  share: int,
 ) -> Batches:
-  """Returns this host's batches of steps: each is planned, then loaded and finished per image.
+  """Returns this host's batches of a plan: its images are loaded and finished one by one.
 
   Args:
     data: the config's `data`.
     reader: the reader of the records; closed with the batches.
-    steps: int64 scalars.
-    plan: function from a step to (position, index, valid, bucket) of this host's images: positions in
-      the run, indices of records and buckets, int64 [B], and validity, bool [B].
+    plan: the images of each step.
     fields: dtype and shape of each array that `load` returns.
     load: function from position, index and validity to the arrays of an image.
     finish: function from these arrays as tensors, and the bucket, to the image's part of the batch;
       all images of a batch have the same shapes.
-    share: number of images of this host per batch.
   """
   failures: list[Exception] = []
 
@@ -121,14 +117,16 @@ def assemble(
   options.autotune.enabled = False
   options.threading.private_threadpool_size = workers
   dataset = (
-    steps.map(
+    tf.data.Dataset.range(plan.steps.start, plan.steps.stop)
+    .map(
       lambda step: tuple(
-        tf.ensure_shape(column, (share,)) for column in tf.numpy_function(plan, [step], dtypes)
+        tf.ensure_shape(column, (plan.images,))
+        for column in tf.numpy_function(plan.batch, [step], dtypes)
       )
     )
     .unbatch()
     .map(element, num_parallel_calls=workers, deterministic=True)
-    .batch(share, drop_remainder=True)
+    .batch(plan.images, drop_remainder=True)
     .prefetch(data.prefetch)
     .with_options(options)
   )

@@ -9,6 +9,8 @@ N images of the split, B images of a global batch, K buckets, S steps.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -120,6 +122,92 @@ def eval_order(
       valid_B = places_B < len(members)
       batches.append((members[np.where(valid_B, places_B, start)], valid_B, int(bucket)))
   return batches
+
+
+class Plan(NamedTuple):
+  """The images that a host reads at each step.
+
+  Attributes:
+    steps: the steps, in order.
+    images: number of images of the host's part of a batch.
+    batch: function from a step to (position, index, valid, bucket) of these images: positions in the
+      run, indices of images and buckets, int64 [images], and validity, bool [images].
+  """
+
+  steps: range
+  images: int
+  batch: Callable[[int], tuple[np.ndarray, ...]]
+
+
+def train_plan(
+  bucket_N: np.ndarray,
+  *,
+  seed: int,
+  batch_size: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Plan:
+  """Plans what a host reads of `TrainOrder`, without an end.
+
+  Args:
+    bucket_N: bucket of each image, int [N].
+    seed: seed of the run.
+    batch_size: number of images of a global batch.
+    start_step: the first step.
+    process_index: index of the host.
+    process_count: number of hosts.
+
+  Raises:
+    UserError: the batch cannot be divided evenly among the hosts.
+  """
+  order = TrainOrder(bucket_N, seed=seed, batch_size=batch_size)
+  valid_B = np.ones(batch_size, bool)
+
+  def global_batch(step: int) -> tuple[np.ndarray, np.ndarray, int]:
+    indices_B, bucket = order.batch(step)
+    return indices_B, valid_B, bucket
+
+  steps = range(start_step, np.iinfo(np.int64).max)
+  return _plan(steps, global_batch, batch_size, process_index, process_count)
+
+
+def eval_plan(
+  bucket_N: np.ndarray, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Plan:
+  """Plans what a host reads of `eval_order`; all hosts have the same number of steps.
+
+  Args:
+    bucket_N: bucket of each image, int [N].
+    batch_size: number of images of a global batch.
+    process_index: index of the host.
+    process_count: number of hosts.
+
+  Raises:
+    UserError: the batch cannot be divided evenly among the hosts.
+  """
+  batches = eval_order(bucket_N, batch_size=batch_size)
+  steps = range(len(batches))
+  return _plan(steps, batches.__getitem__, batch_size, process_index, process_count)
+
+
+def _plan(
+  steps: range,
+  global_batch: Callable[[int], tuple[np.ndarray, np.ndarray, int]],
+  batch_size: int,
+  process_index: int,
+  process_count: int,
+) -> Plan:
+  """Returns the plan of a host's share; `global_batch`: step -> indices_B, valid_B and the bucket."""
+  share = host_share(batch_size, process_index, process_count)
+
+  def batch(step: int) -> tuple[np.ndarray, ...]:
+    indices_B, valid_B, bucket = global_batch(step)
+    positions_B = int(step) * batch_size + np.arange(batch_size)
+    columns = (positions_B, indices_B, valid_B, np.full(batch_size, bucket))
+    return tuple(column[share] for column in columns)
+
+  return Plan(steps, share.stop - share.start, batch)
 
 
 def host_share(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -75,3 +75,35 @@ def test_hosts_divide_a_batch():
     UserError, match="batch_size=12 cannot be shared by 5 hosts; make it a multiple of 5"
   ):
     order.host_share(12, 0, 5)
+
+
+def _side_by_side(hosts, step):
+  return [
+    np.concatenate(parts) for parts in zip(*(plan.batch(step) for plan in hosts), strict=True)
+  ]
+
+
+def test_training_plans_of_all_hosts_make_up_the_global_batches():
+  hosts = [
+    order.train_plan(BUCKET_N, seed=3, batch_size=4, start_step=6, process_index=i, process_count=2)
+    for i in (0, 1)
+  ]
+  assert all(plan.steps.start == 6 and plan.images == 2 for plan in hosts)
+  stream = order.TrainOrder(BUCKET_N, seed=3, batch_size=4)
+  for step in (6, 7, 5000):
+    indices_B, bucket = stream.batch(step)
+    expected = (4 * step + np.arange(4), indices_B, [True] * 4, [bucket] * 4)
+    for column_B, expected_B in zip(_side_by_side(hosts, step), expected, strict=True):
+      np.testing.assert_array_equal(column_B, expected_B)
+
+
+def test_evaluation_plans_of_all_hosts_make_up_the_pass():
+  hosts = [
+    order.eval_plan(BUCKET_N, batch_size=4, process_index=i, process_count=2) for i in (0, 1)
+  ]
+  batches = order.eval_order(BUCKET_N, batch_size=4)
+  assert all(plan.steps == range(len(batches)) and plan.images == 2 for plan in hosts)
+  for step, (indices_B, valid_B, bucket) in enumerate(batches):
+    expected = (4 * step + np.arange(4), indices_B, valid_B, [bucket] * 4)
+    for column_B, expected_B in zip(_side_by_side(hosts, step), expected, strict=True):
+      np.testing.assert_array_equal(column_B, expected_B)

@@ -4,6 +4,7 @@ Shapes: B images of this host, G = `max_instances` ground truths, m side of an i
 pixels, N images of a split, K canvases, V views.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -57,22 +58,20 @@ def train_batches(
   # a smaller image of multi-scale training is padded to the canvas of the largest
   largest = canvases.at_short_edge(data, max(sizes))
   bucket_N, canvases_K2 = _assign(largest, reader)
-  stream = order.TrainOrder(bucket_N, seed=seed, batch_size=batch_size)
-  share = order.host_share(batch_size, process_index, process_count)
-
-  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
-    indices_B, bucket = stream.batch(int(step))
-    positions_B = int(step) * batch_size + np.arange(batch_size)
-    columns = (positions_B, indices_B, np.ones(batch_size, bool), np.full(batch_size, bucket))
-    return tuple(column[share] for column in columns)
+  plan = order.train_plan(
+    bucket_N,
+    seed=seed,
+    batch_size=batch_size,
+    start_step=start_step,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
   def augment(position: int) -> tuple[int, bool]:
     short, mirrored = transforms.draw_augmentation(seed, position, sizes)
     return short, mirrored and data.flip
 
-  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  parts = (canvases_K2[:, None], share.stop - share.start)
-  return _batches((largest,), reader, steps, plan, augment, *parts, bitmaps=True)
+  return _batches((largest,), reader, plan, augment, canvases_K2[:, None], bitmaps=True)
 
 
 def eval_batches(
@@ -114,20 +113,17 @@ def eval_batches(
   canvases_KV2 = np.stack(
     [canvases_K2[combined_KV[:, v]] for v, (_, canvases_K2) in enumerate(assigned)], axis=1
   )
-  schedule = order.eval_order(bucket_N.reshape(-1), batch_size=batch_size)
-  share = order.host_share(batch_size, process_index, process_count)
-
-  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
-    indices_B, valid_B, bucket = schedule[step]
-    columns = (np.zeros(batch_size, int), indices_B, valid_B, np.full(batch_size, bucket))
-    return tuple(column[share] for column in columns)
+  plan = order.eval_plan(
+    bucket_N.reshape(-1),
+    batch_size=batch_size,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
   def augment(_: int) -> tuple[int, bool]:
     return views[0].short_edge, False
 
-  steps = tf.data.Dataset.range(len(schedule))
-  parts = (canvases_KV2, share.stop - share.start)
-  return _batches(views, reader, steps, plan, augment, *parts, bitmaps=False)
+  return _batches(views, reader, plan, augment, canvases_KV2, bitmaps=False)
 
 
 def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
@@ -148,15 +144,14 @@ def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
   truth = {"images": [], "annotations": [], "categories": []}
   for category_id, name in zip(dataset.category_ids, dataset.category_names, strict=True):
     truth["categories"].append({"id": category_id, "name": name})
-  reader = Reader(data, split)
-  for index in range(len(reader)):
-    record = _read(reader, index)
-    height, width = record.size
-    truth["images"].append(
-      {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
-    )
-    truth["annotations"] += _annotations(record, dataset.category_ids)
-  reader.close()
+  with contextlib.closing(Reader(data, split)) as reader:
+    for index in range(len(reader)):
+      record = _read(reader, index)
+      height, width = record.size
+      truth["images"].append(
+        {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
+      )
+      truth["annotations"] += _annotations(record, dataset.category_ids)
   return truth
 
 
@@ -176,14 +171,11 @@ def images(
     UserError: the data are not prepared, or a record or its image cannot be read.
   """
   category_ids = info(data).category_ids
-  reader = Reader(data, split)
-  try:
+  with contextlib.closing(Reader(data, split)) as reader:
     for index in range(len(reader)):
       record = _read(reader, index)
       image_HWC = reader.decode(index, record)
       yield record.file_name, image_HWC, _annotations(record, category_ids)
-  finally:
-    reader.close()
 
 
 def _read(reader: Reader, index: int) -> instances.Record:
@@ -217,24 +209,20 @@ def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray
 def _batches(
   views: tuple[ml_collections.ConfigDict, ...],
   reader: Reader,
-  steps: tf.data.Dataset,
-  plan: Callable[[np.int64], tuple[np.ndarray, ...]],
+  plan: order.Plan,
   augment: Callable[[int], tuple[int, bool]],
   canvases_KV2: np.ndarray,
-  share: int,
   *,
   bitmaps: bool,
 ) -> Batches:
-  """Turns steps into this host's batches: plans them, then reads, decodes and resizes each image.
+  """Returns this host's batches of a plan: each image is read, decoded and resized.
 
   Args:
     views: the config's `data` at each shorter edge; the ground truth has the scale of the first.
     reader: reader of the records.
-    steps: int64 scalars.
-    plan: see `loader.assemble`.
+    plan: the images of each step.
     augment: function from the image's position in the run to its shorter edge and whether to flip it.
     canvases_KV2: (height, width) of each canvas in each view.
-    share: images of this host.
     bitmaps: whether batches have gt_masks_BGmm.
   """
   data, others = views[0], views[1:]
@@ -284,7 +272,7 @@ def _batches(
       example["other_views"] = tuple(view(sizes_V2[v], v + 1) for v in range(len(others)))
     return example
 
-  return assemble(data, reader, steps, plan, fields, load, finish, share)
+  return assemble(data, reader, plan, fields, load, finish)
 
 
 def _load(

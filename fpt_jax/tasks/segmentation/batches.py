@@ -5,6 +5,7 @@ image, N images of a split, K canvases. Label maps hold classes 0..num_classes-1
 there is no class.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import ml_collections
@@ -56,14 +57,14 @@ def train_batches(
   canvas = tuple(data.crop)
   mirrored_class = crops.mirror_table(_classes(data).swaps)
   reader = Reader(data, data.train_split)
-  stream = order.TrainOrder(np.zeros(len(reader), int), seed=seed, batch_size=batch_size)
-  share = order.host_share(batch_size, process_index, process_count)
-
-  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
-    indices_B, _ = stream.batch(int(step))
-    positions_B = int(step) * batch_size + np.arange(batch_size)
-    columns = (positions_B, indices_B, np.ones(batch_size, bool), np.zeros(batch_size, int))
-    return tuple(column[share] for column in columns)
+  plan = order.train_plan(
+    np.zeros(len(reader), int),
+    seed=seed,
+    batch_size=batch_size,
+    start_step=start_step,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
   def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
     record, image_HWC, label_HW = _read(reader, index)
@@ -96,8 +97,7 @@ def train_batches(
     }
 
   fields = _FIELDS | {"resized_B2": (tf.int32, (2,)), "offset_B2": (tf.int32, (2,))}
-  steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-  return assemble(data, reader, steps, plan, fields, load, finish, share.stop - share.start)
+  return assemble(data, reader, plan, fields, load, finish)
 
 
 def eval_batches(
@@ -135,13 +135,12 @@ def eval_batches(
   bucket_N = order.assign_buckets(sizes_N2, canvases_K2)
   originals_K2 = np.zeros_like(canvases_K2)
   np.maximum.at(originals_K2, bucket_N, reader.sizes_N2)
-  schedule = order.eval_order(bucket_N, batch_size=batch_size)
-  share = order.host_share(batch_size, process_index, process_count)
-
-  def plan(step: np.int64) -> tuple[np.ndarray, ...]:
-    indices_B, valid_B, bucket = schedule[step]
-    columns = (np.zeros(batch_size, int), indices_B, valid_B, np.full(batch_size, bucket))
-    return tuple(column[share] for column in columns)
+  plan = order.eval_plan(
+    bucket_N,
+    batch_size=batch_size,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
   def load(_: int, index: int, valid: bool) -> dict[str, np.ndarray]:
     record, image_HWC, label_HW = _read(reader, index)
@@ -165,8 +164,7 @@ def eval_batches(
     }
 
   fields = _FIELDS | {"original_label_BHW": (tf.uint8, (None, None))}
-  steps = tf.data.Dataset.range(len(schedule))
-  return assemble(data, reader, steps, plan, fields, load, finish, share.stop - share.start)
+  return assemble(data, reader, plan, fields, load, finish)
 
 
 def images(
@@ -185,13 +183,10 @@ def images(
     UserError: the data are not prepared, or a record, its image or label map cannot be read.
   """
   _classes(data)
-  reader = Reader(data, split)
-  try:
+  with contextlib.closing(Reader(data, split)) as reader:
     for index in range(len(reader)):
       record, image_HWC, label_HW = _read(reader, index)
       yield record.file_name, image_HWC, label_HW
-  finally:
-    reader.close()
 
 
 def label_map_of(record: AnyRecord) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The exception whose message is written for the user."""
+"""The exception whose message is written for the user, and other errors in one line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
   `fpt_jax.main` prints the message without a stack trace and exits with status 2.
   """
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+  """Returns the text of an error without line breaks, at most its first `limit` characters."""
+  return " ".join(str(error).split())[:limit]

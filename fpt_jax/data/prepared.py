@@ -13,9 +13,9 @@ from absl import logging
 from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS
 from fpt_jax.data.datasets.checks import absolute
 from fpt_jax.data.records import instances, label_map
-from fpt_jax.data.records.images import decode_image, one_line
+from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import orbax.checkpoint as ocp
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.folder import run_folder
 
 SHOWN_DIFFERENCES = 4
@@ -145,7 +145,9 @@ def _saved_shapes(checkpoints, step, item) -> dict[str, tuple[int, ...]]:
   try:
     saved = checkpoints.item_metadata(step)[item]
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"{where} cannot be read ({_one_line(error)}); choose another step") from error
+    raise UserError(
+      f"{where} cannot be read ({one_line(error, 300)}); choose another step"
+    ) from error
   if saved is None:
     raise UserError(f"{where} has no {item}; evaluate it, or start from it with --config.init_from")
   return _named(saved.tree)
@@ -162,7 +164,7 @@ def _read(checkpoints, step, item, shapes, sharding, partial):
     return checkpoints.restore(step, args=ocp.args.Composite(**{item: args}))[item]
   except (OSError, ValueError) as error:
     raise UserError(
-      f"{_where(checkpoints, step)} cannot be read ({_one_line(error)}); delete its folder to "
+      f"{_where(checkpoints, step)} cannot be read ({one_line(error, 300)}); delete its folder to "
       "continue from an earlier one"
     ) from error
 
@@ -213,10 +215,6 @@ def _reported(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
     complete = sorted(checkpoints.all_steps())
     kept = f"the complete ones are {complete}" if complete else "none is complete yet"
     raise UserError(
-      f"a checkpoint could not be written to {checkpoints.directory} ({_one_line(error)}); {kept}; "
+      f"a checkpoint could not be written to {checkpoints.directory} ({one_line(error, 300)}); {kept}; "
       "free some space and run the same command again"
     ) from error
-
-
-def _one_line(error: BaseException) -> str:
-  return " ".join(str(error).split())[:300]

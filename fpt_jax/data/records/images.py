@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 
 # Endings of file names, in lower case. Images are found in the folders of a data set and in those
 # that predictions are made for; the two lists differ, since a data set's records keep the files'
@@ -66,8 +66,3 @@ def encode_png(pixels: np.ndarray) -> bytes:
   png = io.BytesIO()
   PIL.Image.fromarray(pixels).save(png, "PNG")
   return png.getvalue()
-
-
-def one_line(error: Exception) -> str:
-  """Returns the text of an error without line breaks."""
-  return " ".join(str(error).split())

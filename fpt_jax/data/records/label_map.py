@@ -11,7 +11,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from fpt_jax.data.records.examples import image_features, parse_example
-from fpt_jax.data.records.images import one_line
+from fpt_jax.errors import one_line
 
 VOID = 255
 _PNG_END = b"IEND\xaeB`\x82"

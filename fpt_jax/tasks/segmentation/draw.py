@@ -170,8 +170,7 @@ def draw_maps(
   drawn = []
   for image_HWC, label_HW in zip(images, maps, strict=True):
     zoom = pictures.zoom_of(image_HWC)
-    size = (image_HWC.shape[1] * zoom, image_HWC.shape[0] * zoom)
-    large_HWC = np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
+    large_HWC = pictures.enlarge(image_HWC, zoom)
     if label_HW is not None:
       large_HW = label_HW.repeat(zoom, axis=0).repeat(zoom, axis=1)
       large_HWC = draw_label_map(large_HWC, large_HW, palette)

@@ -8,11 +8,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.config_upgrade import RENAMED
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
@@ -90,7 +91,6 @@ def parse_flags(argv: list[str]) -> list[str]:
     TypeError,
   ) as error:
     report_and_exit(error)
-    raise
 
 
 def _check_config(argv: list[str]) -> None:
@@ -151,7 +151,7 @@ def _explain(error: BaseException, path: str) -> str:
   ]
   where = f"line {frames[-1].lineno}: " if frames else ""
   line = frames[-1].line or "" if frames else ""
-  text = " ".join(str(error.args[0] if error.args else error).split())
+  text = one_line(error.args[0] if error.args else error)
   if "has no attribute 'get_config'" in text:
     return "the file has no function get_config"
   # setting an unknown field of a locked config, and reading one
@@ -196,13 +196,14 @@ def check_field(config: ConfigDict, path: str, value: str | None) -> None:
   Raises:
     UserError: the field does not exist, was renamed, or is a group.
   """
-  if path in RENAMED and not _is_value(config, path):
-    raise UserError(f"--config.{path} is now --config.{RENAMED[path]}")
+  renamed = f"--config.{path} is now --config.{RENAMED[path]}" if path in RENAMED else ""
   group, passed = config, []
   for field in path.split("."):
     if not isinstance(group, ConfigDict):
       raise UserError(f"--config.{path}: {'.'.join(passed)} is a value and has no fields")
     passed.append(field)
+    if field not in group and renamed:
+      raise UserError(renamed)
     if field not in group:
       begun = [name for name in group if name.startswith(field) or field.startswith(name)]
       likely = begun or difflib.get_close_matches(field, group)
@@ -211,21 +212,13 @@ def check_field(config: ConfigDict, path: str, value: str | None) -> None:
       )
       raise UserError(f"--config has no field {'.'.join(passed)}; {hint}")
     group = group[field]
+  if isinstance(group, ConfigDict) and renamed:
+    raise UserError(renamed)
   if isinstance(group, ConfigDict) and value is not None:
     raise UserError(f"--config.{path} is a group; set one of its fields: {', '.join(group)}")
 
 
-def _is_value(config: ConfigDict, path: str) -> bool:
-  """Whether the config has a field of this name that is not a group."""
-  group = config
-  for field in path.split("."):
-    if not isinstance(group, ConfigDict) or field not in group:
-      return False
-    group = group[field]
-  return not isinstance(group, ConfigDict)
-
-
-def report_and_exit(error: BaseException) -> None:
+def report_and_exit(error: BaseException) -> NoReturn:
   """Prints an error in one line to standard error and exits with status 2."""
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  print(f"error: {one_line(error)}", file=sys.stderr)
   sys.exit(2)

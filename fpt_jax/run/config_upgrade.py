@@ -52,7 +52,6 @@ _LATER_FIELDS = {  # by model
     "model.swaps": (),
     "model.class_weights": (),
     "model.head.name": "fcn",
-    "data.scale": (1.0, 1.0),
   },
 }
 
@@ -63,7 +62,7 @@ def upgrade(config: ConfigDict) -> ConfigDict:
   Args:
     config: a complete config; it is changed in place.
   """
-  _rename(config)
+  _move(config, "images")
   _UPGRADES.get(config.model.name, lambda _: None)(config)
   for path, value in (_BOTH | _LATER_FIELDS.get(config.model.name, {})).items():
     group, field = _group(config, path)
@@ -72,14 +71,19 @@ def upgrade(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def _rename(config: ConfigDict) -> None:
-  if "images" in config:
-    config.train_images = config.images
-    del config.images
+def _move(config: ConfigDict, path: str) -> None:
+  """Moves the value of a renamed field to its new name, if the config has the old one."""
+  group, field = _group(config, path)
+  if field in group:
+    new_group, new_field = _group(config, RENAMED[path])
+    new_group[new_field] = group[field]
+    del group[field]
 
 
 def _upgrade_rcnn(config: ConfigDict) -> None:
   data, model = config.data, config.model
+  _move(config, "model.test.short_edges")
+  _move(config, "model.test.flip")
   if "short_edge_min" in data:
     low = data.short_edge_min
     data.train_sizes = (low, data.short_edge) if low else ()
@@ -88,10 +92,6 @@ def _upgrade_rcnn(config: ConfigDict) -> None:
     name = model.head
     del model.head
     model.head = ConfigDict({"name": name})
-  for field in ("short_edges", "flip"):
-    if field in model.test:
-      config.eval[field] = model.test[field]
-      del model.test[field]
 
 
 def _upgrade_segmenter(config: ConfigDict) -> None:
@@ -116,6 +116,7 @@ _UPGRADES: dict[str, Callable[[ConfigDict], None]] = {
 
 
 def _group(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
+  """Returns the group that a field belongs to, and the field's name in it."""
   *groups, field = path.split(".")
   for name in groups:
     config = config[name]

@@ -41,7 +41,6 @@ TRAIN_SIZES = Rule(
   "positive numbers of pixels; if there are two, the smaller one first",
   lambda sizes: all(s >= 1 for s in sizes) and (len(sizes) != 2 or sizes[0] <= sizes[1]),
 )
-
 ODD = Rule(
   "an odd number, or unset", lambda value: value is None or (value >= 1 and value % 2 == 1)
 )

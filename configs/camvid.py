@@ -18,7 +18,8 @@ from fpt_jax.configs.segmentation import segmentation, small, variant
 
 def get_config(arg: str = ""):
   """Returns the config; `arg` has the words after the colon."""
-  config = small(segmentation())
+  config = segmentation()
+  small(config)
   config.train_images = 18 * 367
   config.data.update(dict(name="camvid", eval_split="test", scale=(1.0, 2.0)))
   config.model.num_classes = 11

@@ -79,7 +79,7 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
   return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words={}, replaces=replaces)
 
 
-def small(config: ConfigDict) -> ConfigDict:
+def small(config: ConfigDict) -> None:
   """Sets EfficientNet-Lite0 at low resolution: real images on two CPU cores.
 
   Its layers from C4 on are trained, with the statistics of the batch: on CamVid, frozen features reached
@@ -96,10 +96,9 @@ def small(config: ConfigDict) -> ConfigDict:
   config.model.head.hidden = 128
   # on frozen features, this loss would train the auxiliary head alone
   config.model.auxiliary.weight = 0.0
-  return config
 
 
-def demo(config: ConfigDict) -> ConfigDict:
+def demo(config: ConfigDict) -> None:
   """Sets generated images of 128 x 128 and a narrow ResNet-18 from scratch: minutes on two CPU cores."""
   config.data.update(dict(name="context_shapes", train_split="train", eval_split="val"))
   config.data.update(dict(crop=(128, 128), train_sizes=(), scale=(1.0, 1.0)))
@@ -118,7 +117,6 @@ def demo(config: ConfigDict) -> ConfigDict:
   config.optim.frozen = ()
   config.eval.update(dict(every_steps=config.steps, batch_size=20, scales=(1.0,)))
   config.checkpoint.every_steps = 150
-  return config
 
 
 def set_pyramid(config: ConfigDict, value: str) -> None:

@@ -81,11 +81,11 @@ def choice(setting: str, value: str, choices: Iterable[str]):
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 BACKBONES = (*RESNETS, "efficientnet_lite0")
-CONTEXTS = {
+CONTEXTS = {  # what follows the name of a ResNet
   "": "none",
-  "nl": "non_local",
-  "gc": "global_context",
-  "aa": "attention_augmented",
+  "_nl": "non_local",
+  "_gc": "global_context",
+  "_aa": "attention_augmented",
 }
 FPT_NAMES = ("none", "st", "gt", "lgt", "rt")
 SCOPES = ("all", "adjacent")
@@ -104,16 +104,16 @@ def set_backbone(config: ConfigDict, value: str) -> None:
     value: a name of `BACKBONES`; a ResNet can be followed by `_nl`, `_gc` or `_aa`.
   """
   backbone = config.model.backbone
-  name, _, suffix = value.partition("_") if value.startswith("resnet") else (value, "", "")
-  with_suffixes = [f"{n}_{c}" if c else n for n in RESNETS for c in CONTEXTS]
-  choice("backbone", value, (*with_suffixes, "efficientnet_lite0"))
-  if (name, CONTEXTS[suffix]) == (backbone.name, backbone.context):
+  known = {f"{name}{suffix}": (name, CONTEXTS[suffix]) for name in RESNETS for suffix in CONTEXTS}
+  known["efficientnet_lite0"] = ("efficientnet_lite0", "none")
+  name, context = choice("backbone", value, known)
+  if (name, context) == (backbone.name, backbone.context):
     return
   images = IMAGENET if name in RESNETS else EFFICIENTNET_LITE
   config.model.pixel_mean, config.model.pixel_std = images.pixel_mean, images.pixel_std
   if (name in RESNETS) != (backbone.name in RESNETS):
     backbone.update(dict(norm="frozen_bn", frozen=True))
-  backbone.name, backbone.context = name, CONTEXTS[suffix]
+  backbone.name, backbone.context = name, context
   config.optim.frozen = ()  # they are names of another backbone's parts
 
 

@@ -128,7 +128,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
         progress.advance()
     bad.report(split)
     if not sizes:
-      raise UserError(f"{annotation_file}: field images holds no good image; add some")
+      raise UserError(f"{annotation_file}: field images has no good image; add some")
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
     """Adds the categories to the metadata, and returns their labels 1, 2, ... by id."""
@@ -150,20 +150,18 @@ def _files_of_splits(splits: object) -> dict[str, tuple[str, str]]:
     UserError: `data.builder.splits` has another form.
   """
   given = dict(splits) if isinstance(splits, Mapping) else splits
-  files = {}
-  for split, pair in given.items() if isinstance(given, dict) else ():
-    if isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_text, pair)):
-      files[split] = (pair[0], pair[1])
-  if not isinstance(given, dict) or files.keys() != given.keys():
+  if not isinstance(given, dict) or not all(map(_is_pair_of_paths, given.values())):
     raise UserError(
       f"data.builder.splits={given!r} must have an annotation file and an image folder for each split, "
       "such as {'train': ('train.json', 'images')}; set it in a config file"
     )
-  return files
+  return {split: (annotations, images) for split, (annotations, images) in given.items()}
 
 
-def _is_text(value: object) -> bool:
-  return isinstance(value, str) and bool(value)
+def _is_pair_of_paths(value: object) -> bool:
+  if not isinstance(value, tuple | list) or len(value) != 2:
+    return False
+  return all(isinstance(path, str) and path for path in value)
 
 
 def _check_single_file(source: str, splits: object, annotations: str, images: str) -> None:

@@ -28,7 +28,7 @@ Pairs = list[tuple[pathlib.Path, pathlib.Path]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A data set as it lies on disk.
+  """The files and classes of a data set.
 
   Attributes:
     name: value of `data.name`.

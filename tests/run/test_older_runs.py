@@ -12,17 +12,27 @@ from fpt_jax.predict import predict, subjects_of_split
 from fpt_jax.run.config_file import read_config
 from fpt_jax.train import train
 from tests.conftest import GOLDEN
-from tests.runs import losses_by_step, shared_data_dir
+from tests.runs import losses_by_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def unpacked(name, folder):
-  """Unpacks a run into a folder and returns its config, with the records that all tests share."""
-  with tarfile.open(GOLDEN / "runs" / f"{name}.tar.gz") as archive:
-    archive.extractall(folder, filter="data")
+  """Unpacks a run and the images that it was trained on, and returns its config."""
+  for archive in (name, "context_shapes"):
+    with tarfile.open(GOLDEN / "runs" / f"{archive}.tar.gz") as files:
+      files.extractall(folder, filter="data")
+  images = folder / "context_shapes"
+  changes = {"data_dir": str(folder / "data"), "source": str(images)}
+  if name == "detection":
+    splits = {s: [str(images / f"{s}.json"), str(images / "images" / s)] for s in ("train", "val")}
+    changes |= {"name": "coco", "builder": {"splits": splits}}
+  else:
+    categories = json.loads((images / "train.json").read_text())["categories"]
+    names = ["background", *(category["name"] for category in categories)]
+    changes |= {"name": "image_folder", "builder": {"class_names": names}}
   config = json.loads((folder / "config.json").read_text())
-  config["data"]["data_dir"] = shared_data_dir()
+  config["data"] |= changes
   (folder / "config.json").write_text(json.dumps(config))
   config = read_config(str(folder))
   if not data.is_prepared(config.data):

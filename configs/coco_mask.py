@@ -14,11 +14,12 @@ Words and settings after the colon, in any order, separated by commas:
     coco_mask.py:multiscale             training images of random sizes
     coco_mask.py:backbone=resnet101_gc  or resnet18 to resnet101, with _nl, _gc, _aa; efficientnet_lite0
     coco_mask.py:pyramid=fpn            or bfp, bpa, bfi
-    coco_mask.py:fpt=st+gt+rt           any of st, gt or lgt, rt; or none
+    coco_mask.py:fpt=st+gt+rt           any of st, gt or lgt, rt; or none, fuse, fuse_wide
     coco_mask.py:scope=adjacent         levels interact with their neighbours only
     coco_mask.py:head=augmented         PANet's box and mask heads
     coco_mask.py:sbn=off                batch statistics per device
     coco_mask.py:dropblock=off
+    coco_mask.py:literal                FPT from the bare equations, see docs/fpt.md
 """
 
 from fpt_jax.configs.detection import detection, variant

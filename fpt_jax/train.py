@@ -77,7 +77,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     "optimizer": optimizer_state,
   }
   train_step = jax.jit(
-    make_train_step(structure, optimizer, step_key), donate_argnums=0, out_shardings=replicated
+    make_train_step(structure, optimizer, step_key, total_steps),
+    donate_argnums=0,
+    out_shardings=replicated,
   )
   metrics = MetricsWriter(workdir, start) if first_host else None
   rate = optim.schedule(config)
@@ -142,7 +144,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def make_train_step(
-  structure: Skeleton, optimizer: optax.GradientTransformation, key: jax.Array
+  structure: Skeleton, optimizer: optax.GradientTransformation, key: jax.Array, total_steps: int
 ) -> Callable:
   """Returns the pure function (state, batch, step) -> (state, losses) of one training step.
 
@@ -153,7 +155,7 @@ def make_train_step(
   def train_step(state, batch, step):
     def total_loss(trained):
       model = structure.fill({**trained, **state["rest"]})
-      losses = model.losses(batch, jax.random.fold_in(key, step))
+      losses = model.losses(batch, jax.random.fold_in(key, step), progress=step / total_steps)
       updated = arrays_of(model)
       total = sum(losses.values())
       return total, ({"total_loss": total} | losses, {n: updated[n] for n in state["rest"]})

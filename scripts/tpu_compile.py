@@ -101,7 +101,8 @@ def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tu
     laid_out(batch, shared),
     laid_out(jax.ShapeDtypeStruct((), jnp.int32), replicated),
   )
-  return make_train_step(structure, optimizer, jax.random.key(config.seed)), arguments
+  key, total_steps = jax.random.key(config.seed), optim.total_steps(config)
+  return make_train_step(structure, optimizer, key, total_steps), arguments
 
 
 def laid_out(tree, where: NamedSharding):

@@ -104,16 +104,28 @@ def add_model(config: ConfigDict) -> None:
   fpt.self_parts = 2  # softmaxes in the mixture of the Self-Transformer (N in the paper)
   fpt.grounding_parts = 4  # softmaxes in the mixture of the Grounding Transformer
   fpt.scope = "all"  # levels that a level interacts with: all or adjacent
+  # what bounds the similarities: levels (normalised before the transformers), unit (queries and keys of
+  # one length, with a trained temperature) or none
+  fpt.similarity_norm = "levels"
+  fpt.uniform_mixture = True  # start with equal weights of the softmaxes in a mixture
+  fpt.output_norm = True  # normalise each transformer's output
+  fpt.output_norm_scale = 1.0  # initial scale of these normalisations
   # function that the Rendering Transformer applies to its channel weights: identity or sigmoid
-  fpt.gate = "identity"
+  fpt.gate = "sigmoid"
   # odd side of the window of a locality-constrained Grounding Transformer, positions; unset: global
   fpt.window = placeholder(int)
+  # positions outside the map in a local window: zero (keys and values of zero) or masked
+  fpt.outside = "zero"
   # factor of the similarities in attention; unset: 1 / sqrt(channels of a part)
   fpt.scale = placeholder(float)
-  # normalisation after FPT's fusing convolution: sync_bn, bn (statistics per device), group_norm or none
+  # without transformers: a second 3x3 convolution, so wide that FPT has as many parameters as with them
+  fpt.wide = False
+  # normalisation in FPT: sync_bn, bn (statistics per device), group_norm or none
   fpt.norm = "sync_bn"
   fpt.drop_block_size = 5  # side of a block that DropBlock drops, positions
   fpt.keep_probability = 0.9  # share of values that DropBlock keeps; 1.0: no DropBlock
+  # share of values that DropBlock drops: linear (rises from 0 during the training) or constant
+  fpt.drop_block_schedule = "linear"
   fpt.implementation = "auto"  # implementation of the attention: auto, naive, chunked or pallas
   head = model.head = ConfigDict()
   # name of the head; detection: standard or augmented (PANet); segmentation: fcn, oc_base, oc_pyramid,

@@ -33,6 +33,8 @@ def detection() -> ConfigDict:
   # normalisation after each convolution of the pyramid: none, sync_bn, bn (statistics per device) or
   # group_norm
   pyramid.norm = "none"
+  # bfp, fpn, bpa: variance of the initial weights: fan_in (1 / fan-in) or fan_out (2 / fan-out)
+  pyramid.init = "fan_in"
   # normalisation of the backbone's levels before the pyramid: none, sync_bn, bn (statistics per device) or
   # group_norm
   pyramid.level_norm = "none"
@@ -79,7 +81,7 @@ def detection() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """Returns the config changed by the words after the colon of its file, in any order.
 
-  Words: `small`, `tiny`, `demo` or `torchvision`, and `multiscale`. Settings: those of `SETTINGS`,
+  Words: `small`, `tiny`, `demo` or `torchvision`, `multiscale` and `literal`. Settings: those of `SETTINGS`,
   such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
@@ -192,4 +194,4 @@ SETTINGS = {
   "sbn": set_sbn,
   "dropblock": variants.set_dropblock,
 }
-WORDS = {"multiscale": multiscale}
+WORDS = {"multiscale": multiscale, "literal": variants.literal}

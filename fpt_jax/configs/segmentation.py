@@ -69,14 +69,14 @@ def segmentation() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """Returns the config changed by the words after the colon of its file, in any order.
 
-  Words: `small` or `demo`. Settings: those of `SETTINGS`, such as
+  Words: `small` or `demo`, and `literal`. Settings: those of `SETTINGS`, such as
   `backbone=resnet50,pyramid=ppm,fpt=st+lgt+rt`.
 
   Raises:
     UserError: a word, a setting or its value does not exist, or two of them exclude each other.
   """
   replaces = {"head": ("pyramid", "fpt", "context")}
-  return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words={}, replaces=replaces)
+  return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words=WORDS, replaces=replaces)
 
 
 def small(config: ConfigDict) -> None:
@@ -174,3 +174,4 @@ SETTINGS = {
   "sbn": set_sbn,
   "dropblock": variants.set_dropblock,
 }
+WORDS = {"literal": variants.literal}

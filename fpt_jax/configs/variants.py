@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from ml_collections import ConfigDict
 
 from fpt_jax.errors import UserError
+from fpt_jax.models.fpt import LITERAL
 from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
 
 Change = Callable[[ConfigDict], None]
@@ -87,7 +88,7 @@ CONTEXTS = {  # what follows the name of a ResNet
   "_gc": "global_context",
   "_aa": "attention_augmented",
 }
-FPT_NAMES = ("none", "st", "gt", "lgt", "rt")
+FPT_NAMES = ("none", "fuse", "fuse_wide", "st", "gt", "lgt", "rt")
 SCOPES = ("all", "adjacent")
 SBN = {"on": "sync_bn", "off": "bn"}
 DROPBLOCK = {"on": 0.9, "off": 1.0}
@@ -118,14 +119,21 @@ def set_backbone(config: ConfigDict, value: str) -> None:
 
 
 def set_fpt(config: ConfigDict, value: str) -> None:
-  """Sets the transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or `none`."""
+  """Sets the transformers, such as `st+gt+rt`, with `lgt` for a locality-constrained gt; or a baseline.
+
+  Baselines are `none`, the pyramid alone; `fuse`, with FPT's 3x3 convolution and normalisation but no
+  transformer; and `fuse_wide`, with a second convolution and as many parameters as FPT.
+  """
   names = [choice("fpt", name, FPT_NAMES) for name in value.split("+")]
-  if ("none" in names and len(names) > 1) or {"gt", "lgt"} <= set(names):
+  baselines = {"none", "fuse", "fuse_wide"} & set(names)
+  if (baselines and len(names) > 1) or {"gt", "lgt"} <= set(names):
     raise UserError(
-      f"fpt={value}: its parts exclude each other; choose a sum such as st+gt+rt, or none"
+      f"fpt={value}: its parts exclude each other; choose a sum such as st+gt+rt, or none, fuse or "
+      "fuse_wide"
     )
   fpt = config.model.fpt
-  fpt.enabled = names != ["none"]
+  fpt.enabled = "none" not in names
+  fpt.wide = "fuse_wide" in names
   fpt.self_transformer = "st" in names
   fpt.grounding_transformer = "gt" in names or "lgt" in names
   fpt.rendering_transformer = "rt" in names
@@ -134,6 +142,13 @@ def set_fpt(config: ConfigDict, value: str) -> None:
 
 def set_scope(config: ConfigDict, value: str) -> None:
   config.model.fpt.scope = choice("scope", value, SCOPES)
+
+
+def literal(config: ConfigDict) -> None:
+  """Sets the bare equations of the paper, without further normalisation."""
+  config.model.fpt.update(LITERAL)
+  if "init" in config.model.pyramid:
+    config.model.pyramid.init = "fan_out"
 
 
 def set_dropblock(config: ConfigDict, value: str) -> None:

@@ -329,7 +329,7 @@ def drop_block(
   key: jax.Array,
   *,
   block_size: int,
-  keep_probability: float,
+  keep_probability: float | jax.Array,
   valid_BHW: jax.Array | None = None,
 ) -> jax.Array:
   """Sets square blocks of every channel to zero: DropBlock (Ghiasi et al. 2018, algorithm 1).
@@ -344,7 +344,7 @@ def drop_block(
   Returns:
     [B, H, W, C], with the kept values of each image scaled to compensate for the dropped ones.
   """
-  if keep_probability == 1.0:
+  if isinstance(keep_probability, float) and keep_probability == 1.0:
     return x_BHWC
   _, height, width, channels = x_BHWC.shape
   block = min(block_size, height, width)

@@ -56,7 +56,12 @@ class RCNN(nnx.Module):
     )
 
   def features(
-    self, image_BHWC: jax.Array, size_B2: jax.Array, *, key: jax.Array | None = None
+    self,
+    image_BHWC: jax.Array,
+    size_B2: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    progress: float | jax.Array = 1.0,
   ) -> Pyramid:
     """Computes P2..P6 of a batch.
 
@@ -64,21 +69,22 @@ class RCNN(nnx.Module):
       image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
+      progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
 
     Returns:
       The levels of the pyramid, and the last one subsampled, which only the RPN uses.
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW)
-    return self.features_of_normalized(normalized_BHWC, valid_BHW, key=key)
+    return self.features_of_normalized(normalized_BHWC, valid_BHW, key=key, progress=progress)
 
-  def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None) -> Pyramid:
+  def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None, progress=1.0) -> Pyramid:
     """Computes P2..P6 of images that are already normalised.
 
     Args:
       image_BHWC: [B, H, W, 3] float32 normalised images, zero on padding.
       valid_BHW: [B, H, W] bool, the positions on the image.
-      key: as for `features`.
+      key, progress: as for `features`.
 
     Returns:
       As `features`.
@@ -96,10 +102,12 @@ class RCNN(nnx.Module):
       levels = self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
-        levels = self.fpt(levels, key=key)
+        levels = self.fpt(levels, key=key, progress=progress)
     return *levels, subsample(levels[-1])
 
-  def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+  def losses(
+    self, batch: dict[str, jax.Array], key: jax.Array, *, progress: float | jax.Array = 1.0
+  ) -> dict[str, jax.Array]:
     """Computes the training losses of a batch, whose sum is minimised.
 
     Args:
@@ -107,13 +115,16 @@ class RCNN(nnx.Module):
         1..num_classes and gt_valid_BG bool; with a mask head, gt_masks_BGmm relative to the boxes (or to
         `gt_mask_boxes_BG4` where it is given).
       key: PRNG key.
+      progress: share of the training that is done, 0 to 1.
 
     Returns:
       Float32 scalars by detectron2's names: loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with
       a mask head, loss_mask.
     """
     feature_key, rpn_key, roi_key = jax.random.split(key, 3)
-    pyramid = self.features(batch["image_BHWC"], batch["size_B2"], key=feature_key)
+    pyramid = self.features(
+      batch["image_BHWC"], batch["size_B2"], key=feature_key, progress=progress
+    )
     return self.losses_of_features(pyramid, batch, rpn_key, roi_key)
 
   def losses_of_features(self, pyramid, batch, rpn_key, roi_key) -> dict[str, jax.Array]:

@@ -70,12 +70,15 @@ class Segmenter(nnx.Module):
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
-  def logits_of_levels(self, levels: Pyramid, *, key: jax.Array | None = None) -> FeatureMap:
+  def logits_of_levels(
+    self, levels: Pyramid, *, key: jax.Array | None = None, progress: float | jax.Array = 1.0
+  ) -> FeatureMap:
     """Computes the logits of C2..C5.
 
     Args:
       levels: levels of the backbone, fine to coarse.
       key: PRNG key for training (dropout, DropBlock, batch statistics); None for inference.
+      progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
 
     Returns:
       [B, H, W, K] logits at the backbone's output stride.
@@ -86,17 +89,20 @@ class Segmenter(nnx.Module):
       levels = self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
-        levels = self.fpt(levels, key=fpt_key)
+        levels = self.fpt(levels, key=fpt_key, progress=progress)
     with jax.named_scope("head"):
       return self.head(levels, key=head_key)
 
-  def losses(self, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+  def losses(
+    self, batch: dict[str, jax.Array], key: jax.Array, *, progress: float | jax.Array = 1.0
+  ) -> dict[str, jax.Array]:
     """Computes the training losses of a batch, whose sum is minimised.
 
     Args:
       batch: image_BHWC and size_B2 as for `backbone_levels`, and label_BHW, [B, H, W] int32 with a value
         outside 0..K-1 where a pixel has no class.
       key: PRNG key.
+      progress: share of the training that is done, 0 to 1.
 
     Returns:
       Float32 scalars: loss_seg and, where its weight is not 0, loss_aux of the auxiliary head on C4,
@@ -110,7 +116,7 @@ class Segmenter(nnx.Module):
       logits_BHWK = enlarged(logits, labels_BHW.shape[1:])
       return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights)
 
-    result = {"loss_seg": loss(self.logits_of_levels(levels, key=main_key))}
+    result = {"loss_seg": loss(self.logits_of_levels(levels, key=main_key, progress=progress))}
     if self.auxiliary is not None:
       weight = self.config.auxiliary.weight
       result["loss_aux"] = weight * loss(self.auxiliary(levels[-2:-1], key=auxiliary_key))

@@ -25,6 +25,8 @@ Implementation = Literal["auto", "naive", "tiled"]
 
 # Side of a tile in queries: larger tiles compute more masked products, smaller ones smaller matrices.
 _TILE_QUERIES = 8
+# Score of a masked key: finite, so that a window without a valid key gives zeros instead of NaN.
+MASKED = -1e30
 
 
 @jax.named_scope("attention")
@@ -38,13 +40,15 @@ def local_mos_attention(
   similarity: Literal["dot", "euclidean"] = "dot",
   scale: float = 1.0,
   key_valid_Bhw: jax.Array | None = None,
+  outside: Literal["zero", "masked"] = "zero",
   implementation: Implementation = "auto",
 ) -> jax.Array:
   """Attends from each query to the window around its position (locality-constrained GT, paper, 3.3).
 
   A query at row y of H attends to rows `y // ratio - window // 2` to `y // ratio + window // 2` of h,
-  with `ratio = ceil(H / h)`; the same holds for columns. A position outside the map, or an invalid one,
-  counts as a zero key with a zero value, which takes part in the softmax.
+  with `ratio = ceil(H / h)`; the same holds for columns. With `outside="zero"`, a position outside the
+  map, or an invalid one, counts as a zero key with a zero value, which takes part in the softmax, as in the
+  paper. With `outside="masked"`, it takes no part; the result of a window without a valid key is zero.
 
   Args:
     q_BHWMD: [B, H, W, M, D] queries, float32 or bfloat16 (statistics are float32 in both cases).
@@ -55,6 +59,7 @@ def local_mos_attention(
     similarity: "dot" for `q.k`, "euclidean" for `-||q - k||^2`.
     scale: factor of the similarity.
     key_valid_Bhw: [B, h, w] bool, the keys on the image; None for all.
+    outside: "zero" or "masked", for positions outside the map and invalid ones.
     implementation: "naive" gathers every window, "tiled" multiplies tiles; "auto" is "tiled".
 
   Returns:
@@ -66,6 +71,8 @@ def local_mos_attention(
   _check_arguments(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, window, similarity, key_valid_Bhw)
   if implementation not in ("auto", "naive", "tiled"):
     raise ValueError(f"implementation must be auto, naive or tiled, got {implementation!r}")
+  if outside not in ("zero", "masked"):
+    raise ValueError(f"outside must be zero or masked, got {outside!r}")
   if is_written_out():
     implementation = "naive"
   H, W = q_BHWMD.shape[1:3]
@@ -85,6 +92,12 @@ def local_mos_attention(
   if similarity == "euclidean":
     q_BHWMD, k_BhwMD, bias_BhwM = _euclidean_as_dot(q_BHWMD, k_BhwMD, scale)
     scale = 2 * scale
+  if outside == "masked":
+    valid_Bhw = jnp.ones((1, h, w), bool) if key_valid_Bhw is None else key_valid_Bhw
+    rows, columns = (margin, full_h - h + margin), (margin, full_w - w + margin)
+    hidden_Bhw = jnp.where(_pad_map(valid_Bhw, rows, columns), 0, MASKED)
+    hidden_BhwM = jnp.broadcast_to(hidden_Bhw[..., None], k_BhwMD.shape[:4])
+    bias_BhwM = hidden_BhwM if bias_BhwM is None else bias_BhwM + hidden_BhwM
   q_BHWMD *= jnp.asarray(scale, q_BHWMD.dtype)
   pi_BM = pi_BM.astype(jnp.float32)
   if implementation == "naive":

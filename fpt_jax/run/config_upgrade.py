@@ -30,6 +30,14 @@ _BOTH = {
   "optim.decay_factor": 0.1,
   "optim.power": 0.9,
   "eval.flip": False,
+  "model.fpt.wide": False,
+  "model.fpt.similarity_norm": "none",
+  "model.fpt.uniform_mixture": False,
+  "model.fpt.output_norm": False,
+  "model.fpt.output_norm_scale": 1.0,
+  "model.fpt.gate": "identity",
+  "model.fpt.outside": "zero",
+  "model.fpt.drop_block_schedule": "constant",
 }
 _LATER_FIELDS = {  # by model
   "rcnn": {
@@ -44,6 +52,7 @@ _LATER_FIELDS = {  # by model
     "model.backbone.stride_in": "3x3",
     "model.pyramid.level_norm": "none",
     "model.pyramid.norm": "none",
+    "model.pyramid.init": "fan_out",
     "model.fpt.scale": None,
     "model.fpt.window": None,
     "eval.short_edges": (),

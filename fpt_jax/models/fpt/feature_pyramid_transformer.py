@@ -1,17 +1,30 @@
 """The three transformers between the levels of a pyramid (paper, fig. 2)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap, as_pyramid
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, as_pyramid
 from fpt_jax.models.fpt.grounding_transformer import GroundingTransformer
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
-from fpt_jax.models.layers import Norm, conv, drop_block
+from fpt_jax.models.layers import ConvNorm, Norm, conv, drop_block
 
 SCOPES = ("all", "adjacent")
+SIMILARITY_NORMS = ("none", "levels", "unit")
+DROP_BLOCK_SCHEDULES = ("linear", "constant")
+# The values of the options that give the bare equations of the paper, without further normalisation.
+LITERAL: dict[str, Any] = {
+  "similarity_norm": "none",
+  "uniform_mixture": False,
+  "output_norm": False,
+  "gate": "identity",
+  "outside": "zero",
+  "drop_block_schedule": "constant",
+}
 
 
 class FeaturePyramidTransformer(nnx.Module):
@@ -30,17 +43,32 @@ class FeaturePyramidTransformer(nnx.Module):
     window: side of the window of the locality-constrained Grounding Transformer, positions, 5 in the
       paper; None for the global one.
     scope: "all" for transformers between all pairs of levels, "adjacent" for neighbouring levels only.
+    similarity_norm: what bounds the similarities. "levels": the transformers see levels that are
+      normalised by `norm`. "unit": queries and keys have the same length, see `NonLocalInteraction`.
+      "none": nothing (paper).
+    uniform_mixture: whether the mixtures start with equal weights, see `NonLocalInteraction`.
+    output_norm: whether each transformer's output is normalised by `norm`, as in the authors' release.
+    output_norm_scale: initial scale of these normalisations.
     gate: gate of the Rendering Transformer, "identity" (paper) or "sigmoid".
+    outside: positions outside the map in a local window: "zero" for zero keys that take part in the
+      softmax (paper), "masked" for none.
     scale: factor of the similarities; None for 1 / sqrt(channels of a part).
+    wide: without transformers, whether a second 3x3 convolution gives the module as many parameters as
+      it has with all three of them: a baseline of equal size.
     norm: normalisation of every output level, see `layers.Norm`.
     drop_block_size, keep_probability: DropBlock of every output level, see `layers.drop_block` (5 and 0.9
       for detection, 3 and 0.9 for segmentation in the paper).
+    drop_block_schedule: "linear" if the share of dropped values rises from 0 during the training (Ghiasi et
+      al. 2018, section 3), "constant" if not.
+    literal: whether `LITERAL` replaces the options of the same names: the bare equations of the paper.
+      Projections to `channels` are then drawn from a variance of 2 / fan-out instead of 1 / fan-in.
     implementation: implementation of the attention, see `ops.mos_attention`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
   Raises:
-    ValueError: an option does not exist, or the channels cannot be divided into the parts.
+    ValueError: an option does not exist, two options do not fit together, or the channels cannot be divided
+      into the parts.
   """
 
   def __init__(
@@ -55,28 +83,67 @@ class FeaturePyramidTransformer(nnx.Module):
     grounding_parts: int = 4,
     window: int | None = None,
     scope: str = "all",
-    gate: str = "identity",
+    similarity_norm: str = "levels",
+    uniform_mixture: bool = True,
+    output_norm: bool = True,
+    output_norm_scale: float = 1.0,
+    gate: str = "sigmoid",
+    outside: str = "zero",
     scale: float | None = None,
+    wide: bool = False,
     norm: str = "sync_bn",
     drop_block_size: int = 5,
     keep_probability: float = 0.9,
+    drop_block_schedule: str = "linear",
+    literal: bool = False,
     implementation: str = "auto",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    if literal:
+      similarity_norm, uniform_mixture = LITERAL["similarity_norm"], LITERAL["uniform_mixture"]
+      output_norm, gate, outside = LITERAL["output_norm"], LITERAL["gate"], LITERAL["outside"]
+      drop_block_schedule = LITERAL["drop_block_schedule"]
     check_choice("scope", scope, SCOPES)
+    check_choice("similarity_norm", similarity_norm, SIMILARITY_NORMS)
+    check_choice("drop_block_schedule", drop_block_schedule, DROP_BLOCK_SCHEDULES)
+    transforms = self_transformer or grounding_transformer or rendering_transformer
+    if wide and transforms:
+      raise ValueError("wide=True is a baseline without transformers; switch all three of them off")
+    if norm == "none" and transforms and (similarity_norm == "levels" or output_norm):
+      raise ValueError(
+        "norm='none': similarity_norm='levels' and output_norm need a normalisation; set them to 'none' and "
+        "False, or choose a norm"
+      )
     self.channels = channels
     self.drop_block_size = drop_block_size
     self.keep_probability = keep_probability
+    self.drop_block_schedule = drop_block_schedule
     common = dict(dtype=dtype, rngs=rngs)
-    attention = dict(scale=scale, implementation=implementation, **common)
+    attention = dict(
+      scale=scale,
+      unit_length=similarity_norm == "unit",
+      uniform_mixture=uniform_mixture,
+      implementation=implementation,
+      **common,
+    )
     levels = range(len(in_channels))
 
     def sources(level: int, others) -> list[int]:
       return [o for o in others if scope == "all" or abs(o - level) == 1]
 
+    project_init = None if literal else nnx.initializers.lecun_normal()
     self.project = nnx.List(
-      [None if c == channels else conv(c, channels, 1, **common) for c in in_channels]
+      [
+        None if c == channels else conv(c, channels, 1, kernel_init=project_init, **common)
+        for c in in_channels
+      ]
+    )
+    self.level_norms = nnx.List(
+      [
+        Norm(norm, channels, **common) if transforms and similarity_norm == "levels" else None
+        for _ in levels
+      ]
     )
     self.self_transformers = nnx.List(
       [
@@ -91,7 +158,11 @@ class FeaturePyramidTransformer(nnx.Module):
         nnx.Dict(
           {
             f"from_{coarse}": GroundingTransformer(
-              channels, channels, channels, parts=grounding_parts, window=window, **attention
+              *(channels, channels, channels),
+              parts=grounding_parts,
+              window=window,
+              outside=outside,
+              **attention,
             )
             for coarse in sources(level, levels[level + 1 :])
             if grounding_transformer
@@ -112,20 +183,31 @@ class FeaturePyramidTransformer(nnx.Module):
         for level in levels
       ]
     )
+    self.output_norms = nnx.List([])
+    self.widen = nnx.List([])
     self.fuse = nnx.List([])
     self.norm = nnx.List([])
+    hidden = wide_channels(len(in_channels), channels) if wide else channels
     for level in levels:
-      inputs = 1 + (1 if self_transformer else 0)
-      inputs += len(self.grounding_transformers[level]) + len(self.rendering_transformers[level])
-      self.fuse.append(conv(inputs * channels, channels, 3, bias=norm == "none", **common))
+      transformed = self.names(level)
+      if output_norm:
+        scales = {
+          name: scaled_norm(norm, channels, output_norm_scale, **common) for name in transformed
+        }
+        self.output_norms.append(nnx.Dict(scales))
+      if wide:
+        self.widen.append(ConvNorm(channels, hidden, 3, norm=norm, **common))
+      inputs = hidden + len(transformed) * channels
+      self.fuse.append(conv(inputs, channels, 3, bias=norm == "none", **common))
       self.norm.append(Norm(norm, channels, **common))
 
-  def __call__(self, pyramid, *, key: jax.Array | None = None):
+  def __call__(self, pyramid, *, key: jax.Array | None = None, progress: float | jax.Array = 1.0):
     """Transforms a pyramid.
 
     Args:
       pyramid: levels, fine to coarse, `FeatureMap`s or plain [B, H, W, C] arrays.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
+      progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
 
     Returns:
       A tuple of `FeatureMap`s or arrays, as given, of the same sizes, with `channels` channels.
@@ -146,35 +228,69 @@ class FeaturePyramidTransformer(nnx.Module):
         raise ValueError(
           f"this FPT was built for {self.channels} channels at level {i}, got {level.channels}"
         )
+    train = key is not None
     outputs = []
-    for i, level in enumerate(levels):
-      parts = [level.values_BHWC]
-      if self.self_transformers[i] is not None:
-        with jax.named_scope(f"self_transformers.{i}"):
-          parts.append(self.self_transformers[i](level))
-      with jax.named_scope(f"grounding_transformers.{i}"):
-        for name, transformer in self.grounding_transformers[i].items():
-          parts.append(transformer(level, levels[source_level(name)]))
-      with jax.named_scope(f"rendering_transformers.{i}"):
-        for name, transformer in self.rendering_transformers[i].items():
-          parts.append(transformer(level, levels[source_level(name)]))
+    for i, parts in enumerate(self.transformed(levels, train=train)):
       level_key = None if key is None else jax.random.fold_in(key, i)
       with jax.named_scope(f"fuse.{i}"):
-        outputs.append(self.fused(i, level, parts, level_key))
+        outputs.append(self.fused(i, levels[i], parts, level_key, progress))
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
 
-  def fused(self, i: int, level: FeatureMap, parts: list[jax.Array], key) -> FeatureMap:
-    """Fuses level i and its transformed versions: convolution, normalisation, DropBlock."""
-    concatenated = level.with_values(jnp.concatenate(parts, axis=-1))
-    y = self.norm[i](
-      self.fuse[i](concatenated.masked()), valid_BHW=level.valid_BHW, train=key is not None
+  def names(self, level: int) -> tuple[str, ...]:
+    """Returns the names of what level `level` is concatenated with, in this order."""
+    return (
+      *(("self",) if self.self_transformers[level] is not None else ()),
+      *(f"grounding_{source}" for source in self.grounding_transformers[level]),
+      *(f"rendering_{source}" for source in self.rendering_transformers[level]),
     )
-    if key is not None:
+
+  def transformed(self, levels: Pyramid, *, train: bool) -> list[dict[str, jax.Array]]:
+    """Returns the outputs of the transformers of each level by name, before their normalisation."""
+    seen = tuple(
+      level
+      if norm is None
+      else level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))
+      for level, norm in zip(levels, self.level_norms, strict=True)
+    )
+    results = []
+    for i, level in enumerate(seen):
+      parts = {}
+      if self.self_transformers[i] is not None:
+        with jax.named_scope(f"self_transformers.{i}"):
+          parts["self"] = self.self_transformers[i](level)
+      with jax.named_scope(f"grounding_transformers.{i}"):
+        for source, transformer in self.grounding_transformers[i].items():
+          parts[f"grounding_{source}"] = transformer(level, seen[source_level(source)])
+      with jax.named_scope(f"rendering_transformers.{i}"):
+        for source, transformer in self.rendering_transformers[i].items():
+          parts[f"rendering_{source}"] = transformer(level, seen[source_level(source)])
+      results.append(parts)
+    return results
+
+  def fused(
+    self, i: int, level: FeatureMap, parts: dict[str, jax.Array], key, progress
+  ) -> FeatureMap:
+    """Fuses level i and its transformed versions: convolution, normalisation, DropBlock."""
+    train = key is not None
+
+    def normalised(norm: Norm, x_BHWC: jax.Array) -> jax.Array:
+      return norm(x_BHWC, valid_BHW=level.valid_BHW, train=train)
+
+    if self.output_norms:
+      parts = {name: normalised(self.output_norms[i][name], part) for name, part in parts.items()}
+    if self.widen:
+      level = self.widen[i](level, train=train)
+    concatenated = level.with_values(jnp.concatenate([level.values_BHWC, *parts.values()], axis=-1))
+    y = normalised(self.norm[i], self.fuse[i](concatenated.masked()))
+    if train and self.keep_probability < 1:
+      dropped = 1 - self.keep_probability
+      if self.drop_block_schedule == "linear":
+        dropped *= progress
       y = drop_block(
         y,
         key,
         block_size=self.drop_block_size,
-        keep_probability=self.keep_probability,
+        keep_probability=1 - dropped,
         valid_BHW=level.valid_BHW,
       )
     return level.with_values(y)
@@ -183,6 +299,24 @@ class FeaturePyramidTransformer(nnx.Module):
 def source_level(name: str) -> int:
   """Returns the index of the level in a name such as "from_2"."""
   return int(name.removeprefix("from_"))
+
+
+def scaled_norm(kind: str, channels: int, scale: float, **options) -> Norm:
+  """Returns a `Norm` whose trained scale starts at `scale`."""
+  norm = Norm(kind, channels, **options)
+  norm.norm.scale[...] = jnp.full(channels, scale)
+  return norm
+
+
+def wide_channels(levels: int, channels: int) -> int:
+  """Returns the channels between two 3x3 convolutions with as many weights as FPT has.
+
+  FPT has three 1x1 convolutions in each self-transformer and grounding transformer, three 3x3 ones in each
+  rendering transformer, and a 3x3 one over all of them per level.
+  """
+  pairs = levels * (levels - 1) // 2
+  kernels = 3 * (levels + pairs) + 27 * pairs + 9 * levels * (levels + 1)
+  return round(kernels * channels / (18 * levels))
 
 
 def build_fpt(config, in_channels: tuple[int, ...], *, rngs: nnx.Rngs) -> FeaturePyramidTransformer:

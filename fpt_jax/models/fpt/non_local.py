@@ -13,6 +13,8 @@ from fpt_jax.models.layers import conv
 from fpt_jax.ops.local_attention import local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
 
+EPSILON = 1e-6  # added to the mean square of a query or a key
+
 
 class NonLocalInteraction(nnx.Module):
   """q, k, v projections and a mixture of softmaxes (paper, eq. 1 to 5).
@@ -24,7 +26,13 @@ class NonLocalInteraction(nnx.Module):
     parts: number of softmaxes N; queries and keys are divided into as many parts.
     similarity: "dot" (eq. 3) or "euclidean" (eq. 4).
     scale: factor of the similarity; None for 1 / sqrt(channels of a part).
+    unit_length: whether each part of a query and of a key is divided by the root mean square of its
+      channels and multiplied by a trained temperature, which starts at 1. The similarities are bounded
+      then, and equation 4 is 2 q.k minus a constant: both similarities differ by their temperature only.
+    uniform_mixture: whether w_n of eq. 2 starts at zero, so that all parts have the same weight, or from
+      LeCun's normal distribution.
     window: None for all positions, or the odd side of the local square of keys (paper, section 3.3).
+    outside: positions outside the map in a window, see `ops.local_attention`.
     implementation: see `ops.mos_attention` and `ops.local_attention`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
@@ -42,7 +50,10 @@ class NonLocalInteraction(nnx.Module):
     parts: int,
     similarity: str,
     scale: float | None = None,
+    unit_length: bool = False,
+    uniform_mixture: bool = False,
     window: int | None = None,
+    outside: str = "zero",
     implementation: str = "auto",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -53,11 +64,14 @@ class NonLocalInteraction(nnx.Module):
     self.query = conv(query_channels, channels, 1, kernel_init=init, dtype=dtype, rngs=rngs)
     self.key = conv(source_channels, channels, 1, kernel_init=init, dtype=dtype, rngs=rngs)
     self.value = conv(source_channels, channels, 1, kernel_init=init, dtype=dtype, rngs=rngs)
-    self.mixture = nnx.Linear(channels, parts, use_bias=False, rngs=rngs)
+    mixture_init = nnx.initializers.zeros if uniform_mixture else init
+    self.mixture = nnx.Linear(channels, parts, use_bias=False, kernel_init=mixture_init, rngs=rngs)
+    self.log_temperature = nnx.Param(jnp.zeros(parts)) if unit_length else None
     self.parts = parts
     self.similarity = similarity
     self.scale = (channels // parts) ** -0.5 if scale is None else scale
     self.window = window
+    self.outside = outside
     self.implementation = implementation
 
   def mixture_weights(self, k_BhwC: jax.Array, valid_Bhw: jax.Array) -> jax.Array:
@@ -67,34 +81,48 @@ class NonLocalInteraction(nnx.Module):
     mean_key_BC = jnp.sum(k_BhwC.astype(jnp.float32) * weight_BhwC, axis=(1, 2)) / count_B1
     return jax.nn.softmax(self.mixture(mean_key_BC), axis=-1)
 
+  def with_bounded_length(self, x_BHWC: jax.Array) -> jax.Array:
+    """[B, H, W, M, D]: queries or keys divided into parts and, if asked for, of the same length."""
+    x_BHWMD = x_BHWC.reshape(*x_BHWC.shape[:3], self.parts, -1)
+    if self.log_temperature is None:
+      return x_BHWMD
+    x_BHWMD = x_BHWMD.astype(jnp.float32)
+    square_BHWM1 = jnp.mean(jnp.square(x_BHWMD), axis=-1, keepdims=True)
+    # half of the temperature for queries and half for keys, so that it scales both similarities
+    factor_M1 = jnp.exp(self.log_temperature[...] / 2)[:, None]
+    return (x_BHWMD * jax.lax.rsqrt(square_BHWM1 + EPSILON) * factor_M1[None, None, None]).astype(
+      x_BHWC.dtype
+    )
+
   def __call__(self, query: FeatureMap, source: FeatureMap) -> jax.Array:
     """Returns [B, H, W, C]: for each position of `query`, a weighted mean of the values of `source`."""
-    q_BHWC = self.query(query.values_BHWC)
     k_BhwC = self.key(source.values_BHWC)
     v_BhwC = self.value(source.values_BHWC)
     pi_BM = self.mixture_weights(k_BhwC, source.valid_BHW)
-    batch, height, width, channels = q_BHWC.shape
-    parts = (self.parts, channels // self.parts)
+    q_BHWMD = self.with_bounded_length(self.query(query.values_BHWC))
+    k_BhwMD = self.with_bounded_length(k_BhwC)
     if self.window is not None:
       return local_mos_attention(
-        q_BHWC.reshape(batch, height, width, *parts),
-        k_BhwC.reshape(*k_BhwC.shape[:3], *parts),
+        q_BHWMD,
+        k_BhwMD,
         v_BhwC,
         pi_BM,
         window=self.window,
         similarity=self.similarity,
         scale=self.scale,
         key_valid_Bhw=source.valid_BHW,
+        outside=self.outside,
         implementation=self.implementation,
       )
+    batch, height, width, *part = q_BHWMD.shape
     out_BQC = mos_attention(
-      q_BHWC.reshape(batch, height * width, *parts),
-      k_BhwC.reshape(batch, -1, *parts),
-      v_BhwC.reshape(batch, -1, channels),
+      q_BHWMD.reshape(batch, height * width, *part),
+      k_BhwMD.reshape(batch, -1, *part),
+      v_BhwC.reshape(batch, -1, v_BhwC.shape[-1]),
       pi_BM,
       similarity=self.similarity,
       scale=self.scale,
       key_valid_BK=source.valid_BHW.reshape(batch, -1),
       implementation=self.implementation,
     )
-    return out_BQC.reshape(batch, height, width, channels)
+    return out_BQC.reshape(batch, height, width, -1)

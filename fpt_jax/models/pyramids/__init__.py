@@ -67,6 +67,8 @@ def build_pyramid(
   options: dict[str, Any] = {}
   if name == "ufp":
     options["kernels"] = tuple(config.pyramid.kernels)
+  elif name in ("bfp", "fpn", "bpa"):
+    options["init"] = config.pyramid.init
   elif name == "aspp":
     options["output_stride"] = config.backbone.output_stride
   return PYRAMIDS[name](

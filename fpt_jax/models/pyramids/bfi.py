@@ -27,7 +27,7 @@ from fpt_jax.models.feature_map import FeatureMap, Pyramid
 from fpt_jax.models.layers import ConvNorm
 from fpt_jax.models.pyramids.level_conv import LevelConv
 
-conv3x3 = functools.partial(LevelConv, kernel=3, kernel_init=nnx.initializers.lecun_normal())
+conv3x3 = functools.partial(LevelConv, kernel=3)
 
 
 class BidirectionalFeatureInteraction(nnx.Module):

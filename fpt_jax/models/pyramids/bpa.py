@@ -14,13 +14,20 @@ class BottomUpPathAugmentation(nnx.Module):
   Both convolutions are 3x3 and followed by a ReLU. The stride of each level is twice that of the level
   before.
 
-  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`.
+  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`, and `init`, see `LevelConv`.
   """
 
   def __init__(
-    self, in_channels, *, channels: int = 256, norm: str = "none", dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    in_channels,
+    *,
+    channels: int = 256,
+    norm: str = "none",
+    init: str = "fan_in",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
-    options = dict(norm=norm, dtype=dtype, rngs=rngs)
+    options = dict(norm=norm, init=init, dtype=dtype, rngs=rngs)
     self.fpn = FeaturePyramidNetwork(in_channels, channels=channels, **options)
     steps = range(len(in_channels) - 1)
     self.down = nnx.List([LevelConv(channels, channels, 3, stride=2, **options) for _ in steps])

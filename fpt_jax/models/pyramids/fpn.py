@@ -11,13 +11,20 @@ from fpt_jax.models.pyramids.level_conv import LevelConv
 class FeaturePyramidNetwork(nnx.Module):
   """1x1 laterals, summed top-down by nearest-neighbour upsampling, smoothed by a 3x3 convolution.
 
-  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`.
+  Arguments are those of all pyramids, see `fpt_jax.models.pyramids`, and `init`, see `LevelConv`.
   """
 
   def __init__(
-    self, in_channels, *, channels: int = 256, norm: str = "none", dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    in_channels,
+    *,
+    channels: int = 256,
+    norm: str = "none",
+    init: str = "fan_in",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
-    options = dict(norm=norm, dtype=dtype, rngs=rngs)
+    options = dict(norm=norm, init=init, dtype=dtype, rngs=rngs)
     self.lateral = nnx.List([LevelConv(c, channels, 1, **options) for c in in_channels])
     self.smooth = nnx.List([LevelConv(channels, channels, 3, **options) for _ in in_channels])
     self.channels = (channels,) * len(in_channels)

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.layers import Norm, conv_arguments
+
+INITS = {
+  "fan_in": nnx.initializers.lecun_normal(),
+  "fan_out": nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+}
 
 
 class LevelConv(nnx.Conv):
@@ -18,6 +24,9 @@ class LevelConv(nnx.Conv):
   Args:
     in_channels, out_channels, kernel: see `layers.conv`.
     norm: normalisation, see `layers.Norm`; "none" for a bias.
+    init: distribution of the initial weights: "fan_in" keeps the variance of the features (variance
+      1 / fan-in, as in FPN's implementations); "fan_out" is He's for a ReLU (2 / fan-out), which doubles the
+      variance of a level with twice as many channels.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
     options: other arguments of `layers.conv`.
@@ -30,11 +39,14 @@ class LevelConv(nnx.Conv):
     kernel: int,
     *,
     norm: str,
+    init: str = "fan_in",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
     **options,
   ):
-    arguments = conv_arguments(in_channels, out_channels, kernel, bias=norm == "none", **options)
+    check_choice("init", init, INITS)
+    options |= dict(bias=norm == "none", kernel_init=INITS[init])
+    arguments = conv_arguments(in_channels, out_channels, kernel, **options)
     super().__init__(**arguments, dtype=dtype, rngs=rngs)
     self.norm = Norm(norm, out_channels, dtype=dtype, rngs=rngs)
 

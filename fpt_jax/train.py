@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
-  step_key = jax.random.key(config.seed)
+  key = jax.device_put(jax.random.key(config.seed), replicated)
 
   # Initial state: the run's newest checkpoint, or other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
@@ -77,7 +77,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     "optimizer": optimizer_state,
   }
   train_step = jax.jit(
-    make_train_step(structure, optimizer, step_key, total_steps),
+    make_train_step(structure, optimizer, total_steps),
     donate_argnums=0,
     out_shardings=replicated,
   )
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
       step = jax.device_put(np.int32(done - 1), replicated)
       with jax.transfer_guard("disallow"):
-        state, losses = train_step(state, batch, step)
+        state, losses, measured = train_step(state, batch, step, key)
       pending.append((done, losses))
       if done == start + 1:
         jax.block_until_ready(losses)
@@ -125,7 +125,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         pending = []
       if log_due and metrics:
         speeds = clock.speeds(done)
-        metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds)
+        figures = {name: float(value) for name, value in jax.device_get(measured).items()}
+        metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | figures)
         logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
         save(done)
@@ -144,26 +145,33 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def make_train_step(
-  structure: Skeleton, optimizer: optax.GradientTransformation, key: jax.Array, total_steps: int
+  structure: Skeleton, optimizer: optax.GradientTransformation, total_steps: int
 ) -> Callable:
-  """Returns the pure function (state, batch, step) -> (state, losses) of one training step.
+  """Returns the pure function of one training step: (state, batch, step, key) -> (state, losses, measured).
+
+  `measured` has the figures of FPT's health, see `models.fpt.health`. The key is the same in every step. It
+  is an argument so that runs with different seeds share the compiled program.
 
   Randomness is a function of the seed and the step alone, so that a resumed run equals an
   uninterrupted one. Only `state["trained"]` is differentiated.
   """
 
-  def train_step(state, batch, step):
+  def train_step(state, batch, step, key):
     def total_loss(trained):
       model = structure.fill({**trained, **state["rest"]})
-      losses = model.losses(batch, jax.random.fold_in(key, step), progress=step / total_steps)
+      measured: dict[str, jax.Array] = {}
+      losses = model.losses(
+        batch, jax.random.fold_in(key, step), progress=step / total_steps, measured=measured
+      )
       updated = arrays_of(model)
       total = sum(losses.values())
-      return total, ({"total_loss": total} | losses, {n: updated[n] for n in state["rest"]})
+      rest = {n: updated[n] for n in state["rest"]}
+      return total, ({"total_loss": total} | losses, rest, measured)
 
-    gradients, (losses, rest) = jax.grad(total_loss, has_aux=True)(state["trained"])
+    gradients, (losses, rest, measured) = jax.grad(total_loss, has_aux=True)(state["trained"])
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["trained"])
     trained = optax.apply_updates(state["trained"], updates)
-    return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses
+    return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses, measured
 
   return train_step
 

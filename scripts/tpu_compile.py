@@ -100,9 +100,9 @@ def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tu
     laid_out(state, replicated),
     laid_out(batch, shared),
     laid_out(jax.ShapeDtypeStruct((), jnp.int32), replicated),
+    laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated),
   )
-  key, total_steps = jax.random.key(config.seed), optim.total_steps(config)
-  return make_train_step(structure, optimizer, key, total_steps), arguments
+  return make_train_step(structure, optimizer, optim.total_steps(config)), arguments
 
 
 def laid_out(tree, where: NamedSharding):

@@ -62,6 +62,7 @@ class RCNN(nnx.Module):
     *,
     key: jax.Array | None = None,
     progress: float | jax.Array = 1.0,
+    measured: dict[str, jax.Array] | None = None,
   ) -> Pyramid:
     """Computes P2..P6 of a batch.
 
@@ -70,21 +71,26 @@ class RCNN(nnx.Module):
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
+      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       The levels of the pyramid, and the last one subsampled, which only the RPN uses.
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW)
-    return self.features_of_normalized(normalized_BHWC, valid_BHW, key=key, progress=progress)
+    return self.features_of_normalized(
+      normalized_BHWC, valid_BHW, key=key, progress=progress, measured=measured
+    )
 
-  def features_of_normalized(self, image_BHWC, valid_BHW, *, key=None, progress=1.0) -> Pyramid:
+  def features_of_normalized(
+    self, image_BHWC, valid_BHW, *, key=None, progress=1.0, measured=None
+  ) -> Pyramid:
     """Computes P2..P6 of images that are already normalised.
 
     Args:
       image_BHWC: [B, H, W, 3] float32 normalised images, zero on padding.
       valid_BHW: [B, H, W] bool, the positions on the image.
-      key, progress: as for `features`.
+      key, progress, measured: as for `features`.
 
     Returns:
       As `features`.
@@ -102,11 +108,16 @@ class RCNN(nnx.Module):
       levels = self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
-        levels = self.fpt(levels, key=key, progress=progress)
+        levels = self.fpt(levels, key=key, progress=progress, measured=measured)
     return *levels, subsample(levels[-1])
 
   def losses(
-    self, batch: dict[str, jax.Array], key: jax.Array, *, progress: float | jax.Array = 1.0
+    self,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    progress: float | jax.Array = 1.0,
+    measured: dict[str, jax.Array] | None = None,
   ) -> dict[str, jax.Array]:
     """Computes the training losses of a batch, whose sum is minimised.
 
@@ -116,6 +127,7 @@ class RCNN(nnx.Module):
         `gt_mask_boxes_BG4` where it is given).
       key: PRNG key.
       progress: share of the training that is done, 0 to 1.
+      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       Float32 scalars by detectron2's names: loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with
@@ -123,7 +135,7 @@ class RCNN(nnx.Module):
     """
     feature_key, rpn_key, roi_key = jax.random.split(key, 3)
     pyramid = self.features(
-      batch["image_BHWC"], batch["size_B2"], key=feature_key, progress=progress
+      batch["image_BHWC"], batch["size_B2"], key=feature_key, progress=progress, measured=measured
     )
     return self.losses_of_features(pyramid, batch, rpn_key, roi_key)
 

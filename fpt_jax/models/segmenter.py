@@ -71,7 +71,12 @@ class Segmenter(nnx.Module):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
   def logits_of_levels(
-    self, levels: Pyramid, *, key: jax.Array | None = None, progress: float | jax.Array = 1.0
+    self,
+    levels: Pyramid,
+    *,
+    key: jax.Array | None = None,
+    progress: float | jax.Array = 1.0,
+    measured: dict[str, jax.Array] | None = None,
   ) -> FeatureMap:
     """Computes the logits of C2..C5.
 
@@ -79,6 +84,7 @@ class Segmenter(nnx.Module):
       levels: levels of the backbone, fine to coarse.
       key: PRNG key for training (dropout, DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
+      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       [B, H, W, K] logits at the backbone's output stride.
@@ -89,12 +95,17 @@ class Segmenter(nnx.Module):
       levels = self.pyramid(levels, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
-        levels = self.fpt(levels, key=fpt_key, progress=progress)
+        levels = self.fpt(levels, key=fpt_key, progress=progress, measured=measured)
     with jax.named_scope("head"):
       return self.head(levels, key=head_key)
 
   def losses(
-    self, batch: dict[str, jax.Array], key: jax.Array, *, progress: float | jax.Array = 1.0
+    self,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    progress: float | jax.Array = 1.0,
+    measured: dict[str, jax.Array] | None = None,
   ) -> dict[str, jax.Array]:
     """Computes the training losses of a batch, whose sum is minimised.
 
@@ -103,6 +114,7 @@ class Segmenter(nnx.Module):
         outside 0..K-1 where a pixel has no class.
       key: PRNG key.
       progress: share of the training that is done, 0 to 1.
+      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       Float32 scalars: loss_seg and, where its weight is not 0, loss_aux of the auxiliary head on C4,
@@ -116,7 +128,11 @@ class Segmenter(nnx.Module):
       logits_BHWK = enlarged(logits, labels_BHW.shape[1:])
       return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights)
 
-    result = {"loss_seg": loss(self.logits_of_levels(levels, key=main_key, progress=progress))}
+    result = {
+      "loss_seg": loss(
+        self.logits_of_levels(levels, key=main_key, progress=progress, measured=measured)
+      )
+    }
     if self.auxiliary is not None:
       weight = self.config.auxiliary.weight
       result["loss_aux"] = weight * loss(self.auxiliary(levels[-2:-1], key=auxiliary_key))

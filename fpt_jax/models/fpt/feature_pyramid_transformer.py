@@ -8,6 +8,7 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, as_pyramid
+from fpt_jax.models.fpt import health
 from fpt_jax.models.fpt.grounding_transformer import GroundingTransformer
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
@@ -201,13 +202,21 @@ class FeaturePyramidTransformer(nnx.Module):
       self.fuse.append(conv(inputs, channels, 3, bias=norm == "none", **common))
       self.norm.append(Norm(norm, channels, **common))
 
-  def __call__(self, pyramid, *, key: jax.Array | None = None, progress: float | jax.Array = 1.0):
+  def __call__(
+    self,
+    pyramid,
+    *,
+    key: jax.Array | None = None,
+    progress: float | jax.Array = 1.0,
+    measured: dict[str, jax.Array] | None = None,
+  ):
     """Transforms a pyramid.
 
     Args:
       pyramid: levels, fine to coarse, `FeatureMap`s or plain [B, H, W, C] arrays.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
+      measured: dictionary that the figures of `health` are added to; None for no measurement.
 
     Returns:
       A tuple of `FeatureMap`s or arrays, as given, of the same sizes, with `channels` channels.
@@ -230,7 +239,7 @@ class FeaturePyramidTransformer(nnx.Module):
         )
     train = key is not None
     outputs = []
-    for i, parts in enumerate(self.transformed(levels, train=train)):
+    for i, parts in enumerate(self.transformed(levels, train=train, measured=measured)):
       level_key = None if key is None else jax.random.fold_in(key, i)
       with jax.named_scope(f"fuse.{i}"):
         outputs.append(self.fused(i, levels[i], parts, level_key, progress))
@@ -244,7 +253,9 @@ class FeaturePyramidTransformer(nnx.Module):
       *(f"rendering_{source}" for source in self.rendering_transformers[level]),
     )
 
-  def transformed(self, levels: Pyramid, *, train: bool) -> list[dict[str, jax.Array]]:
+  def transformed(
+    self, levels: Pyramid, *, train: bool, measured: dict[str, jax.Array] | None = None
+  ) -> list[dict[str, jax.Array]]:
     """Returns the outputs of the transformers of each level by name, before their normalisation."""
     seen = tuple(
       level
@@ -264,8 +275,34 @@ class FeaturePyramidTransformer(nnx.Module):
       with jax.named_scope(f"rendering_transformers.{i}"):
         for source, transformer in self.rendering_transformers[i].items():
           parts[f"rendering_{source}"] = transformer(level, seen[source_level(source)])
+      if measured is not None:
+        self.measure(i, levels[i], seen, parts, measured)
       results.append(parts)
     return results
+
+  def measure(self, i: int, level: FeatureMap, seen: Pyramid, parts, measured) -> None:
+    """Adds the figures of level i to `measured`: names such as "fpt/level0/grounding_from_2/entropy".
+
+    Args:
+      i: index of the level.
+      level: the level, which is concatenated with the parts.
+      seen: the levels that the transformers see.
+      parts: outputs of the transformers of level i by name.
+      measured: dictionary that is added to.
+    """
+    positions_BS2 = health.sampled_positions(level.valid_BHW)
+    for name, values_BHWC in ({"identity": level.values_BHWC} | parts).items():
+      kind, _, source = name.partition("_")
+      figures = {"rms": health.variation(values_BHWC, positions_BS2)}
+      if kind == "self":
+        interaction = self.self_transformers[i].interaction
+        figures |= health.attention_figures(interaction, seen[i], seen[i], positions_BS2)
+      elif kind == "grounding":
+        interaction = self.grounding_transformers[i][source].interaction
+        keys = seen[source_level(source)]
+        figures |= health.attention_figures(interaction, seen[i], keys, positions_BS2)
+      for figure, value in figures.items():
+        measured[f"fpt/level{i}/{name}/{figure}"] = jax.lax.stop_gradient(value)
 
   def fused(
     self, i: int, level: FeatureMap, parts: dict[str, jax.Array], key, progress

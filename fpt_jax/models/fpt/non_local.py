@@ -81,8 +81,8 @@ class NonLocalInteraction(nnx.Module):
     mean_key_BC = jnp.sum(k_BhwC.astype(jnp.float32) * weight_BhwC, axis=(1, 2)) / count_B1
     return jax.nn.softmax(self.mixture(mean_key_BC), axis=-1)
 
-  def with_bounded_length(self, x_BHWC: jax.Array) -> jax.Array:
-    """[B, H, W, M, D]: queries or keys divided into parts and, if asked for, of the same length."""
+  def divided(self, x_BHWC: jax.Array) -> jax.Array:
+    """[B, H, W, M, D]: queries or keys divided into parts, of bounded length if asked for."""
     x_BHWMD = x_BHWC.reshape(*x_BHWC.shape[:3], self.parts, -1)
     if self.log_temperature is None:
       return x_BHWMD
@@ -99,8 +99,8 @@ class NonLocalInteraction(nnx.Module):
     k_BhwC = self.key(source.values_BHWC)
     v_BhwC = self.value(source.values_BHWC)
     pi_BM = self.mixture_weights(k_BhwC, source.valid_BHW)
-    q_BHWMD = self.with_bounded_length(self.query(query.values_BHWC))
-    k_BhwMD = self.with_bounded_length(k_BhwC)
+    q_BHWMD = self.divided(self.query(query.values_BHWC))
+    k_BhwMD = self.divided(k_BhwC)
     if self.window is not None:
       return local_mos_attention(
         q_BHWMD,

@@ -58,8 +58,29 @@ def non_local(query_HWC, source_hwC, p, similarity, prefix="interaction"):
   )
   w_CM = p[f"{prefix}.mixture.kernel"]
   scale = 1 / np.sqrt(q.shape[1] // w_CM.shape[1])
-  out = mixture_of_softmaxes(q, k, v, mixture_weights(k, w_CM), similarity, scale)
+  pi_M = mixture_weights(k, w_CM)
+  if f"{prefix}.log_temperature" in p:
+    q, k = (to_length(x, p[f"{prefix}.log_temperature"]) for x in (q, k))
+  out = mixture_of_softmaxes(q, k, v, pi_M, similarity, scale)
   return out.reshape(*query_HWC.shape[:2], -1)
+
+
+def to_length(x_KC, log_temperature_M):
+  """Each part divided by the root mean square of its channels, times the root of its temperature."""
+  parts = np.split(x_KC, len(log_temperature_M), axis=1)
+  return np.concatenate(
+    [
+      np.sqrt(np.exp(t)) * x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6)
+      for x, t in zip(parts, log_temperature_M, strict=True)
+    ],
+    axis=1,
+  )
+
+
+def batch_norm(x_HWC, p, name):
+  """With the statistics of the image itself, as in the training of a single image."""
+  mean, var = x_HWC.mean(axis=(0, 1)), x_HWC.var(axis=(0, 1))
+  return (x_HWC - mean) / np.sqrt(var + 1e-5) * p[f"{name}.norm.scale"] + p[f"{name}.norm.bias"]
 
 
 def self_transformer(x_HWC, p, prefix=""):
@@ -72,7 +93,7 @@ def grounding_transformer(fine_HWC, coarse_hwC, p, prefix=""):
   return non_local(fine_HWC, coarse_hwC, p, "euclidean", f"{prefix}interaction")
 
 
-def rendering_transformer(coarse_hwC, fine_HWC, p, prefix="", stride=2):
+def rendering_transformer(coarse_hwC, fine_HWC, p, prefix="", stride=2, sigmoid=False):
   """Eq. 6."""
 
   def conv(x, name, stride=1):
@@ -80,22 +101,33 @@ def rendering_transformer(coarse_hwC, fine_HWC, p, prefix="", stride=2):
     return conv3x3(x, kernel, stride, coarse_hwC.shape[:2]) + p[f"{prefix}{name}.bias"]
 
   w_C = fine_HWC.mean(axis=(0, 1))
-  q_att = coarse_hwC * w_C
+  q_att = coarse_hwC * (1 / (1 + np.exp(-w_C)) if sigmoid else w_C)
   v_dow = conv(fine_HWC, "downsample", stride)
   return conv(conv(q_att, "refine") + v_dow, "fuse")
 
 
-def feature_pyramid_transformer(levels, p):
-  """Fig. 2: itself, ST, GT from every coarser level, RT from every finer one; a 3x3 convolution."""
+def feature_pyramid_transformer(levels, p, sigmoid=False):
+  """Fig. 2: itself, ST, GT from every coarser level, RT from every finer one; a 3x3 convolution.
+
+  Levels, outputs of the transformers and the result are normalised where the parameters say so.
+  """
+
+  def normalised(x, name):
+    return batch_norm(x, p, name) if f"{name}.norm.scale" in p else x
+
+  seen = [normalised(level, f"level_norms.{i}") for i, level in enumerate(levels)]
   outputs = []
   for i, level in enumerate(levels):
-    maps = [level, self_transformer(level, p, f"self_transformers.{i}.")]
+    maps = {"self": self_transformer(seen[i], p, f"self_transformers.{i}.")}
     for j in range(i + 1, len(levels)):
       prefix = f"grounding_transformers.{i}.from_{j}."
-      maps.append(grounding_transformer(level, levels[j], p, prefix))
+      maps[f"grounding_from_{j}"] = grounding_transformer(seen[i], seen[j], p, prefix)
     for j in range(i):
       prefix = f"rendering_transformers.{i}.from_{j}."
-      maps.append(rendering_transformer(level, levels[j], p, prefix, stride=2 ** (i - j)))
-    kernel, bias = p[f"fuse.{i}.kernel"], p[f"fuse.{i}.bias"]
-    outputs.append(conv3x3(np.concatenate(maps, axis=-1), kernel, 1, level.shape[:2]) + bias)
+      maps[f"rendering_from_{j}"] = rendering_transformer(
+        seen[i], seen[j], p, prefix, stride=2 ** (i - j), sigmoid=sigmoid
+      )
+    parts = [normalised(part, f"output_norms.{i}.{name}") for name, part in maps.items()]
+    y = conv3x3(np.concatenate([level, *parts], axis=-1), p[f"fuse.{i}.kernel"], 1, level.shape[:2])
+    outputs.append(normalised(y + p.get(f"fuse.{i}.bias", 0), f"norm.{i}"))
   return outputs

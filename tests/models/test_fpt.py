@@ -140,7 +140,7 @@ def pyramid(rng, channels=CHANNELS, size=(16, 12), levels=3):
 
 def test_whole_pyramid_on_a_canvas(rng):
   module = FeaturePyramidTransformer(
-    (CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0)
+    (CHANNELS,) * 3, channels=CHANNELS, norm="none", literal=True, rngs=nnx.Rngs(0)
   )
   levels = pyramid(rng)
   padded = []
@@ -156,13 +156,127 @@ def test_whole_pyramid_on_a_canvas(rng):
 
 def test_wiring_equals_figure_2(rng):
   module = FeaturePyramidTransformer(
-    (CHANNELS,) * 3, channels=CHANNELS, norm="none", rngs=nnx.Rngs(0)
+    (CHANNELS,) * 3, channels=CHANNELS, norm="none", literal=True, rngs=nnx.Rngs(0)
   )
   levels = [jnp.asarray(rng.standard_normal((1, *s, CHANNELS)), jnp.float32) for s in SIZES]
   parameters = {n: np.float64(a) for n, a in arrays_of(module).items()}
   expected = reference.feature_pyramid_transformer([np.float64(m[0]) for m in levels], parameters)
   for ours, theirs in zip(nnx.jit(module)(levels), expected, strict=True):
     np.testing.assert_allclose(ours[0], theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("similarity_norm", ["levels", "unit"])
+def test_conditioning_equals_the_equations(similarity_norm, rng):
+  sizes = SIZES[1:]
+  structure = skeleton(
+    lambda: FeaturePyramidTransformer(
+      (CHANNELS,) * 2,
+      channels=CHANNELS,
+      similarity_norm=similarity_norm,
+      gate="sigmoid",
+      keep_probability=1.0,
+      rngs=nnx.Rngs(0),
+    )
+  )
+  arrays = {
+    n: np.asarray(0.5 * rng.standard_normal(s.shape), np.float32)
+    for n, s in structure.shapes.items()
+  }
+  levels = [rng.standard_normal((*size, CHANNELS)) for size in sizes]
+  cotangents = [rng.standard_normal((*size, CHANNELS)) for size in sizes]
+
+  @jax.jit
+  def value_and_gradients(arrays, levels):
+    def scalar(arrays, levels):
+      outputs = structure.fill(arrays)(levels, key=jax.random.key(0))
+      weighted = [jnp.sum(y[0] * w) for y, w in zip(outputs, cotangents, strict=True)]
+      return sum(weighted), outputs
+
+    return jax.grad(scalar, argnums=(0, 1), has_aux=True)(arrays, levels)
+
+  given = [jnp.asarray(level[None], jnp.float32) for level in levels]
+  (array_gradients, level_gradients), outputs = value_and_gradients(arrays, given)
+  parameters = {n: np.float64(a) for n, a in arrays.items()}
+
+  def reference_of(parameters, levels):
+    return reference.feature_pyramid_transformer(levels, parameters, sigmoid=True)
+
+  for ours, theirs in zip(outputs, reference_of(parameters, levels), strict=True):
+    np.testing.assert_allclose(ours[0], theirs, atol=2e-5 * np.abs(theirs).max())
+
+  # derivatives along a random direction of each group of arrays, and of the levels
+  groups = {name.split(".")[0]: [] for name in arrays}
+  groups |= {kind: [] for kind in ("mixture", "log_temperature")}
+  for name in structure.parameters():
+    for group in groups:
+      if group in name.split("."):
+        groups[group].append(name)
+  groups["levels"] = []
+  for group, names in groups.items():
+    if group == "log_temperature" and similarity_norm == "levels":
+      assert not names
+      continue
+    directions = {name: rng.standard_normal(arrays[name].shape) for name in names}
+    moves = [rng.standard_normal(level.shape) * (group == "levels") for level in levels]
+    ends = []
+    for step in (1e-5, -1e-5):
+      moved = parameters | {n: parameters[n] + step * d for n, d in directions.items()}
+      moved_levels = [level + step * move for level, move in zip(levels, moves, strict=True)]
+      outputs = reference_of(moved, moved_levels)
+      ends.append(sum(np.sum(y * w) for y, w in zip(outputs, cotangents, strict=True)))
+    slope = sum(np.sum(np.float64(array_gradients[n]) * d) for n, d in directions.items())
+    slope += sum(np.sum(g[0] * move) for g, move in zip(level_gradients, moves, strict=True))
+    assert slope != 0, group
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3, abs=1e-3), group
+
+
+def test_mixtures_can_start_uniform(rng):
+  fine, coarse = inputs_of("grounding", rng)
+  module = GroundingTransformer(
+    CHANNELS, CHANNELS, CHANNELS, uniform_mixture=True, rngs=nnx.Rngs(0)
+  ).interaction
+  pi_BM = module.mixture_weights(module.key(coarse.values_BHWC), coarse.valid_BHW)
+  np.testing.assert_allclose(pi_BM, 1 / 4)
+
+  def mean(module, fine, coarse):
+    return jnp.mean(jnp.square(module(fine, coarse)))
+
+  gradient = nnx.jit(nnx.grad(mean))(module, fine, coarse)
+  assert np.abs(gradient["mixture"]["kernel"][...]).max() > 0
+
+
+def test_drop_block_can_rise_linearly(rng):
+  x = jnp.asarray(rng.standard_normal((4, 16, 16, CHANNELS)), jnp.float32)
+
+  def share_of_zeros(schedule, progress):
+    module = FeaturePyramidTransformer(
+      (CHANNELS,),
+      channels=CHANNELS,
+      keep_probability=0.7,
+      drop_block_schedule=schedule,
+      rngs=nnx.Rngs(0),
+    )
+    run = nnx.jit(lambda module, progress: module([x], key=jax.random.key(0), progress=progress))
+    return float(jnp.mean(run(module, progress)[0] == 0))
+
+  assert share_of_zeros("linear", 0.0) == 0
+  half, whole, constant = (
+    share_of_zeros(*case) for case in (("linear", 0.5), ("linear", 1.0), ("constant", 0.0))
+  )
+  assert 0.1 < half < 0.2 < whole < 0.35
+  assert whole == constant
+
+
+def test_a_wide_baseline_has_as_many_parameters():
+  def count(**options):
+    structure = skeleton(
+      lambda: FeaturePyramidTransformer((48,) * 4, channels=48, rngs=nnx.Rngs(0), **options)
+    )
+    return sum(np.prod(structure.shapes[name].shape) for name in structure.parameters())
+
+  none = dict(self_transformer=False, grounding_transformer=False, rendering_transformer=False)
+  assert count(wide=True, **none) == pytest.approx(count(), rel=0.01)
+  assert count(**none) < count() / 8
 
 
 @pytest.mark.parametrize("sizes", [((8, 8), (4, 4), (2, 2)), ((25, 17), (13, 9)), ((6, 5),)])
@@ -199,6 +313,10 @@ def test_arguments_that_do_not_fit_are_refused(rng):
     FeaturePyramidTransformer((8,), channels=8, scope="near", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="parts=3"):
     FeaturePyramidTransformer((8,), channels=8, self_parts=3, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="wide=True is a baseline without transformers"):
+    FeaturePyramidTransformer((8, 8), channels=8, wide=True, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="norm='none': similarity_norm='levels' and output_norm"):
+    FeaturePyramidTransformer((8, 8), channels=8, norm="none", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="gate 'relu' does not exist"):
     FeaturePyramidTransformer((8, 8), channels=8, gate="relu", rngs=nnx.Rngs(0))
   module = FeaturePyramidTransformer((8, 8), channels=8, rngs=nnx.Rngs(0))

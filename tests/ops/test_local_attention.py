@@ -11,13 +11,14 @@ from fpt_jax.ops.mos_attention import mos_attention
 TOLERANCE = 2e-6
 
 
-def oracle(q, k, v, pi, dout, window, similarity, scale, valid):
+def oracle(q, k, v, pi, dout, window, similarity, scale, valid, outside="zero"):
   """For each query, eq. 2 to 5 on its window of the zero-padded map, and their gradients."""
   q, k, v, pi, dout = (np.asarray(x, np.float64) for x in (q, k, v, pi, dout))
   B, H, W, M, _ = q.shape
   h, w = k.shape[1:3]
   margin = window // 2
   around = [(0, 0), (margin, margin), (margin, margin)]
+  part_Bhw = np.pad(valid, around) if outside == "masked" else None
   k = np.pad(k * valid[..., None, None], [*around, (0, 0), (0, 0)])
   v = np.pad(v * valid[..., None], [*around, (0, 0)])
   out, dq, dk, dv, dpi = np.zeros_like(dout), *(np.zeros_like(x) for x in (q, k, v, pi))
@@ -30,7 +31,9 @@ def oracle(q, k, v, pi, dout, window, similarity, scale, valid):
       away = k_m - q_m
       s = scale * (k_m @ q_m if similarity == "dot" else -np.sum(away**2, -1))
       p = np.exp(s - s.max())
-      p /= p.sum()
+      if part_Bhw is not None:
+        p = np.where(part_Bhw[b, rows, columns], p, 0)
+      p /= max(p.sum(), 1e-300)
       weights += pi[b, m] * p
       dpi[b, m] += np.sum(p * dw)
       ds = (scale * pi[b, m] * p * (dw - np.sum(p * dw)))[..., None]
@@ -60,6 +63,7 @@ def value_and_gradients(q, k, v, pi, dout, **options):
   return run(q, k, v, pi, dout)
 
 
+@pytest.mark.parametrize("outside", ["zero", "masked"])
 @pytest.mark.parametrize("implementation", ["naive", "tiled"])
 @pytest.mark.parametrize(
   ("similarity", "sizes", "window", "masked"),
@@ -73,15 +77,15 @@ def value_and_gradients(q, k, v, pi, dout, **options):
     ("dot", (1, 3, 2, 1, 1, 3, 2, 2), 7, False),  # a window far larger than the map
   ],
 )
-def test_equals_the_equations(implementation, similarity, sizes, window, masked):
+def test_equals_the_equations(implementation, outside, similarity, sizes, window, masked):
   inputs, valid = draw(*sizes)
   scale = sizes[6] ** -0.5
-  options = {"window": window, "similarity": similarity, "scale": scale}
+  options = {"window": window, "similarity": similarity, "scale": scale, "outside": outside}
   mask = valid if masked else np.ones_like(valid)
   got = value_and_gradients(
     *inputs, key_valid_Bhw=mask if masked else None, implementation=implementation, **options
   )
-  want = oracle(*inputs, window, similarity, scale, mask)
+  want = oracle(*inputs, window, similarity, scale, mask, outside)
   for name, g, w in zip(("out", "dq", "dk", "dv", "dpi"), got, want, strict=True):
     assert g.shape == w.shape, name
     assert np.abs(np.asarray(g) - w).max() <= TOLERANCE * np.abs(w).max() + 1e-12, name

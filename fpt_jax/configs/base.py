@@ -67,6 +67,9 @@ def add_data(config: ConfigDict) -> None:
   builder.val_size = placeholder(int)  # context_shapes: number of validation images
   builder.image_size = placeholder(int)  # context_shapes: side of an image, pixels
   builder.seed = placeholder(int)  # context_shapes: seed of the drawings
+  builder.beacons = placeholder(
+    str
+  )  # context_shapes: what tells circles from squares: color or shape
 
 
 def add_model(config: ConfigDict) -> None:

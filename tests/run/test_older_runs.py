@@ -12,17 +12,28 @@ from fpt_jax.predict import predict, subjects_of_split
 from fpt_jax.run.config_file import read_config
 from fpt_jax.train import train
 from tests.conftest import GOLDEN
-from tests.runs import losses_by_step, shared_data_dir
+from tests.runs import losses_by_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def unpacked(name, folder):
-  """Unpacks a run into a folder and returns its config, with the records that all tests share."""
-  with tarfile.open(GOLDEN / "runs" / f"{name}.tar.gz") as archive:
-    archive.extractall(folder, filter="data")
+  """Unpacks a run and its data into a folder and returns its config.
+
+  The generated images of that version are no longer drawn: the data are read from files.
+  """
+  for archive_name, place in ((name, folder), ("data", folder / "data")):
+    with tarfile.open(GOLDEN / "runs" / f"{archive_name}.tar.gz") as archive:
+      archive.extractall(place, filter="data")
   config = json.loads((folder / "config.json").read_text())
-  config["data"]["data_dir"] = shared_data_dir()
+  if name == "detection":
+    splits = {split: [f"{split}.json", f"images/{split}"] for split in ("train", "val")}
+    read_from = {"name": "coco", "builder": {"splits": splits}}
+  else:
+    class_names = config["model"]["class_names"]
+    read_from = {"name": "image_folder", "builder": {"class_names": class_names}}
+  read_from |= {"source": str(folder / "data"), "data_dir": str(folder / "records")}
+  config["data"] |= read_from
   (folder / "config.json").write_text(json.dumps(config))
   config = read_config(str(folder))
   if not data.is_prepared(config.data):

@@ -115,15 +115,11 @@ def test_the_kind_changes_nothing_but_the_beacon(beacons, image_id):
   circle, square = (draw_example(image_id, 128, 0, beacons, kind) for kind in (CIRCLE, SQUARE))
   x0, y0, x1, y1 = beacon_of(square)["bbox"].astype(int)
   # JPEG compresses 16 x 16 pixels together, and enlarging its colours reads one pixel more
-  x0, y0, x1, y1 = (
-    x0 // 16 * 16 - 2,
-    y0 // 16 * 16 - 2,
-    -(-x1 // 16) * 16 + 2,
-    -(-y1 // 16) * 16 + 2,
-  )
+  low_x, low_y = (max(v // 16 * 16 - 2, 0) for v in (x0, y0))
+  high_x, high_y = (-(-v // 16) * 16 + 2 for v in (x1, y1))
   one, other = (decode_image(e["image"]).astype(int) for e in (circle, square))
-  assert np.abs(one - other)[max(y0, 0) : y1, max(x0, 0) : x1].max() > 50
-  one[max(y0, 0) : y1, max(x0, 0) : x1] = other[max(y0, 0) : y1, max(x0, 0) : x1] = 0
+  assert np.abs(one - other)[low_y:high_y, low_x:high_x].max() > 50
+  one[low_y:high_y, low_x:high_x] = other[low_y:high_y, low_x:high_x] = 0
   np.testing.assert_array_equal(one, other)
   changed = {CIRCLE: SQUARE, OF_CIRCLE: OF_SQUARE}
   for a, b in zip(circle["objects"], square["objects"], strict=True):

@@ -2,8 +2,8 @@
 
 An image has one beacon, a circle or a square, and far from it small grey discs, the satellites. All
 satellites look the same: only the beacon tells whether they are satellites of a circle or of a square.
-Whole layout, greys and noise are drawn without regard to the beacon's kind, so that two images which differ
-in the kind alone are equal everywhere but at the beacon. Large triangles have a fine texture.
+The layout, the greys and the noise are drawn without regard to the beacon's kind: two images that differ in
+the kind alone are equal everywhere but at the beacon. Large triangles have a fine texture.
 
 The annotations ask three questions. What is known without context:
 
@@ -14,16 +14,16 @@ The annotations ask three questions. What is known without context:
     patchwork of reddish and bluish cells, of which 80 % are of the kind's colour: one cell is wrong one time
     in five, while one position of a coarse level averages many. Fine levels must interact with coarse ones,
     or with many positions of the beacon. Its outline tells the kind as well, at the corners of a square.
-  "fine", triangles: stripes and checks have the same mean colour and contrast, so that an average over a few
-    of their periods (1/16 of the image's side) tells nothing. A triangle's size belongs to a coarse level,
-    which knows the texture only from finer ones, or from what its own features kept of it.
+  "fine", triangles: stripes and checks have the same mean colour and contrast, and a period of four pixels
+    in an image of 128 x 128, so that an average over a few periods tells nothing. A triangle of this size
+    belongs to a coarse level, which knows the texture from finer ones, or from what its features kept of it.
 
-Features of a deep backbone have context of their own: a position whose receptive field covers satellite and
-beacon can answer every question without FPT, if it learns to. How well it does is the baseline's score.
+The features of a deep backbone have context of their own: a position whose receptive field covers satellite
+and beacon can answer every question without FPT. How well it learns to is the score of the baseline.
 
 With `beacons="shape"`, the colours are random, and only the outline tells the kind.
 
-Crowds are many tiny satellites under one annotation; they ask no question.
+A crowd is a cluster of tiny satellites under one annotation. It asks no question.
 
 Shapes: H W rows and columns, C cells of a patchwork.
 """

@@ -1,8 +1,9 @@
 """The accuracy of questions, against values computed by hand."""
 
+import ml_collections
 import pytest
 
-from fpt_jax.tasks.detection import context_accuracy
+from fpt_jax.tasks.detection import batches, context_accuracy, evaluation
 
 OF_CIRCLE, OF_SQUARE, STRIPED, CHECKED, CIRCLE = 5, 6, 3, 4, 1
 BOX = [10.0, 20.0, 10.0, 10.0]
@@ -101,3 +102,25 @@ def test_line_for_the_log():
   satellites = "satellites 93.1 (same level 95.0, coarse 91.2)"
   assert line == f"context: {satellites}, fine texture 88.0, other 1.0"
   assert context_accuracy.format_line({"context/fine": 7.0}) == "context: fine texture 7.0"
+
+
+def test_evaluation_of_context_shapes_has_the_questions(shapes, tmp_path):
+  """Results that are right but for the satellites' kinds."""
+  truth = batches.coco_ground_truth(shapes, "train+val")
+  results = []
+  for annotation in truth["annotations"]:
+    if not annotation["iscrowd"]:
+      category = annotation["category_id"]
+      category = OF_SQUARE if category == OF_CIRCLE else category
+      results.append(found(annotation["image_id"], category, 0.9, annotation["bbox"]))
+  config = ml_collections.ConfigDict({"model": {"mask_head": {"enabled": False}}, "data": shapes})
+  metrics = evaluation.score(config, truth, results, str(tmp_path))
+  satellites = [
+    annotation
+    for annotation in truth["annotations"]
+    if annotation["category_id"] in (OF_CIRCLE, OF_SQUARE) and not annotation["iscrowd"]
+  ]
+  squares = sum(annotation["category_id"] == OF_SQUARE for annotation in satellites)
+  assert metrics["context/accuracy"] == pytest.approx(100 * squares / len(satellites))
+  assert metrics["context/fine"] == 100
+  assert {"context/same_level", "context/coarse", "bbox/AP"} < set(metrics)

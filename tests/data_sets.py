@@ -128,6 +128,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDic
     short_edge=64,
     long_edge=64,
     buckets=((64, 64),),
+    max_instances=9,
     builder={"train_size": 23, "val_size": 5, "image_size": 64},
   )
   data.prepare(shapes)

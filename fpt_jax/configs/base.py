@@ -67,6 +67,8 @@ def add_data(config: ConfigDict) -> None:
   builder.val_size = placeholder(int)  # context_shapes: number of validation images
   builder.image_size = placeholder(int)  # context_shapes: side of an image, pixels
   builder.seed = placeholder(int)  # context_shapes: seed of the drawings
+  # context_shapes: what tells the beacons' kinds apart: color (and shape), or shape alone
+  builder.beacons = placeholder(str)
 
 
 def add_model(config: ConfigDict) -> None:

@@ -167,7 +167,7 @@ def demo(config: ConfigDict) -> None:
   config.data.name = "context_shapes"
   config.data.short_edge = config.data.long_edge = 128
   config.data.buckets = ((128, 128),)
-  config.data.max_instances = 8
+  config.data.max_instances = 9  # a beacon, two triangles and six satellites
   config.steps = 300
   config.model.canonical_size = 224.0
   config.model.backbone.width = 16

@@ -105,7 +105,7 @@ def demo(config: ConfigDict) -> None:
   config.data.buckets = ((128, 128),)
   config.batch_size = 8
   config.steps = 300
-  config.model.update(dict(num_classes=6, class_weights=()))
+  config.model.update(dict(num_classes=7, class_weights=()))
   config.model.auxiliary.weight = 0.4
   config.model.backbone.update(
     dict(name="resnet18", width=16, norm="sync_bn", frozen=False, output_stride=8)

@@ -5,6 +5,7 @@ G ground truths (instances), m = `BITMAP` pixels along each side of an instance'
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -28,7 +29,8 @@ class Record:
     labels: int32 [G], 1..num_classes.
     crowd: bool [G], True for a region of many instances, which is never trained on.
     annotation_ids: int64 [G], ids of the annotations in the data set.
-    annotations: JSON of `segmentation`, `bbox` and `area` as in the annotation file, [G].
+    annotations: JSON of `segmentation`, `bbox` and `area` as in the annotation file, and of any further
+      fields, [G].
     bitmaps: packed bits of the m x m masks relative to the boxes, [G]; see `unpack_bitmaps`.
   """
 
@@ -69,6 +71,7 @@ def encode_object(
   area: float,
   segmentation: list | dict,
   bitmap_mm: np.ndarray,
+  extra: Mapping[str, object] | None = None,
 ) -> dict:
   """Returns an instance in the form of `features()["objects"]`.
 
@@ -81,8 +84,9 @@ def encode_object(
     area: number of pixels, as in the annotation file.
     segmentation: polygons or run lengths, as in the annotation file.
     bitmap_mm: mask relative to `box`, uint8 0/1.
+    extra: further fields of the annotation, of any type that JSON has.
   """
-  annotation = {"segmentation": segmentation, "bbox": bbox_xywh, "area": area}
+  annotation = {"segmentation": segmentation, "bbox": bbox_xywh, "area": area, **(extra or {})}
   return {
     "bbox": np.asarray(box, np.float32),
     "label": label,
@@ -120,7 +124,7 @@ def parse(serialized: bytes) -> Record:
 
 
 def decode_annotation(annotation: bytes) -> dict:
-  """Returns an annotation's `segmentation`, `bbox` and `area` as in the annotation file."""
+  """Returns an annotation's `segmentation`, `bbox`, `area` and further fields, see `encode_object`."""
   return json.loads(annotation)
 
 

@@ -135,7 +135,7 @@ def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
 
   Returns:
     COCO's `images`, `annotations` (segmentation, area, iscrowd, bbox as x, y, w, h, category_id as
-    in the data set's file) and `categories`.
+    in the data set's file, and any further fields of the record) and `categories`.
 
   Raises:
     UserError: the data are not prepared, or a record cannot be read.

@@ -14,7 +14,7 @@ from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding
 from fpt_jax.run.folder import run_folder
 from fpt_jax.run.progress import Progress
-from fpt_jax.tasks.detection import batches, coco_ap, views
+from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
 from fpt_jax.tasks.detection.prediction import to_original_image
 
 RESULTS_FILE = "eval/coco_instances_results.json"
@@ -39,7 +39,8 @@ def evaluate(
     workdir: folder of the run.
 
   Returns:
-    "bbox/AP", "segm/AP50", ..., x100; the same on every host.
+    "bbox/AP", "segm/AP50", ..., x100; with annotations that ask questions also "context/accuracy", ..., see
+    `context_accuracy.evaluate`. They are the same on every host.
   """
   detect = views.detector(config, structure, sharding.replicated(mesh))
   split = config.data.eval_split
@@ -74,9 +75,10 @@ def evaluate(
 
 
 def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: str) -> dict:
-  """Writes the results file, logs the table, and returns the metrics."""
+  """Writes the results file, logs the metrics, and returns them."""
   iou_types = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
   metrics = coco_ap.evaluate(ground_truth, results, iou_types)
+  context = context_accuracy.evaluate(ground_truth, results)
   if jax.process_index() == 0:
     path = run_folder(workdir) / RESULTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,4 +88,6 @@ def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: 
       *(config.data.eval_split, len(results), len(ground_truth["images"])),
       coco_ap.format_table(metrics),
     )
-  return metrics
+    if context:
+      logging.info("%s", context_accuracy.format_line(context))
+  return metrics | context

@@ -350,7 +350,7 @@ def test_lip_is_found_in_the_folders_of_its_archives(tmp_path):
 def test_context_shapes_have_label_maps(shapes):
   info = data.info(shapes)
   assert info.class_names == ("background", *info.category_names)
-  assert len(info.palette) == info.num_classes == 6
+  assert len(info.palette) == info.num_classes == 7
   reader = Reader(shapes, "val")
   for i, (_, _, label_HW) in enumerate(images(shapes, "val")):
     record = reader.read(i)

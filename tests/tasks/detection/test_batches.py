@@ -49,10 +49,10 @@ def test_shapes_and_dtypes_of_a_batch(shapes):
     "original_size_B2": ((2, 2), "int32"),
     "image_id_B": ((2,), "int64"),
     "valid_B": ((2,), "bool"),
-    "gt_boxes_BG4": ((2, 4, 4), "float32"),
-    "gt_labels_BG": ((2, 4), "int32"),
-    "gt_masks_BGmm": ((2, 4, 112, 112), "uint8"),
-    "gt_valid_BG": ((2, 4), "bool"),
+    "gt_boxes_BG4": ((2, 9, 4), "float32"),
+    "gt_labels_BG": ((2, 9), "int32"),
+    "gt_masks_BGmm": ((2, 9, 112, 112), "uint8"),
+    "gt_valid_BG": ((2, 9), "bool"),
   }
 
 

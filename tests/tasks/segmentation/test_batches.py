@@ -298,7 +298,7 @@ def test_context_shapes_serve_both_tasks(shapes):
   assert batch["image_BHWC"].shape == (2, 64, 64, 3)
   with eval_batches(config, "val", batch_size=5) as batches:
     (batch,) = batches
-  assert set(np.unique(batch["label_BHW"])) <= set(range(6)) and 0 in batch["label_BHW"]
+  assert set(np.unique(batch["label_BHW"])) <= set(range(7)) and 0 in batch["label_BHW"]
   (detection,) = _take(detection_batches.eval_batches(shapes, "val", batch_size=5), 1)
   np.testing.assert_array_equal(batch["image_BHWC"], detection["image_BHWC"])
   for b in range(5):

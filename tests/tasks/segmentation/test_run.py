@@ -31,8 +31,8 @@ def test_files_that_a_run_writes(finished):
   assert set(losses) == {1, 2, 3}
   assert all(set(e) == {"loss_seg", "loss_aux", "total_loss"} for e in losses.values())
   model = json.loads((workdir / "config.json").read_text())["model"]
-  assert model["num_classes"] == 6 and model["class_names"][:2] == ["background", "circle"]
-  assert len(model["palette"]) == 6
+  assert model["num_classes"] == 7 and model["class_names"][:2] == ["background", "circle"]
+  assert len(model["palette"]) == 7
   assert {"mIoU", "mAcc", "aAcc", "IoU/background"} <= set(metrics)
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
   assert last["step"] == 3 and last["mIoU"] == metrics["mIoU"]
@@ -54,7 +54,7 @@ def test_predictions_equal_those_of_evaluation(finished, rng):
   assert 100 * right / labelled == pytest.approx(metrics["aAcc"], abs=0.05)
   odd = rng.integers(0, 255, (37, 51, 3), np.uint8)
   (found,) = restored.predict([odd])
-  assert found["label_map"].shape == (37, 51) and found["label_map"].max() < 6
+  assert found["label_map"].shape == (37, 51) and found["label_map"].max() < 7
 
 
 def test_a_window_of_the_images_size_changes_no_metric(finished):
@@ -66,7 +66,7 @@ def test_a_window_of_the_images_size_changes_no_metric(finished):
   arguments = (restored.config, restored.structure, arrays, mesh, str(workdir))
   np.testing.assert_equal(segmentation.evaluate(*arguments), metrics)  # nan is nan
   restored.config.eval.submission = True
-  with pytest.raises(UserError, match=r"not for data\.name='context_shapes' with 6 classes"):
+  with pytest.raises(UserError, match=r"not for data\.name='context_shapes' with 7 classes"):
     segmentation.evaluate(*arguments)
 
 
@@ -88,7 +88,7 @@ def test_pictures_of_predictions(finished, tmp_path):
 
 def test_other_classes_are_reported(finished):
   workdir, _ = finished
-  names = ("background", "circle", "square", "triangle", "cat", "dog")
+  names = ("background", "circle", "square", "striped triangle", "checked triangle", "cat", "dog")
   config = tiny_segmentation_config("fpt=none", steps=3, model__class_names=names)
   with pytest.raises(
     UserError, match=r"classes \['satellite of circle', .*that the model does not have"

@@ -47,9 +47,9 @@ class NonLocal(nnx.Module):
   starts at zero. Where the normalisation would not be trained ("frozen_bn", "none"), it is left out, and
   W_z itself starts at zero. Keys and values are not subsampled.
 
-  In a frozen backbone, the block is trained but called with `train=False`, as everything around it. A batch
-  normalisation then uses its running statistics, which remain 0 and 1: it is a trained scale and bias per
-  channel.
+  The normalisation of a block in a frozen backbone has statistics of its own, so it uses those of the batch
+  in training, unlike the frozen ones around it. With its initial statistics 0 and 1 instead, the scale would
+  learn much more slowly, because W_z has small outputs.
 
   Args:
     channels: input and output channels C; there are half as many inner channels (section 3.3).

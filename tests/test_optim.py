@@ -73,10 +73,10 @@ def test_a_frozen_backbone_is_not_trained():
     optim.trainable(config, names)
 
 
-@pytest.mark.parametrize(("suffix", "count"), [("nl", 8), ("gc", 210), ("aa", 120)])
+@pytest.mark.parametrize(("suffix", "count"), [("nl", 8), ("gc", 42), ("aa", 24)])
 def test_context_blocks_of_a_frozen_backbone_are_trained(suffix, count):
-  """Table 3: the parameters that the plain ResNet-101 does not have."""
-  config = coco_mask.get_config(f"backbone=resnet101_{suffix},fpt=none")
+  """The parameters that a plain ResNet does not have: 8, 7 in each of 6 blocks, and 4 in each of them."""
+  config = coco_mask.get_config(f"backbone=resnet18_{suffix},fpt=none")
   assert config.model.backbone.frozen
   parameters = models.structure_of(config).parameters()
   backbone = {n for n in parameters if n.startswith("backbone.")}

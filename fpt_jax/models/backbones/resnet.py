@@ -175,7 +175,7 @@ class ResNet(nnx.Module):
       al. 2019, section 4.1); "attention_augmented": the 3x3 convolutions of C3 to C5, with attention on a
       coarser grid where the stride is 8 (Bello et al. 2019, section 4.2); or "none". The arrays that a
       plain ResNet does not have are below an attribute `context`.
-    frozen: whether all but the context blocks is frozen: it uses its running statistics in training too.
+    frozen: whether everything but the context blocks is frozen, with its running statistics in training too.
     stride_in: convolution of a bottleneck with the stride: "3x3" as in torchvision, or "1x1" as in the
       paper and in weights from Caffe.
     output_stride: stride of C5, pixels: 32, 16 or 8. Stages that would exceed it have dilations 2 and 4

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import optax
 
 from fpt_jax.errors import UserError
+from fpt_jax.models.backbones.context_blocks import in_context_block
+from fpt_jax.models.state import within
 
 
 def total_steps(config) -> int:
@@ -49,22 +51,31 @@ def schedule(config) -> optax.Schedule:
 def trainable(config, parameters: set[str]) -> set[str]:
   """Returns the names of the trained parameters: all but those that the config freezes.
 
+  `config.model.backbone.frozen` freezes what a pretrained network has. Context blocks are in no file of
+  weights, so they are trained in a frozen backbone too. A name in `config.optim.frozen` freezes everything
+  below it.
+
+  Args:
+    config: a complete config.
+    parameters: names of all parameters (`Skeleton.parameters`).
+
   Raises:
     UserError: no parameter begins with a name in `config.optim.frozen`.
   """
-  frozen = (*config.optim.frozen, *(("backbone",) if config.model.backbone.frozen else ()))
   for module in config.optim.frozen:
-    if not any(_is_in(module, name) for name in parameters):
+    if not any(within(name, module) for name in parameters):
       raise UserError(
         f"config.optim.frozen has {module!r}, but no parameter begins with it; --mode=analyze lists "
         "the modules"
       )
-  return {name for name in parameters if not any(_is_in(module, name) for module in frozen)}
 
+  def is_frozen(name: str) -> bool:
+    if any(within(name, module) for module in config.optim.frozen):
+      return True
+    pretrained = within(name, "backbone") and not in_context_block(name)
+    return pretrained and config.model.backbone.frozen
 
-def _is_in(module: str, name: str) -> bool:
-  """Whether a parameter belongs to a module, both named by paths with dots."""
-  return f"{name}.".startswith(f"{module}.")
+  return {name for name in parameters if not is_frozen(name)}
 
 
 def optimizer(config) -> optax.GradientTransformation:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from fpt_jax import data, models, optim
 from fpt_jax.errors import UserError
-from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays
+from fpt_jax.models.backbones.context_blocks import in_context_block
+from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.config_file import check_same_model, has_config, read_config, write_config
 from fpt_jax.run.metrics import MetricsWriter, has_metric
@@ -201,11 +202,12 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
       "%d arrays are not in %s and start from random values, %s first",
       *(len(fresh), config.init_from, fresh[0]),
     )
-  if config.model.backbone.frozen and any(n.startswith("backbone.") for n in fresh):
+  missing = [n for n in fresh if within(n, "backbone") and not in_context_block(n)]
+  if config.model.backbone.frozen and missing:
     logging.warning(
-      "the backbone is frozen, and a part of it is not in %s; --config.model.backbone.frozen=False "
-      "trains it",
-      config.init_from,
+      "the backbone is frozen, and %d of its arrays are not in %s, %s first; import weights with this "
+      "run's config, or train them with --config.model.backbone.frozen=False",
+      *(len(missing), config.init_from, missing[0]),
     )
   return arrays | loaded
 

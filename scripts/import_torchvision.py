@@ -29,7 +29,9 @@ that were converted from Caffe, give them:
 
 Mean and standard deviation are those of red, green and blue in 0..1, in this order for both channel orders.
 
-Context blocks (non_local, global_context) keep their initial weights, with which they are the identity.
+Context blocks (non_local, global_context, attention_augmented) are in no such file. They keep their initial
+weights and are trained, also in a frozen backbone. Non-local and global context blocks start as the identity.
+Attention replaces the last output channels of a convolution, so an augmented one gets the first channels.
 
 The file is a .pth (read without torch), .safetensors or .npz file.
 """
@@ -49,7 +51,7 @@ from fpt_jax.configs import benchmarks
 from fpt_jax.errors import UserError
 from fpt_jax.models.backbones.resnet import STRIDES_IN
 from fpt_jax.models.preprocess import CHANNEL_ORDERS
-from fpt_jax.models.state import initial_arrays
+from fpt_jax.models.state import initial_arrays, within
 from fpt_jax.run import checkpoints, command_line
 from fpt_jax.run.config_file import has_config, write_config
 from fpt_jax.weights.families import Family, check_family, family_of
@@ -97,7 +99,14 @@ def main() -> None:
   checkpoints.save(saved, 0, arrays)
   checkpoints.finish(saved)
   saved.close()
-  logging.info("%d of %d arrays imported into %s", len(imported), len(arrays), workdir)
+  others = {
+    "the backbone's context blocks" if within(name, "backbone") else name.split(".")[0]
+    for name in arrays.keys() - imported.keys()
+  }
+  logging.info(
+    "%d of %d arrays imported into %s; not in the file, initial values: %s",
+    *(len(imported), len(arrays), workdir, ", ".join(sorted(others)) or "none"),
+  )
 
 
 def set_preprocessing(model: ConfigDict, family: Family) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from fpt_jax import optim
+from fpt_jax import models, optim
 from fpt_jax.configs import cityscapes, coco_box, coco_mask
 from fpt_jax.errors import UserError
 
@@ -71,6 +71,26 @@ def test_a_frozen_backbone_is_not_trained():
   config.optim.frozen = ("fpt.fus",)
   with pytest.raises(UserError, match="but no parameter begins with it"):
     optim.trainable(config, names)
+
+
+@pytest.mark.parametrize(("suffix", "count"), [("nl", 8), ("gc", 42), ("aa", 24)])
+def test_context_blocks_of_a_frozen_backbone_are_trained(suffix, count):
+  """The parameters that a plain ResNet does not have: 8, 7 in each of 6 blocks, and 4 in each of them."""
+  config = coco_mask.get_config(f"backbone=resnet18_{suffix},fpt=none")
+  assert config.model.backbone.frozen
+  parameters = models.structure_of(config).parameters()
+  backbone = {n for n in parameters if n.startswith("backbone.")}
+  trained = optim.trainable(config, parameters)
+  inside = trained & backbone
+  assert len(inside) == count and trained - inside == parameters - backbone
+  assert all(".context." in n for n in inside) and not any(
+    ".context." in n for n in backbone - inside
+  )
+  config.optim.frozen = ("backbone",)
+  assert optim.trainable(config, parameters) == parameters - backbone
+  config.optim.frozen = ("backbone.context",) if suffix == "nl" else ("backbone.stages.2",)
+  kept = {n for n in inside if n.startswith(config.optim.frozen)}
+  assert kept and optim.trainable(config, parameters) == trained - kept
 
 
 def test_poly_schedule():

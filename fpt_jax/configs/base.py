@@ -93,7 +93,8 @@ def add_model(config: ConfigDict) -> None:
   backbone.context = "none"
   # normalisation in the backbone: frozen_bn, sync_bn, bn (statistics per device), group_norm or none
   backbone.norm = "frozen_bn"
-  backbone.frozen = True  # keep the weights of the backbone as they are
+  # keep the pretrained weights of the backbone as they are; its context blocks are trained nevertheless
+  backbone.frozen = True
   pyramid = model.pyramid = ConfigDict()
   # name of the pyramid; detection: bfp, fpn, bpa or bfi; segmentation: ufp, ppm, aspp, afnb or none
   pyramid.name = "bfp"

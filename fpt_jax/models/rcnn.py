@@ -95,10 +95,9 @@ class RCNN(nnx.Module):
     Returns:
       As `features`.
     """
-    train_backbone = key is not None and not self.config.backbone.frozen
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("backbone"):
-      levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train_backbone)
+      levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=key is not None)
     with jax.named_scope("level_norms"):
       levels = tuple(
         level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=key is not None))

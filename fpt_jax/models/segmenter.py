@@ -62,11 +62,10 @@ class Segmenter(nnx.Module):
     Args:
       image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
-      train: use and update batch statistics, unless the backbone is frozen.
+      train: use and update batch statistics, except those of a frozen backbone.
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
-    train = train and not self.config.backbone.frozen
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 

@@ -78,6 +78,8 @@ def to_our_layout(name: str) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarr
     return _flattened_linear
   if name.endswith("deconv.kernel"):
     return _deconvolution
+  if name.endswith("conv2.conv.kernel"):
+    return _first_channels
   return _plain
 
 
@@ -87,6 +89,11 @@ def _plain(array, shape):
   elif array.ndim == 2:
     array = array.T
   return array if array.shape == shape else None
+
+
+def _first_channels(array, shape):
+  """Converts the first output channels of a convolution; attention has replaced the others."""
+  return _plain(array[: shape[-1]], shape)
 
 
 def _flattened_linear(array, shape):

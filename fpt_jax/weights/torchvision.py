@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed
 
 # (our name, torchvision's name); the first one that matches is applied
@@ -35,8 +36,6 @@ _RESNET = (
   (r"shortcut\.bn\.", "downsample.1."),
   *NORM_NAMES,
 )
-# Our arrays without a counterpart in torchvision: context blocks, which start as the identity.
-_CONTEXT = re.compile(r"(^|\.)context\.")
 # Tensors without a counterpart in our models: counters, and the classifier of a ResNet.
 _IGNORED = re.compile(r"num_batches_tracked$|^fc\.")
 
@@ -63,7 +62,8 @@ def from_torchvision(
   Args:
     state_dict: tensors of a ResNet or of a whole maskrcnn_resnet50_fpn by name, in torch's layouts.
     shapes: shapes of our model by name (`Skeleton.shapes`). A ResNet's tensors fill the names under
-      "backbone.", or all names if the model is a ResNet alone; context blocks are never filled.
+      "backbone.", or all names if the model is a ResNet alone. Context blocks are not filled. The
+      convolution in an attention-augmented one gets the first output channels of the tensor.
 
   Returns:
     Arrays by our names.
@@ -76,7 +76,7 @@ def from_torchvision(
   wanted = {
     name: shape
     for name, shape in shapes.items()
-    if (detector or bare or name.startswith("backbone.")) and not _CONTEXT.search(name)
+    if (detector or bare or name.startswith("backbone.")) and not in_context_block(name)
   }
   return fit(
     state_dict,

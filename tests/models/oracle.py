@@ -30,9 +30,14 @@ def batch_norm(x, arrays, name, epsilon=1e-5):
 
 def randomised(module, rng) -> dict[str, jax.Array]:
   """Returns random float32 arrays for a module, since many initial values are zero or one."""
+  return random_arrays(arrays_of(module), rng)
+
+
+def random_arrays(shapes, rng) -> dict[str, jax.Array]:
+  """Like `randomised`, for arrays or shapes by name."""
   arrays = {}
-  for name, value in arrays_of(module).items():
-    spread = np.sqrt(2 / max(1, np.prod(value.shape[:-1]))) if value.ndim > 1 else 0.3
+  for name, value in shapes.items():
+    spread = np.sqrt(2 / max(1, np.prod(value.shape[:-1]))) if len(value.shape) > 1 else 0.3
     offset = 1.0 if name.endswith(("scale", "var")) else 0.0
     array = offset + spread * rng.uniform(-1, 1, value.shape)
     arrays[name] = jnp.asarray(array, jnp.float32)

@@ -1,5 +1,6 @@
 """The importer of pretrained weights, and the checks of a run that starts from them."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from fpt_jax import models
 from fpt_jax.configs import coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.models.preprocess import normalize
-from fpt_jax.run import sharding
+from fpt_jax.run import checkpoints, sharding
+from fpt_jax.run.config_file import write_config
 from fpt_jax.train import check_preprocessing, starting_arrays
 from fpt_jax.weights.families import FAMILIES, check_family, family_of
+from fpt_jax.weights.imported import write_imported
 from tests.golden.fill import fill
 from tests.runs import ROOT, importer
 
@@ -90,11 +93,15 @@ def test_the_script_makes_a_checkpoint(tmp_path):
     check_preprocessing(config, restored.config)
 
 
+@functools.cache
+def structure(arg):
+  return models.structure_of(coco_mask.get_config(arg))
+
+
 def convert(tensors, arg):
   family = family_of(tensors)
-  config = coco_mask.get_config(arg)
-  check_family(family, config.model.backbone.name)
-  return family.convert(tensors, models.structure_of(config).shapes)
+  check_family(family, coco_mask.get_config(arg).model.backbone.name)
+  return family.convert(tensors, structure(arg).shapes)
 
 
 def test_context_keeps_its_initial_weights():
@@ -102,8 +109,71 @@ def test_context_keeps_its_initial_weights():
   plain = convert(tensors, "demo")
   for arg in ("demo,backbone=resnet18_nl", "demo,backbone=resnet18_gc"):
     assert convert(tensors, arg).keys() == plain.keys()
-  with pytest.raises(UserError, match=r"layer2\.0\.conv2\.weight is \(32, 32, 3, 3\) and does not"):
+
+
+def test_an_augmented_convolution_gets_the_first_channels():
+  """Attention has the others, about a tenth and at least 8; the norm behind has all."""
+  tensors = resnet18(16)
+  augmented = convert(tensors, "demo,backbone=resnet18_aa")
+  backbone = {n for n in structure("demo,backbone=resnet18_aa").shapes if n.startswith("backbone.")}
+  missing = backbone - augmented.keys()
+  assert missing and all(".conv2.context." in n for n in missing)
+  cut = 0
+  for name, array in convert(tensors, "demo").items():
+    if name in augmented:
+      np.testing.assert_array_equal(augmented[name], array)
+    else:
+      kernel = augmented[name.replace("conv2.kernel", "conv2.conv.kernel")]
+      channels = {32: 24, 64: 56, 128: 112}[array.shape[-1]]
+      np.testing.assert_array_equal(kernel, array[..., :channels])
+      cut += 1
+  assert cut == 6  # two blocks in each of C3 to C5
+
+  tensors["layer3.1.conv2.weight"] = tensors["layer3.1.conv2.weight"][:, :8]
+  message = r"layer3\.1\.conv2\.weight is \(64, 8, 3, 3\) and does not fit"
+  with pytest.raises(UserError, match=message):
     convert(tensors, "demo,backbone=resnet18_aa")
+
+
+def zeros(arg):
+  return {n: jnp.zeros(s.shape, s.dtype) for n, s in structure(arg).shapes.items()}
+
+
+def imported(arg, folder):
+  """Writes a checkpoint as the script does, without random weights; returns its folder."""
+  converted = convert(resnet18(16), arg)
+  write_config(folder, coco_mask.get_config(arg))
+  write_imported(folder, converted)
+  saved = checkpoints.manager(folder)
+  checkpoints.save(saved, 0, zeros(arg) | {n: jnp.asarray(a) for n, a in converted.items()})
+  checkpoints.finish(saved)
+  saved.close()
+  return folder
+
+
+def test_only_pretrained_arrays_that_are_missing_are_warned_about(tmp_path, caplog, monkeypatch):
+  plain = imported("demo", str(tmp_path / "plain"))
+  augmented = imported("demo,backbone=resnet18_aa", str(tmp_path / "augmented"))
+  placement = sharding.replicated(sharding.mesh(1))
+  for folder, suffix, missing in (
+    (plain, "nl", False),
+    (plain, "gc", False),
+    (augmented, "aa", False),
+    (plain, "aa", True),
+  ):
+    arg = f"demo,backbone=resnet18_{suffix}"
+    monkeypatch.setattr("fpt_jax.train.initial_arrays", lambda _, arg=arg: zeros(arg))
+    config = coco_mask.get_config(arg)
+    config.model.backbone.frozen = True
+    config.init_from = folder
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+      start = starting_arrays(config, structure(arg), placement)
+    assert start.keys() == structure(arg).shapes.keys()
+    found = [r.getMessage() for r in caplog.records if "backbone is frozen" in r.getMessage()]
+    assert len(found) == missing
+  text = f"6 of its arrays are not in {plain}, backbone.stages.1.0.conv2.conv.kernel first"
+  assert text in found[0]
 
 
 def test_other_structures_are_named():

@@ -14,6 +14,7 @@ def resnet(config, **options) -> ResNet:
     width=config.width,
     norm=config.norm,
     context=config.context,
+    frozen=config.frozen,
     stride_in=config.stride_in,
     **options,
   )
@@ -26,7 +27,7 @@ def efficientnet_lite0(config, **options) -> EfficientNetLite0:
       f"backbone {config.name!r} has no context blocks; set context={config.context!r} to 'none', or choose "
       "a ResNet"
     )
-  return EfficientNetLite0(norm=config.norm, **options)
+  return EfficientNetLite0(norm=config.norm, frozen=config.frozen, **options)
 
 
 BACKBONES = dict.fromkeys(STAGE_BLOCKS, resnet) | {"efficientnet_lite0": efficientnet_lite0}

@@ -1,6 +1,7 @@
 """Context blocks inside a ResNet: Non-local, Global Context, Attention-Augmented convolution.
 
-Padded positions are never attended to.
+Padded positions are never attended to. A pretrained ResNet has no context blocks, so their arrays are not
+imported, and they are trained even where the backbone is frozen. `in_context_block` tells their names.
 
 Shapes: B batch, H W rows and columns, C channels, N heads, D channels of a head's keys, Q = K = H W
 positions, X channels of a head's keys plus the H + W rows and columns, M = 1.
@@ -24,6 +25,18 @@ MIN_KEY_CHANNELS = 20
 MAX_DISTANCE = 63
 
 
+def in_context_block(name: str) -> bool:
+  """Returns whether an array of a backbone belongs to a context block.
+
+  `resnet.py` and `AttentionAugmentedConv` keep everything that a plain ResNet does not have in attributes
+  with the name "context".
+
+  Args:
+    name: name of the array, such as "backbone.stages.1.0.conv2.context.qkv.kernel".
+  """
+  return "context" in name.split(".")
+
+
 class NonLocal(nnx.Module):
   """The non-local block, embedded Gaussian (Wang et al. 2018, section 3, eq. 6 and fig. 2).
 
@@ -33,6 +46,10 @@ class NonLocal(nnx.Module):
   as we do. The block starts as the identity (section 4.1): the scale of a trained normalisation after W_z
   starts at zero. Where the normalisation would not be trained ("frozen_bn", "none"), it is left out, and
   W_z itself starts at zero. Keys and values are not subsampled.
+
+  The normalisation of a block in a frozen backbone has statistics of its own, so it uses those of the batch
+  in training, unlike the frozen ones around it. With its initial statistics 0 and 1 instead, the scale would
+  learn much more slowly, because W_z has small outputs.
 
   Args:
     channels: input and output channels C; there are half as many inner channels (section 3.3).
@@ -133,6 +150,9 @@ class AttentionAugmentedConv(nnx.Module):
   positions before, bilinear interpolation after. In a strided block, which the paper does not specify,
   the same pooling gives attention the stride of the convolution. Position i of a pooled map lies on
   position 2i of the finer one, as with our convolutions, so interpolation is exact there.
+
+  The convolution's channels come first. With the weights of a plain ResNet, they are the first channels of
+  its convolution, and attention starts from random weights: the block does not start as a plain one.
 
   Args:
     in_channels, out_channels: channels of the input and the output.

@@ -122,6 +122,7 @@ class EfficientNetLite0(nnx.Module):
 
   Args:
     norm: normalisation, see `layers.Norm`; "frozen_bn" for pretrained backbones.
+    frozen: whether the network is frozen: it uses its running statistics in training too.
     output_stride: stride of the last level, pixels: 32, 16 or 8. Stages that would exceed it have
       dilations instead of strides, as in `ResNet`.
     classes: number of classes of an ImageNet classifier to build as well; 0 for none.
@@ -138,6 +139,7 @@ class EfficientNetLite0(nnx.Module):
     self,
     *,
     norm: str = "frozen_bn",
+    frozen: bool = False,
     output_stride: int = 32,
     classes: int = 0,
     dtype=jnp.float32,
@@ -169,6 +171,7 @@ class EfficientNetLite0(nnx.Module):
         in_channels = stage.channels
         dilation *= missing  # for the blocks after this one, as in `ResNet`
     self.blocks = nnx.List(blocks)
+    self.frozen = frozen
     self.classes = classes
     if classes:
       self.head = same_conv(in_channels, HEAD_CHANNELS, 1, options=options)
@@ -183,12 +186,13 @@ class EfficientNetLite0(nnx.Module):
     Args:
       image_BHWC: [B, H, W, 3] float, normalised, zero on padding.
       valid_BHW: [B, H, W] bool, the positions on the image.
-      train: use and update batch statistics where the norm has any.
+      train: use and update batch statistics where the norm has any and is not frozen.
 
     Returns:
       Four levels of strides 4, 8, 16, 32, or the output stride where that is smaller, with
       `self.channels` channels.
     """
+    train = train and not self.frozen
     valid = downsample_valid(valid_BHW, 2)
     y = nnx.relu6(self.stem_bn(self.stem(image_BHWC), valid_BHW=valid, train=train))
     x = FeatureMap(y, valid, 2)

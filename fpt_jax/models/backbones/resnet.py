@@ -173,7 +173,9 @@ class ResNet(nnx.Module):
     context: "non_local": one block before the last residual block of C4 (Wang et al. 2018, section 6);
       "global_context": a block in every residual block of C3 to C5, after its last normalisation (Cao et
       al. 2019, section 4.1); "attention_augmented": the 3x3 convolutions of C3 to C5, with attention on a
-      coarser grid where the stride is 8 (Bello et al. 2019, section 4.2); or "none".
+      coarser grid where the stride is 8 (Bello et al. 2019, section 4.2); or "none". The arrays that a
+      plain ResNet does not have are below an attribute `context`.
+    frozen: whether everything but the context blocks is frozen, with its running statistics in training too.
     stride_in: convolution of a bottleneck with the stride: "3x3" as in torchvision, or "1x1" as in the
       paper and in weights from Caffe.
     output_stride: stride of C5, pixels: 32, 16 or 8. Stages that would exceed it have dilations 2 and 4
@@ -195,6 +197,7 @@ class ResNet(nnx.Module):
     width: int = 64,
     norm: str = "frozen_bn",
     context: str = "none",
+    frozen: bool = False,
     stride_in: str = "3x3",
     output_stride: int = 32,
     classes: int = 0,
@@ -237,6 +240,7 @@ class ResNet(nnx.Module):
       stages.append(nnx.List(layers))
       channels += (in_channels,)
     self.channels = channels
+    self.frozen = frozen
     self.stages = nnx.List(stages)
     self.context = (
       NonLocal(self.channels[2], norm=norm, **options) if context == "non_local" else None
@@ -251,12 +255,13 @@ class ResNet(nnx.Module):
     Args:
       image_BHWC: [B, H, W, 3] float, normalised, zero on padding.
       valid_BHW: [B, H, W] bool, the positions on the image.
-      train: use and update batch statistics where the norm has any.
+      train: use and update batch statistics where the norm has any and is not frozen.
 
     Returns:
       Four levels of strides 4, 8, 16, 32, or the output stride where that is smaller, with
       `self.channels` channels.
     """
+    train_context, train = train, train and not self.frozen
     valid = downsample_valid(valid_BHW, 2)
     with jax.named_scope("conv1"):
       y = self.bn1(self.conv1(image_BHWC), valid_BHW=valid, train=train)
@@ -267,7 +272,7 @@ class ResNet(nnx.Module):
       for i, block in enumerate(stage):
         if self.context is not None and index == 2 and i == len(stage) - 1:
           with jax.named_scope("context"):
-            x = self.context(x, train=train)
+            x = self.context(x, train=train_context)
         with jax.named_scope(f"stages.{index}"):
           x = block(x, train=train)
       levels.append(x)

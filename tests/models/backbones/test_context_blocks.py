@@ -6,11 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from fpt_jax import models
-from fpt_jax.configs import coco_mask
+from fpt_jax import models, optim
+from fpt_jax.configs import cityscapes, coco_mask
 from fpt_jax.models.backbones import context_blocks
 from fpt_jax.models.backbones.context_blocks import (
   HEADS,
@@ -24,7 +25,8 @@ from fpt_jax.models.backbones.context_blocks import (
 from fpt_jax.models.backbones.resnet import ResNet
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.state import initial_arrays, skeleton
-from tests.models.oracle import assert_equals_reference, convolve, randomised
+from fpt_jax.train import make_train_step
+from tests.models.oracle import assert_equals_reference, convolve, random_arrays, randomised
 
 SIZES = np.array([[7, 5], [4, 3]], np.int32)  # of two images on a canvas of 7 x 5
 
@@ -329,6 +331,61 @@ def test_non_local_can_learn_with_every_norm(norm, rng):
   y, gradients = jax.jit(lambda block: (loss(block), nnx.grad(loss)(block)))(block)
   np.testing.assert_allclose(y, np.sum(x.astype(np.float64) ** 2), rtol=1e-5)  # the identity
   assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(nnx.state(gradients, nnx.Param)))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+  ("suffix", "norm", "last"),
+  [
+    ("nl", "frozen_bn", ("project.kernel", "project.bias")),
+    ("nl", "sync_bn", ("norm.norm.scale", "norm.norm.bias")),
+    ("gc", "frozen_bn", ("expand.kernel", "expand.bias")),
+    ("aa", "frozen_bn", ()),
+  ],
+)
+def test_a_frozen_backbone_trains_its_context_blocks(suffix, norm, last, rng):
+  """A block that starts as the identity moves its last layer first; the pretrained arrays never move."""
+  config = cityscapes.get_config(f"demo,pyramid=none,fpt=none,backbone=resnet18_{suffix}")
+  config.model.auxiliary.weight = 0.0
+  config.model.backbone.update(dict(width=16, norm=norm, frozen=True))
+  config.optim.update(dict(weight_decay=0.0, warmup_steps=0))
+  structure = models.structure_of(config)
+  arrays = random_arrays(structure.shapes, rng)
+  arrays |= {n: jnp.zeros_like(arrays[n]) for n in arrays if ".context." in n and n.endswith(last)}
+  names = optim.trainable(config, structure.parameters())
+  inside = {n for n in names if n.startswith("backbone.")}
+  assert inside and all(".context." in n for n in inside)
+  assert not any(".context." in n for n in structure.parameters() - names)
+
+  optimizer = optim.optimizer(config)
+  trained = {n: arrays[n] for n in names}
+  rest = {n: a for n, a in arrays.items() if n not in names}
+  state = {"trained": trained, "rest": rest, "optimizer": optimizer.init(trained)}
+  step = jax.jit(make_train_step(structure, optimizer, jax.random.key(0)))
+  batch = {
+    "image_BHWC": rng.integers(0, 256, (2, 64, 64, 3)).astype(np.float32),
+    "label_BHW": rng.integers(0, config.model.num_classes, (2, 64, 64)).astype(np.int32),
+    "size_B2": np.array([[64, 64], [64, 51]], np.int32),
+  }
+
+  def with_gradient():
+    momentum = optax.tree_utils.tree_get(state["optimizer"], "trace")
+    assert all(np.isfinite(momentum[n]).all() for n in names)
+    return {n for n in inside if momentum[n].any()}
+
+  state, _ = step(state, batch, 0)
+  assert with_gradient() == {n for n in inside if not last or n.endswith(last)}
+  state, _ = step(state, batch, 1)
+  # a softmax does not depend on the bias of its keys
+  assert inside - {"backbone.context.phi.bias"} <= with_gradient()
+  for n in inside:
+    moved = (state["trained"][n] != arrays[n]).any()
+    assert moved or not n.endswith(last or "project.kernel"), n
+  changed = {n for n in rest if (state["rest"][n] != arrays[n]).any()}
+  statistics = {f"backbone.context.norm.norm.{n}" for n in ("mean", "var")}
+  assert {n for n in changed if n.startswith("backbone.")} == (
+    statistics if norm == "sync_bn" else set()
+  )
 
 
 def test_errors():

@@ -169,7 +169,7 @@ def demo(config: ConfigDict) -> None:
   config.data.buckets = ((128, 128),)
   config.data.max_instances = 9  # a beacon, two triangles and six satellites
   config.steps = 300
-  config.model.canonical_size = 224.0
+  config.model.canonical_size = 40.0  # large objects are pooled from coarse levels
   config.model.backbone.width = 16
   config.model.pyramid.channels = 48
   config.model.rpn.anchor_sizes = ((12.0,), (24.0,), (40.0,), (64.0,), (96.0,))

@@ -1,18 +1,34 @@
 #!/usr/bin/env bash
-# Trains FPT Mask R-CNN from scratch on the embedded data set: bash scripts/demo.sh [WORKDIR]
-# Installs the requirements, generates Context Shapes, trains, evaluates and draws detections.
+# Trains Mask R-CNN with FPT and without transformers on generated images whose small objects only context
+# tells apart, and shows both side by side: bash scripts/demo.sh [WORKDIR [FLAGS]]
+# Installs the requirements, generates Context Shapes, trains, evaluates and draws detections. FLAGS are those of
+# fpt_jax.main, such as --config.steps=500.
 set -euo pipefail
 
 workdir="$(realpath -m "${1:-/tmp/fpt_jax_demo}")"
+flags=("${@:2}")
 source "$(dirname "$0")/_environment.sh"
 use_environment requirements.txt
 
 config=configs/coco_mask.py:demo
 data="--config.data.data_dir=$workdir/data"
-"$python" -m fpt_jax.main --mode=prepare --config=$config "$data"
-"$python" -m fpt_jax.main --mode=train --config=$config "$data" --workdir="$workdir"
-"$python" -m fpt_jax.main --mode=predict --config=$config "$data" --workdir="$workdir" \
-  --config.data.eval_split='val[:12]'
+baseline="$workdir/fuse" # the same network, without transformers
+
+train_and_predict() { # CONFIG WORKDIR
+  local run=(--config="$1" --workdir="$2" "$data" "${flags[@]}")
+  "$python" -m fpt_jax.main --mode=train "${run[@]}"
+  "$python" -m fpt_jax.main --mode=predict "${run[@]}" --config.data.eval_split='val[:12]'
+}
+
+"$python" -m fpt_jax.main --mode=prepare --config=$config "$data" "${flags[@]}"
+mkdir -p "$baseline"
+train_and_predict $config,fpt=fuse "$baseline" > "$baseline/log.txt" 2>&1 &
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+train_and_predict $config "$workdir"
+echo "waiting for the baseline without transformers, log: $baseline/log.txt"
+wait %1 || { tail -n 3 "$baseline/log.txt" >&2; exit 1; }
+"$python" scripts/compare_runs.py --out="$workdir/side_by_side.png" FPT="$workdir" \
+  "without transformers=$baseline"
 echo "pictures: $workdir/predictions/contact_sheet.png"
 echo "metrics: $workdir/metrics.jsonl"
 echo "TensorBoard: tensorboard --logdir $workdir"

@@ -7,7 +7,9 @@ import pytest
 
 from fpt_jax.configs import ade20k, benchmarks, camvid, cityscapes, coco_box, coco_mask
 from fpt_jax.errors import UserError
+from fpt_jax.models.fpt import LITERAL
 from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
+from fpt_jax.run.config_file import read_config
 from fpt_jax.tasks.task import check_config
 
 
@@ -20,6 +22,8 @@ from fpt_jax.tasks.task import check_config
     (coco_box, ("demo", "backbone=resnet34_gc", "pyramid=fpn", "head=augmented")),
     (cityscapes, ("small", "backbone=resnet50", "fpt=lgt+rt")),
     (camvid, ("demo", "sbn=off", "dropblock=off", "pyramid=ppm")),
+    (coco_mask, ("literal", "pyramid=fpn", "demo")),
+    (cityscapes, ("fpt=fuse", "literal", "small")),
     (ade20k, ("small", "context=oc_base", "fpt=none")),
   ],
 )
@@ -28,6 +32,34 @@ def test_words_give_the_same_config_in_any_order(module, words):
     module.get_config(",".join(order)).to_json() for order in itertools.permutations(words)
   }
   assert len(configs) == 1
+
+
+@pytest.mark.parametrize("module", [coco_mask, cityscapes])
+def test_literal_is_what_older_versions_computed(module, tmp_path):
+  config = module.get_config("literal")
+  older = json.loads(config.to_json())
+  for field in (*LITERAL, "output_norm_scale", "wide"):
+    del older["model"]["fpt"][field]
+  older["model"]["fpt"]["gate"] = "identity"
+  older["model"]["pyramid"].pop("init", None)
+  (tmp_path / "config.json").write_text(json.dumps(older))
+  assert json.loads(read_config(str(tmp_path)).to_json()) == json.loads(config.to_json())
+  assert all(
+    module.get_config().model.fpt[name] != LITERAL[name] for name in ("gate", "output_norm")
+  )
+
+
+@pytest.mark.parametrize("module", [coco_mask, cityscapes])
+def test_baselines_have_no_transformer(module):
+  for value, enabled, wide in (
+    ("none", False, False),
+    ("fuse", True, False),
+    ("fuse_wide", True, True),
+  ):
+    fpt = module.get_config(f"fpt={value}").model.fpt
+    assert (fpt.enabled, fpt.wide) == (enabled, wide)
+    assert not (fpt.self_transformer or fpt.grounding_transformer or fpt.rendering_transformer)
+  assert not module.get_config("fpt=st").model.fpt.wide
 
 
 def test_multiscale_is_relative_to_the_size():
@@ -57,6 +89,7 @@ def test_a_backbone_sets_its_preprocessing():
     (coco_mask, "fpt=st,fpt=gt", "fpt=st and fpt=gt exclude each other"),
     (coco_mask, "fpt=st+xt", "fpt=xt does not exist; choose one of none, st"),
     (coco_mask, "fpt=none+st", "fpt=none.st: its parts exclude each other"),
+    (coco_mask, "fpt=fuse+st", "fpt=fuse.st: its parts exclude each other"),
     (coco_mask, "backbone=resnet50_xx", "backbone=resnet50_xx does not exist"),
     (coco_mask, "backbone=efficientnet_lite0_gc", "does not exist"),
     (coco_mask, "pyramid=ufp", "pyramid=ufp does not exist; choose one of bfp, fpn, bpa, bfi"),

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Times one training step of two configs, interleaved, and prints their ratio.
+
+    python scripts/benchmark_configs.py configs/coco_mask.py:demo configs/coco_mask.py:demo,literal
+
+Each step is the one that `fpt_jax.train` runs, optimizer included, on a batch of zeros with one object per
+image. Times are medians. Memory is what the compiled step needs beside its arguments.
+"""
+
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fpt_jax import models, optim
+from fpt_jax.models.state import initial_arrays
+from fpt_jax.run.command_line import load_config
+from fpt_jax.tasks.task import task_of
+from fpt_jax.train import make_train_step
+
+OBJECTS = 6  # per image, of those that a batch has room for
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("ours", help="config file, with words after a colon")
+  parser.add_argument("other", help="the config to compare with")
+  parser.add_argument("--batch", type=int, default=8, help="images per step")
+  parser.add_argument("--repetitions", type=int, default=9)
+  arguments = parser.parse_args()
+  files = (arguments.ours, arguments.other)
+  steps, megabytes = zip(*(compiled_step(file, arguments.batch) for file in files), strict=True)
+  seconds: list[list[float]] = [[] for _ in steps]
+  for _ in range(arguments.repetitions):
+    for times, step in zip(seconds, steps, strict=True):
+      begun = time.perf_counter()
+      step()
+      times.append(time.perf_counter() - begun)
+  medians = [statistics.median(times) for times in seconds]
+  print(
+    f"{arguments.batch} images per step, {jax.device_count()} {jax.default_backend()} device(s)"
+  )
+  for file, median, memory in zip(files, medians, megabytes, strict=True):
+    print(f"{file:<60}{median:>8.3f} s{memory:>8.0f} MB")
+  ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
+  print(f"ratio {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+
+
+def compiled_step(file: str, images: int) -> tuple[Callable[[], None], float]:
+  """The training step of a config as a function without arguments, and its temporaries in MB."""
+  config = load_config(file)
+  config.model.num_classes = 6 if config.data.name == "context_shapes" else config.model.num_classes
+  structure = models.structure_of(config)
+  optimizer = optim.optimizer(config)
+  arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))
+  trained = {n: arrays[n] for n in optim.trainable(config, structure.parameters())}
+  state = {
+    "trained": trained,
+    "rest": {n: a for n, a in arrays.items() if n not in trained},
+    "optimizer": jax.jit(optimizer.init)(trained),
+  }
+  task = task_of(config)
+  shapes = task.batch_shapes(config, images, task.canvas(config))
+  batch = {name: filled(name, shape) for name, shape in shapes.items()}
+  step = make_train_step(structure, optimizer, optim.total_steps(config))
+  key, number = jax.random.key(0), jnp.int32(0)
+  compiled = jax.jit(step).lower(state, batch, number, key).compile()
+
+  def run() -> None:
+    jax.block_until_ready(compiled(state, batch, number, key))
+
+  run()  # warm-up
+  return run, compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def filled(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """An array of a batch: noise for images, and squares in a row for objects."""
+  if name == "image_BHWC":
+    return jax.random.uniform(jax.random.key(0), shape.shape, shape.dtype, 0, 255)
+  if name == "size_B2":
+    return jnp.full(shape.shape, 10_000, shape.dtype)  # the whole canvas
+  if name == "gt_boxes_BG4":
+    corners_G = jnp.arange(shape.shape[1], dtype=shape.dtype) * 16
+    boxes_G4 = jnp.stack([corners_G, corners_G, corners_G + 24, corners_G + 24], axis=-1)
+    return jnp.broadcast_to(boxes_G4[None], shape.shape)
+  if name == "gt_valid_BG":
+    return jnp.broadcast_to((jnp.arange(shape.shape[1]) < OBJECTS)[None], shape.shape)
+  return jnp.ones(shape.shape, shape.dtype)
+
+
+if __name__ == "__main__":
+  main()

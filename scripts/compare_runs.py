@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Shows the predictions of several runs side by side, and prints the metrics of their last evaluations.
+
+    python scripts/compare_runs.py --out=side_by_side.png FPT=/runs/fpt BFP=/runs/bfp
+
+The pictures are those that `--mode=predict` has drawn into the folders of the runs: those of the same name in
+one row, each run in a column.
+"""
+
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # as fpt_jax.main
+
+import argparse
+
+import numpy as np
+import rich.table
+from PIL import Image
+
+from fpt_jax.run.metrics import read_metrics
+from fpt_jax.tasks.pictures import contact_sheet
+
+MOST_ROWS = 6
+SHOWN = (
+  "context/",
+  "bbox/AP",
+  "segm/AP",
+  "mIoU",
+  "mAcc",
+  "aAcc",
+)  # beginnings of the printed metrics
+
+
+def last_evaluation(workdir: str) -> dict[str, float]:
+  """The metrics of a run's last evaluation, without those of training."""
+  evaluations = [e for e in read_metrics(workdir) if "total_loss" not in e]
+  if not evaluations:
+    raise SystemExit(f"error: {workdir}: metrics.jsonl has no evaluation; train the run to its end")
+  return {name: value for name, value in evaluations[-1].items() if name.startswith(SHOWN)}
+
+
+def pictures(workdir: str) -> dict[str, pathlib.Path]:
+  """The pictures of a run's predictions by name."""
+  files = sorted((pathlib.Path(workdir) / "predictions").glob("*.png"))
+  found = {f.name: f for f in files if f.stem != "contact_sheet" and not f.stem.endswith("_labels")}
+  if not found:
+    raise SystemExit(f"error: {workdir}/predictions has no pictures; run --mode=predict first")
+  return found
+
+
+def side_by_side(runs: dict[str, str]) -> np.ndarray:
+  """uint8 RGB: one row per picture that all runs have, and one column per run."""
+  found = {name: pictures(workdir) for name, workdir in runs.items()}
+  shared = sorted(set.intersection(*(set(files) for files in found.values())))[:MOST_ROWS]
+  if not shared:
+    raise SystemExit("error: the runs have no pictures of the same images; predict the same images")
+  cells = [(name, np.asarray(Image.open(found[name][file]))) for file in shared for name in runs]
+  names, images = zip(*cells, strict=True)
+  return contact_sheet(images, len(runs), names)
+
+
+def table(runs: dict[str, str]) -> rich.table.Table:
+  """One row per metric and one column per run."""
+  metrics = {name: last_evaluation(workdir) for name, workdir in runs.items()}
+  result = rich.table.Table("", *(rich.table.Column(name, justify="right") for name in runs))
+  for metric in dict.fromkeys(m for values in metrics.values() for m in values):
+    cells = (values.get(metric) for values in metrics.values())
+    result.add_row(metric, *("-" if value is None else f"{value:.1f}" for value in cells))
+  return result
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", default="side_by_side.png", help="picture to write")
+  parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
+  arguments = parser.parse_args()
+  runs = dict(run.split("=", 1) for run in arguments.runs if "=" in run)
+  if len(runs) != len(arguments.runs):
+    raise SystemExit("error: each run must be NAME=WORKDIR, with different names")
+  Image.fromarray(side_by_side(runs)).save(arguments.out)
+  rich.print(table(runs))
+  print(f"side by side: {arguments.out}")
+
+
+if __name__ == "__main__":
+  main()

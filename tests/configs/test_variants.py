@@ -87,7 +87,7 @@ def test_a_backbone_sets_its_preprocessing():
     (coco_mask, "fpn=st", "the setting 'fpn' does not exist; choose one of backbone"),
     (coco_mask, "small,demo", "small and demo exclude each other"),
     (coco_mask, "fpt=st,fpt=gt", "fpt=st and fpt=gt exclude each other"),
-    (coco_mask, "fpt=st+xt", "fpt=xt does not exist; choose one of none, st"),
+    (coco_mask, "fpt=st+xt", "fpt=xt does not exist; choose one of none, fuse"),
     (coco_mask, "fpt=none+st", "fpt=none.st: its parts exclude each other"),
     (coco_mask, "fpt=fuse+st", "fpt=fuse.st: its parts exclude each other"),
     (coco_mask, "backbone=resnet50_xx", "backbone=resnet50_xx does not exist"),

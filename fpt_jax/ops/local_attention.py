@@ -11,7 +11,7 @@ and each key is loaded once for many queries.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from fpt_jax.ops.attention_blocks import Keys, attend, attend_backward
 from fpt_jax.ops.mos_attention import is_written_out
 
 Implementation = Literal["auto", "naive", "tiled"]
+Outside = Literal["zero", "masked"]
 
 # Side of a tile in queries: larger tiles compute more masked products, smaller ones smaller matrices.
 _TILE_QUERIES = 8
@@ -40,7 +41,7 @@ def local_mos_attention(
   similarity: Literal["dot", "euclidean"] = "dot",
   scale: float = 1.0,
   key_valid_Bhw: jax.Array | None = None,
-  outside: Literal["zero", "masked"] = "zero",
+  outside: Outside = "zero",
   implementation: Implementation = "auto",
 ) -> jax.Array:
   """Attends from each query to the window around its position (locality-constrained GT, paper, 3.3).
@@ -71,7 +72,7 @@ def local_mos_attention(
   _check_arguments(q_BHWMD, k_BhwMD, v_BhwC, pi_BM, window, similarity, key_valid_Bhw)
   if implementation not in ("auto", "naive", "tiled"):
     raise ValueError(f"implementation must be auto, naive or tiled, got {implementation!r}")
-  if outside not in ("zero", "masked"):
+  if outside not in get_args(Outside):
     raise ValueError(f"outside must be zero or masked, got {outside!r}")
   if is_written_out():
     implementation = "naive"

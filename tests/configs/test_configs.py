@@ -49,7 +49,10 @@ def test_parameters_of_the_papers_model():
   fuse = 9 * 5 * channels**2 + 4 * channels
   expected = 4 * (attention + 2 * channels) + 6 * (attention + 4 * channels)
   expected += 6 * rendering + 4 * fuse
-  assert parameters(shapes, "fpt.") == expected
+  # and a normalisation of four levels and of the outputs of 16 transformers
+  assert parameters(shapes, "fpt.") == expected + (4 + 16) * 4 * channels
+  literal = models.structure_of(coco_mask.get_config("literal")).shapes
+  assert parameters(literal, "fpt.") == expected
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,11 @@ def test_parameters_of_the_papers_model():
     ("head.name", "panet", "head 'panet' does not exist"),
     ("fpt.gate", "relu", "gate 'relu' does not exist"),
     ("fpt.scope", "near", "scope 'near' does not exist"),
+    ("fpt.similarity_norm", "layers", "similarity_norm 'layers' does not exist"),
+    ("fpt.outside", "mirror", "outside"),
+    ("fpt.drop_block_schedule", "cosine", "drop_block_schedule 'cosine' does not exist"),
+    ("fpt.wide", True, "wide=True is a baseline without transformers"),
+    ("pyramid.init", "fan", "init 'fan' does not exist"),
     ("fpt.grounding_parts", 5, "parts=5"),
     ("name", "yolo", "model 'yolo' does not exist"),
   ],

@@ -13,6 +13,7 @@ from fpt_jax.models.fpt.grounding_transformer import GroundingTransformer
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
 from fpt_jax.models.layers import ConvNorm, Norm, conv, drop_block
+from fpt_jax.ops.local_attention import Outside
 
 SCOPES = ("all", "adjacent")
 SIMILARITY_NORMS = ("none", "levels", "unit")
@@ -89,7 +90,7 @@ class FeaturePyramidTransformer(nnx.Module):
     output_norm: bool = True,
     output_norm_scale: float = 1.0,
     gate: str = "sigmoid",
-    outside: str = "zero",
+    outside: Outside = "zero",
     scale: float | None = None,
     wide: bool = False,
     norm: str = "sync_bn",

@@ -4,13 +4,16 @@ Shapes: B batch, H W rows and columns of the query map, h w of the source map, Q
 keys, M parts of the mixture of softmaxes, D channels of a part, C channels.
 """
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.layers import conv
-from fpt_jax.ops.local_attention import local_mos_attention
+from fpt_jax.ops.local_attention import Outside, local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
 
 EPSILON = 1e-6  # added to the mean square of a query or a key
@@ -38,7 +41,7 @@ class NonLocalInteraction(nnx.Module):
     rngs: source of the initial weights.
 
   Raises:
-    ValueError: the channels cannot be divided into the parts.
+    ValueError: the channels cannot be divided into the parts, or `outside` does not exist.
   """
 
   def __init__(
@@ -53,13 +56,14 @@ class NonLocalInteraction(nnx.Module):
     unit_length: bool = False,
     uniform_mixture: bool = False,
     window: int | None = None,
-    outside: str = "zero",
+    outside: Outside = "zero",
     implementation: str = "auto",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     if channels % parts:
       raise ValueError(f"channels={channels} cannot be divided into parts={parts}")
+    check_choice("outside", outside, get_args(Outside))
     init = nnx.initializers.lecun_normal()
     self.query = conv(query_channels, channels, 1, kernel_init=init, dtype=dtype, rngs=rngs)
     self.key = conv(source_channels, channels, 1, kernel_init=init, dtype=dtype, rngs=rngs)

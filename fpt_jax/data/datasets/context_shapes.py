@@ -14,7 +14,7 @@ The annotations ask three questions. What is known without context:
     patchwork of reddish and bluish cells, of which 80 % are of the kind's colour: one cell is wrong one time
     in five, while one position of a coarse level averages many. Fine levels must interact with coarse ones,
     or with many positions of the beacon. Its outline tells the kind as well, at the corners of a square.
-  "fine", triangles: stripes and checks have the same mean colour and contrast, and a period of four pixels
+  "fine", triangles: stripes and checks have the same mean colour and contrast, and a period of seven pixels
     in an image of 128 x 128, so that an average over a few periods tells nothing. A triangle of this size
     belongs to a coarse level, which knows the texture from finer ones, or from what its features kept of it.
 
@@ -335,11 +335,11 @@ def _misleading(shape: _Shape, coverage_HW: np.ndarray, rng: np.random.Generator
 
 
 def _waves(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns greenish stripes or checks of equal mean and contrast, float32 RGB [H, W, 3]."""
+  """Returns greenish upright stripes or checks of equal mean and contrast, float32 RGB [H, W, 3]."""
   mean_3, amplitude = rng.uniform([65, 120, 65], [95, 150, 95]), rng.uniform(50, 60)
-  angle = rng.uniform(0, 2 * math.pi)
+  angle = rng.uniform(-math.pi / 12, math.pi / 12)
   phase, other_phase = rng.uniform(0, 2 * math.pi, 2)
-  steps = np.arange(size) * (math.pi / max(size / 64, 2))  # half a period per cell
+  steps = np.arange(size) * (math.pi / max(size / 36, 2))  # half a period per cell
   across_HW = steps * math.cos(angle) + steps[:, None] * math.sin(angle)
   along_HW = steps[:, None] * math.cos(angle) - steps * math.sin(angle)
   if label == STRIPED:

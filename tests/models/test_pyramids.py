@@ -226,3 +226,12 @@ def test_a_norm_is_over_valid_positions(name, rng):
   for array in arrays:
     is_running = array.endswith((".mean", ".var"))
     assert np.any(after[array] != arrays[array]) == is_running
+
+
+@pytest.mark.parametrize(("init", "gain"), [("fan_in", 1.0), ("fan_out", math.sqrt(2 * 256 / 64))])
+def test_initial_laterals_and_the_size_of_features(init, gain, rng):
+  """With a variance of 1 / fan-in, a lateral keeps it; with 2 / fan-out, 256 channels grow."""
+  pyramid = PYRAMIDS["bfp"]((256,), channels=64, init=init, rngs=nnx.Rngs(0))
+  x = jnp.asarray(rng.standard_normal((1, 16, 16, 256)), jnp.float32)
+  (level,) = pyramid((FeatureMap(x, jnp.ones((1, 16, 16), bool), 4),))
+  assert float(jnp.std(level.values_BHWC)) == pytest.approx(gain, rel=0.05)

@@ -74,9 +74,9 @@ def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
   printed = capsys.readouterr().out
   totals = [row["total"]["parameters"] for row in written]
   assert [row["paper"]["gflops"] for row in written] == [172.3, 248.2, 187.9, 256.7]
-  # the level's own share of the fusing convolution, and the normalisation, are counted twice
+  # the level's own share of the fusing convolution, and two normalisations, are counted twice
   channels = cityscapes.get_config("demo").model.pyramid.channels
-  own = 4 * (9 * channels**2 + 2 * channels)
+  own = 4 * (9 * channels**2 + 2 * 2 * channels)
   assert totals[3] == totals[1] + totals[2] - totals[0] - own
   (sums,) = [line for line in printed.splitlines() if line.count("+1.0")]
   assert sums.split()[:4] == ["BFP+ST+RT", "61.2", "60.2", "+1.0"]

@@ -55,7 +55,7 @@ def test_losses_and_logits(rng):
     return structure.fill(arrays).logits(image, size)
 
   scores = logits(arrays, batch["image_BHWC"], batch["size_B2"])
-  assert scores.shape == (2, *CANVAS, 6) and scores.dtype == jnp.float32
+  assert scores.shape == (2, *CANVAS, 7) and scores.dtype == jnp.float32
   assert np.isfinite(scores).all()
 
   @jax.jit
@@ -69,8 +69,8 @@ def test_losses_and_logits(rng):
   slopes, losses = gradients(arrays, batch)
   assert set(losses) == {"loss_seg", "loss_aux"}
   # weights of classifiers start near zero: all classes are equally likely
-  np.testing.assert_allclose(losses["loss_seg"], np.log(6), atol=0.05)
-  np.testing.assert_allclose(losses["loss_aux"], 0.4 * np.log(6), atol=0.05)
+  np.testing.assert_allclose(losses["loss_seg"], np.log(7), atol=0.05)
+  np.testing.assert_allclose(losses["loss_aux"], 0.4 * np.log(7), atol=0.05)
   parameters = optim.trainable(config, structure.parameters())
   flat = [n for n in parameters if not np.any(slopes[n]) and not n.endswith("bias")]
   assert not flat and all(np.isfinite(slopes[n]).all() for n in parameters)

@@ -162,17 +162,18 @@ def tiny(config: ConfigDict) -> None:
 
 
 def demo(config: ConfigDict) -> None:
-  """Sets generated images of 128 x 128 and a narrower network: minutes on two CPU cores."""
+  """Sets generated images of 96 x 96 and a narrower network: minutes on two CPU cores."""
   small(config)
   config.data.name = "context_shapes"
-  config.data.short_edge = config.data.long_edge = 128
-  config.data.buckets = ((128, 128),)
+  config.data.builder.image_size = 96
+  config.data.short_edge = config.data.long_edge = 96
+  config.data.buckets = ((96, 96),)
   config.data.max_instances = 9  # a beacon, two triangles and six satellites
   config.steps = 300
-  config.model.canonical_size = 40.0  # large objects are pooled from coarse levels
+  config.model.canonical_size = 30.0  # large objects are pooled from coarse levels
   config.model.backbone.width = 16
   config.model.pyramid.channels = 48
-  config.model.rpn.anchor_sizes = ((12.0,), (24.0,), (40.0,), (64.0,), (96.0,))
+  config.model.rpn.anchor_sizes = ((9.0,), (18.0,), (30.0,), (48.0,), (72.0,))
   config.model.rpn.test.post_nms = 50
   config.model.box_head.samples = 32
   config.model.box_head.hidden = 128

@@ -342,7 +342,7 @@ def source_level(name: str) -> int:
 def scaled_norm(kind: str, channels: int, scale: float, **options) -> Norm:
   """Returns a `Norm` whose trained scale starts at `scale`."""
   norm = Norm(kind, channels, **options)
-  norm.norm.scale[...] = jnp.full(channels, scale)
+  norm.norm.scale[...] = jnp.full(channels, scale, jnp.float32)
   return norm
 
 

@@ -361,7 +361,7 @@ def test_a_frozen_backbone_trains_its_context_blocks(suffix, norm, last, rng):
   trained = {n: arrays[n] for n in names}
   rest = {n: a for n, a in arrays.items() if n not in names}
   state = {"trained": trained, "rest": rest, "optimizer": optimizer.init(trained)}
-  step = jax.jit(make_train_step(structure, optimizer, jax.random.key(0)))
+  step, key = jax.jit(make_train_step(structure, optimizer, total_steps=2)), jax.random.key(0)
   batch = {
     "image_BHWC": rng.integers(0, 256, (2, 64, 64, 3)).astype(np.float32),
     "label_BHW": rng.integers(0, config.model.num_classes, (2, 64, 64)).astype(np.int32),
@@ -373,9 +373,9 @@ def test_a_frozen_backbone_trains_its_context_blocks(suffix, norm, last, rng):
     assert all(np.isfinite(momentum[n]).all() for n in names)
     return {n for n in inside if momentum[n].any()}
 
-  state, _ = step(state, batch, 0)
+  state, _, _ = step(state, batch, 0, key)
   assert with_gradient() == {n for n in inside if not last or n.endswith(last)}
-  state, _ = step(state, batch, 1)
+  state, _, _ = step(state, batch, 1, key)
   # a softmax does not depend on the bias of its keys
   assert inside - {"backbone.context.phi.bias"} <= with_gradient()
   for n in inside:

@@ -48,16 +48,16 @@ def test_costs_of_a_model_are_written_into_its_folder(tmp_path, capsys):
   config = coco_mask.get_config("demo,fpt=gt,head=augmented")
   analyze.analyze_model(config, str(tmp_path / "run"))
   written = json.loads((tmp_path / "run" / "analysis.json").read_text())
-  assert written["canvas"] == [128, 128] and written["dtype"] == "float32"
+  assert written["canvas"] == [96, 96] and written["dtype"] == "float32"
   modules = written["modules"]
   for name, total in written["total"].items():
     assert sum(cost[name] for cost in modules.values()) == total > 0
   heads = ("rpn", "roi_align", "box_head", "mask_head")
   for name, features in written["features"].items():
     assert features == written["total"][name] - sum(modules[h][name] for h in heads)
-  # P2, of 32 x 32, attends to P3, P4 and P5, in 4 parts with 48 channels together
-  keys = 16**2 + 8**2 + 4**2
-  assert modules["fpt.grounding_transformers.0"]["attention"] == keys * (32**2 * (2 * 48 + 4) + 48)
+  # P2, of 24 x 24, attends to P3, P4 and P5, in 4 parts with 48 channels together
+  keys = 12**2 + 6**2 + 3**2
+  assert modules["fpt.grounding_transformers.0"]["attention"] == keys * (24**2 * (2 * 48 + 4) + 48)
   assert "grounding_transformers.0" in capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ DEMO = "--config=configs/coco_mask.py:demo"
     ((DEMO, "--config.batch=3"), ("no field batch;", "mean batch_size?")),
     (
       (DEMO, "--config.model.fpt.zzz=3"),
-      ("no field model.fpt.zzz;", "its fields are drop_block_size, enabled, "),
+      ("no field model.fpt.zzz;", "its fields are drop_block_schedule, drop_block_size, enabled, "),
     ),
     ((DEMO, "--config.model.name.x=3"), ("model.name is a value",)),
     (

@@ -126,7 +126,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         pending = []
       if log_due and metrics:
         speeds = clock.speeds(done)
-        figures = {name: float(value) for name, value in jax.device_get(measured).items()}
+        figures = jax.device_get(measured)
         metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | figures)
         logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:

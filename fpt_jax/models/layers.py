@@ -232,6 +232,7 @@ class Norm(nnx.Module):
       channels; "none" for the identity.
     channels: channels C.
     epsilon: added to the variance.
+    initial_scale: initial value of the trained scale, where the normalisation has one.
     dtype: dtype of the computation; variables are float32.
     rngs: source of the initial weights.
 
@@ -240,7 +241,14 @@ class Norm(nnx.Module):
   """
 
   def __init__(
-    self, kind: str, channels: int, *, epsilon: float = 1e-5, dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    kind: str,
+    channels: int,
+    *,
+    epsilon: float = 1e-5,
+    initial_scale: float = 1.0,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
     check_choice("norm", kind, NORMS)
     self.kind = kind
@@ -256,6 +264,8 @@ class Norm(nnx.Module):
       norm = nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
     else:
       norm = None
+    if kind in ("sync_bn", "bn", "group_norm") and initial_scale != 1.0:
+      norm.scale[...] = jnp.full(channels, initial_scale, jnp.float32)
     self.norm = norm
 
   def __call__(
@@ -344,8 +354,6 @@ def drop_block(
   Returns:
     [B, H, W, C], with the kept values of each image scaled to compensate for the dropped ones.
   """
-  if isinstance(keep_probability, float) and keep_probability == 1.0:
-    return x_BHWC
   _, height, width, channels = x_BHWC.shape
   block = min(block_size, height, width)
   centres = (height - block + 1) * (width - block + 1)

@@ -67,9 +67,7 @@ class NonLocal(nnx.Module):
     self.phi = conv(channels, inner, 1, kernel_init=small, **options)
     self.g = conv(channels, inner, 1, kernel_init=small, **options)
     self.project = conv(inner, channels, 1, kernel_init=small if trained_norm else zeros, **options)
-    self.norm = Norm(norm if trained_norm else "none", channels, **options)
-    if trained_norm:
-      self.norm.norm.scale[...] = jnp.zeros(channels)
+    self.norm = Norm(norm if trained_norm else "none", channels, initial_scale=0.0, **options)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     """Returns the map plus, at each position, the attention to all valid positions."""

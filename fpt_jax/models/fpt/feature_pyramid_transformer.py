@@ -193,10 +193,11 @@ class FeaturePyramidTransformer(nnx.Module):
     for level in levels:
       transformed = self.names(level)
       if output_norm:
-        scales = {
-          name: scaled_norm(norm, channels, output_norm_scale, **common) for name in transformed
+        norms = {
+          name: Norm(norm, channels, initial_scale=output_norm_scale, **common)
+          for name in transformed
         }
-        self.output_norms.append(nnx.Dict(scales))
+        self.output_norms.append(nnx.Dict(norms))
       if wide:
         self.widen.append(ConvNorm(channels, hidden, 3, norm=norm, **common))
       inputs = hidden + len(transformed) * channels
@@ -337,13 +338,6 @@ class FeaturePyramidTransformer(nnx.Module):
 def source_level(name: str) -> int:
   """Returns the index of the level in a name such as "from_2"."""
   return int(name.removeprefix("from_"))
-
-
-def scaled_norm(kind: str, channels: int, scale: float, **options) -> Norm:
-  """Returns a `Norm` whose trained scale starts at `scale`."""
-  norm = Norm(kind, channels, **options)
-  norm.norm.scale[...] = jnp.full(channels, scale, jnp.float32)
-  return norm
 
 
 def wide_channels(levels: int, channels: int) -> int:

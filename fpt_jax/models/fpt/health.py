@@ -11,17 +11,21 @@ import jax.numpy as jnp
 
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt.non_local import NonLocalInteraction
+from fpt_jax.ops.local_attention import MASKED
 
 SIDE = 8  # rows and columns of the grid of sampled positions
-HIDDEN = -1e30  # score of a key that is not on the image
 
 
 def sampled_positions(valid_BHW: jax.Array) -> jax.Array:
   """[B, S, 2]: rows and columns of a regular grid over the valid part of each map, which is a rectangle."""
   sizes_B2 = jnp.stack([jnp.sum(jnp.any(valid_BHW, axis=axis), axis=1) for axis in (2, 1)], axis=-1)
-  centres_G = (jnp.arange(SIDE) + 0.5) / SIDE
-  grid_S2 = jnp.stack(jnp.meshgrid(centres_G, centres_G, indexing="ij"), axis=-1).reshape(-1, 2)
+  grid_S2 = pairs((jnp.arange(SIDE) + 0.5) / SIDE)
   return jnp.floor(grid_S2[None] * sizes_B2[:, None]).astype(jnp.int32)
+
+
+def pairs(values_G: jax.Array) -> jax.Array:
+  """[G * G, 2]: all pairs of the values."""
+  return jnp.stack(jnp.meshgrid(values_G, values_G, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 def at(values_BHWC: jax.Array, positions_BS2: jax.Array) -> jax.Array:
@@ -84,8 +88,7 @@ def windows(interaction, query, source, k_BhwMD, positions_BS2) -> tuple[jax.Arr
   """Returns the keys in the window of each sampled query, [B, S, K, M, D], and which take part."""
   margin = interaction.window // 2
   ratio_2 = jnp.array([-(-n // m) for n, m in zip(query.size, source.size, strict=True)])
-  offsets = jnp.arange(-margin, margin + 1)
-  offsets_K2 = jnp.stack(jnp.meshgrid(offsets, offsets, indexing="ij"), axis=-1).reshape(-1, 2)
+  offsets_K2 = pairs(jnp.arange(-margin, margin + 1))
   places_BSK2 = (positions_BS2 // ratio_2[None, None])[:, :, None] + offsets_K2[None, None]
   size_2 = jnp.array(source.size)[None, None, None]
   inside_BSK = jnp.all((places_BSK2 >= 0) & (places_BSK2 < size_2), axis=-1)
@@ -109,5 +112,5 @@ def attention_weights(interaction, q_BSMD, k_BSKMD, valid_BSK, pi_BM) -> jax.Arr
   if interaction.similarity == "euclidean":
     # a constant per query, ||q||^2, does not change the softmax
     score_BSMK = 2 * score_BSMK - jnp.moveaxis(jnp.sum(jnp.square(k_BSKMD), axis=-1), 3, 2)
-  score_BSMK = jnp.where(valid_BSK[:, :, None], interaction.scale * score_BSMK, HIDDEN)
+  score_BSMK = jnp.where(valid_BSK[:, :, None], interaction.scale * score_BSMK, MASKED)
   return jnp.einsum("bm,bsmk->bsk", pi_BM, jax.nn.softmax(score_BSMK, axis=-1))

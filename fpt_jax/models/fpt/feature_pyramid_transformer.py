@@ -191,7 +191,7 @@ class FeaturePyramidTransformer(nnx.Module):
     self.norm = nnx.List([])
     hidden = wide_channels(len(in_channels), channels) if wide else channels
     for level in levels:
-      transformed = self.names(level)
+      transformed = self.transformers(level)
       if output_norm:
         norms = {
           name: Norm(norm, channels, initial_scale=output_norm_scale, **common)
@@ -247,13 +247,26 @@ class FeaturePyramidTransformer(nnx.Module):
         outputs.append(self.fused(i, levels[i], parts, level_key, progress))
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
 
-  def names(self, level: int) -> tuple[str, ...]:
-    """Returns the names of what level `level` is concatenated with, in this order."""
-    return (
-      *(("self",) if self.self_transformers[level] is not None else ()),
-      *(f"grounding_{source}" for source in self.grounding_transformers[level]),
-      *(f"rendering_{source}" for source in self.rendering_transformers[level]),
-    )
+  def transformers(self, level: int) -> dict[str, tuple[nnx.Module, int]]:
+    """Returns the transformers whose outputs a level is concatenated with, in this order.
+
+    Args:
+      level: index of the level.
+
+    Returns:
+      For names such as "grounding_from_2", the transformer and the index of its other level, which is the
+      level itself for "self".
+    """
+    found = {}
+    if self.self_transformers[level] is not None:
+      found["self"] = (self.self_transformers[level], level)
+    for kind, group in (
+      ("grounding", self.grounding_transformers[level]),
+      ("rendering", self.rendering_transformers[level]),
+    ):
+      for source, transformer in group.items():
+        found[f"{kind}_{source}"] = (transformer, source_level(source))
+    return found
 
   def transformed(
     self, levels: Pyramid, *, train: bool, measured: dict[str, jax.Array] | None = None
@@ -268,15 +281,10 @@ class FeaturePyramidTransformer(nnx.Module):
     results = []
     for i, level in enumerate(seen):
       parts = {}
-      if self.self_transformers[i] is not None:
-        with jax.named_scope(f"self_transformers.{i}"):
-          parts["self"] = self.self_transformers[i](level)
-      with jax.named_scope(f"grounding_transformers.{i}"):
-        for source, transformer in self.grounding_transformers[i].items():
-          parts[f"grounding_{source}"] = transformer(level, seen[source_level(source)])
-      with jax.named_scope(f"rendering_transformers.{i}"):
-        for source, transformer in self.rendering_transformers[i].items():
-          parts[f"rendering_{source}"] = transformer(level, seen[source_level(source)])
+      for name, (transformer, source) in self.transformers(i).items():
+        others = () if source == i else (seen[source],)
+        with jax.named_scope(f"{name.partition('_')[0]}_transformers.{i}"):
+          parts[name] = transformer(level, *others)
       if measured is not None:
         self.measure(i, levels[i], seen, parts, measured)
       results.append(parts)
@@ -293,18 +301,18 @@ class FeaturePyramidTransformer(nnx.Module):
       measured: dictionary that is added to.
     """
     positions_BS2 = health.sampled_positions(level.valid_BHW)
-    for name, values_BHWC in ({"identity": level.values_BHWC} | parts).items():
-      kind, _, source = name.partition("_")
-      figures = {"rms": health.variation(values_BHWC, positions_BS2)}
-      if kind == "self":
-        interaction = self.self_transformers[i].interaction
-        figures |= health.attention_figures(interaction, seen[i], seen[i], positions_BS2)
-      elif kind == "grounding":
-        interaction = self.grounding_transformers[i][source].interaction
-        keys = seen[source_level(source)]
-        figures |= health.attention_figures(interaction, seen[i], keys, positions_BS2)
-      for figure, value in figures.items():
-        measured[f"fpt/level{i}/{name}/{figure}"] = jax.lax.stop_gradient(value)
+    figures = {
+      f"{name}/rms": health.variation(values_BHWC, positions_BS2)
+      for name, values_BHWC in ({"identity": level.values_BHWC} | parts).items()
+    }
+    for name, (transformer, source) in self.transformers(i).items():
+      if not isinstance(transformer, RenderingTransformer):
+        attention = health.attention_figures(
+          transformer.interaction, seen[i], seen[source], positions_BS2
+        )
+        figures |= {f"{name}/{figure}": value for figure, value in attention.items()}
+    for name, value in figures.items():
+      measured[f"fpt/level{i}/{name}"] = jax.lax.stop_gradient(value)
 
   def fused(
     self, i: int, level: FeatureMap, parts: dict[str, jax.Array], key, progress

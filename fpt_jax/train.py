@@ -1,7 +1,8 @@
 """The training loop."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,11 +73,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     optimizer_state = jax.jit(optimizer.init, out_shardings=replicated)(
       {n: arrays[n] for n in trained}
     )
-  state = {
-    "trained": {n: arrays[n] for n in trained},
-    "rest": {n: a for n, a in arrays.items() if n not in trained},
-    "optimizer": optimizer_state,
-  }
+  state = training_state(arrays, trained, optimizer_state)
   train_step = jax.jit(
     make_train_step(structure, optimizer, total_steps),
     donate_argnums=0,
@@ -143,6 +140,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results
+
+
+def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer_state) -> dict:
+  """Returns the state of a training step: arrays, or their shapes, divided into trained ones and the rest."""
+  return {
+    "trained": {n: a for n, a in arrays.items() if n in trained},
+    "rest": {n: a for n, a in arrays.items() if n not in trained},
+    "optimizer": optimizer_state,
+  }
 
 
 def make_train_step(

@@ -3,8 +3,8 @@
 
     python scripts/benchmark_configs.py configs/coco_mask.py:demo configs/coco_mask.py:demo,literal
 
-Each step is the one that `fpt_jax.train` runs, optimizer included, on a batch of zeros with one object per
-image. Times are medians. Memory is what the compiled step needs beside its arguments.
+Each step is the one that `fpt_jax.train` runs, optimizer included, on noise with a few
+objects per image. Times are medians. Memory is what the compiled step needs beside its arguments.
 """
 
 import os
@@ -27,7 +27,7 @@ from fpt_jax import models, optim
 from fpt_jax.models.state import initial_arrays
 from fpt_jax.run.command_line import load_config
 from fpt_jax.tasks.task import task_of
-from fpt_jax.train import make_train_step
+from fpt_jax.train import make_train_step, training_state
 
 OBJECTS = 6  # per image, of those that a batch has room for
 
@@ -60,16 +60,11 @@ def main() -> None:
 def compiled_step(file: str, images: int) -> tuple[Callable[[], None], float]:
   """The training step of a config as a function without arguments, and its temporaries in MB."""
   config = load_config(file)
-  config.model.num_classes = 6 if config.data.name == "context_shapes" else config.model.num_classes
   structure = models.structure_of(config)
   optimizer = optim.optimizer(config)
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))
   trained = {n: arrays[n] for n in optim.trainable(config, structure.parameters())}
-  state = {
-    "trained": trained,
-    "rest": {n: a for n, a in arrays.items() if n not in trained},
-    "optimizer": jax.jit(optimizer.init)(trained),
-  }
+  state = training_state(arrays, trained, jax.jit(optimizer.init)(trained))
   task = task_of(config)
   shapes = task.batch_shapes(config, images, task.canvas(config))
   batch = {name: filled(name, shape) for name, shape in shapes.items()}

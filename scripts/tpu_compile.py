@@ -42,7 +42,7 @@ from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import skeleton
 from fpt_jax.run import command_line, sharding
 from fpt_jax.tasks.task import check_config, task_of
-from fpt_jax.train import make_train_step
+from fpt_jax.train import make_train_step, training_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to compile.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU and its chips: v5e:2x2, v5p:2x2x1, ...")
@@ -88,12 +88,8 @@ def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tu
   structure = models.structure_of(config)
   shapes, trained = structure.shapes, optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
-  of_trained = {n: shapes[n] for n in trained}
-  state = {
-    "trained": of_trained,
-    "rest": {n: s for n, s in shapes.items() if n not in trained},
-    "optimizer": jax.eval_shape(optimizer.init, of_trained),
-  }
+  optimizer_state = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
+  state = training_state(shapes, trained, optimizer_state)
   batch = task_of(config).batch_shapes(config, _IMAGES.value * mesh.size, canvas)
   replicated, shared = sharding.replicated(mesh), sharding.over_batch(mesh)
   arguments = (

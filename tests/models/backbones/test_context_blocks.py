@@ -25,7 +25,7 @@ from fpt_jax.models.backbones.context_blocks import (
 from fpt_jax.models.backbones.resnet import ResNet
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.state import initial_arrays, skeleton
-from fpt_jax.train import make_train_step
+from fpt_jax.train import make_train_step, training_state
 from tests.models.oracle import assert_equals_reference, convolve, random_arrays, randomised
 
 SIZES = np.array([[7, 5], [4, 3]], np.int32)  # of two images on a canvas of 7 x 5
@@ -359,8 +359,8 @@ def test_a_frozen_backbone_trains_its_context_blocks(suffix, norm, last, rng):
 
   optimizer = optim.optimizer(config)
   trained = {n: arrays[n] for n in names}
-  rest = {n: a for n, a in arrays.items() if n not in names}
-  state = {"trained": trained, "rest": rest, "optimizer": optimizer.init(trained)}
+  state = training_state(arrays, names, optimizer.init(trained))
+  rest = state["rest"]
   step, key = jax.jit(make_train_step(structure, optimizer, total_steps=2)), jax.random.key(0)
   batch = {
     "image_BHWC": rng.integers(0, 256, (2, 64, 64, 3)).astype(np.float32),

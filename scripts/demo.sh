@@ -5,6 +5,10 @@
 # fpt_jax.main, such as --config.steps=500.
 set -euo pipefail
 
+if [[ "${1:-}" == -* ]]; then
+  echo "error: the folder comes before the flags: bash scripts/demo.sh WORKDIR $*" >&2
+  exit 2
+fi
 workdir="$(realpath -m "${1:-/tmp/fpt_jax_demo}")"
 flags=("${@:2}")
 source "$(dirname "$0")/_environment.sh"

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fpt_jax import data, models, optim
 from fpt_jax.errors import UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
+from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.config_file import check_same_model, has_config, read_config, write_config
@@ -92,6 +93,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       metrics.write(step, results)
     return results
 
+  def logged(step: int) -> bool:
+    return step % config.log_every == 0 or step == total_steps
+
   def evaluation_due(step: int) -> bool:
     return step % config.eval.every_steps == 0 or step == total_steps
 
@@ -106,9 +110,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       with clock.waiting():
         host_batch = next(batches)
       batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
-      step = jax.device_put(np.int32(done - 1), replicated)
+      step, measure = jax.device_put((np.int32(done - 1), np.bool_(logged(done))), replicated)
       with jax.transfer_guard("disallow"):
-        state, losses, measured = train_step(state, batch, step, key)
+        state, losses, figures = train_step(state, batch, step, key, measure)
       pending.append((done, losses))
       if done == start + 1:
         jax.block_until_ready(losses)
@@ -117,14 +121,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       stopping = stop.received  # read once: a signal may arrive at any moment
       last = done == total_steps or stopping
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
-      log_due = done % config.log_every == 0 or last
+      log_due = logged(done) or last
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
         pending = []
       if log_due and metrics:
         speeds = clock.speeds(done)
-        figures = jax.device_get(measured)
-        metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | figures)
+        health = jax.device_get(figures) if logged(done) else {}
+        metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
         logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
         save(done)
@@ -154,31 +158,31 @@ def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer
 def make_train_step(
   structure: Skeleton, optimizer: optax.GradientTransformation, total_steps: int
 ) -> Callable:
-  """Returns the pure function of one training step: (state, batch, step, key) -> (state, losses, measured).
+  """Returns the pure function of one step: (state, batch, step, key, measure) -> (state, losses, figures).
 
-  `measured` has the figures of FPT's health, see `models.fpt.health`. The key is the same in every step. It
-  is an argument so that runs with different seeds share the compiled program.
+  `figures` are those of FPT's health, see `models.fpt.health`; zeros unless `measure` is true. The key is the
+  same in every step. It is an argument so that runs with different seeds share the compiled program.
 
   Randomness is a function of the seed and the step alone, so that a resumed run equals an
   uninterrupted one. Only `state["trained"]` is differentiated.
   """
 
-  def train_step(state, batch, step, key):
+  def train_step(state, batch, step, key, measure):
     def total_loss(trained):
       model = structure.fill({**trained, **state["rest"]})
-      measured: dict[str, jax.Array] = {}
+      measured = Figures(wanted=measure)
       losses = model.losses(
         batch, jax.random.fold_in(key, step), progress=step / total_steps, measured=measured
       )
       updated = arrays_of(model)
       total = sum(losses.values())
       rest = {n: updated[n] for n in state["rest"]}
-      return total, ({"total_loss": total} | losses, rest, measured)
+      return total, ({"total_loss": total} | losses, rest, measured.values)
 
-    gradients, (losses, rest, measured) = jax.grad(total_loss, has_aux=True)(state["trained"])
+    gradients, (losses, rest, figures) = jax.grad(total_loss, has_aux=True)(state["trained"])
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["trained"])
     trained = optax.apply_updates(state["trained"], updates)
-    return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses, measured
+    return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses, figures
 
   return train_step
 

@@ -69,11 +69,11 @@ def compiled_step(file: str, images: int) -> tuple[Callable[[], None], float]:
   shapes = task.batch_shapes(config, images, task.canvas(config))
   batch = {name: filled(name, shape) for name, shape in shapes.items()}
   step = make_train_step(structure, optimizer, optim.total_steps(config))
-  key, number = jax.random.key(0), jnp.int32(0)
-  compiled = jax.jit(step).lower(state, batch, number, key).compile()
+  others = jnp.int32(0), jax.random.key(0), jnp.bool_(False)
+  compiled = jax.jit(step).lower(state, batch, *others).compile()
 
   def run() -> None:
-    jax.block_until_ready(compiled(state, batch, number, key))
+    jax.block_until_ready(compiled(state, batch, *others))
 
   run()  # warm-up
   return run, compiled.memory_analysis().temp_size_in_bytes / 1e6

@@ -97,6 +97,7 @@ def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tu
     laid_out(batch, shared),
     laid_out(jax.ShapeDtypeStruct((), jnp.int32), replicated),
     laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated),
+    laid_out(jax.ShapeDtypeStruct((), jnp.bool_), replicated),
   )
   return make_train_step(structure, optimizer, optim.total_steps(config)), arguments
 

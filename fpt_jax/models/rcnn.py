@@ -14,6 +14,7 @@ from flax import nnx
 from fpt_jax.models.backbones import build_backbone
 from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
 from fpt_jax.models.fpt import build_fpt
+from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.heads import build_heads
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
 from fpt_jax.models.layers import Norm
@@ -62,7 +63,7 @@ class RCNN(nnx.Module):
     *,
     key: jax.Array | None = None,
     progress: float | jax.Array = 1.0,
-    measured: dict[str, jax.Array] | None = None,
+    measured: Figures | None = None,
   ) -> Pyramid:
     """Computes P2..P6 of a batch.
 
@@ -71,7 +72,7 @@ class RCNN(nnx.Module):
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
-      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
+      measured: what the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       The levels of the pyramid, and the last one subsampled, which only the RPN uses.
@@ -116,7 +117,7 @@ class RCNN(nnx.Module):
     key: jax.Array,
     *,
     progress: float | jax.Array = 1.0,
-    measured: dict[str, jax.Array] | None = None,
+    measured: Figures | None = None,
   ) -> dict[str, jax.Array]:
     """Computes the training losses of a batch, whose sum is minimised.
 
@@ -126,7 +127,7 @@ class RCNN(nnx.Module):
         `gt_mask_boxes_BG4` where it is given).
       key: PRNG key.
       progress: share of the training that is done, 0 to 1.
-      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
+      measured: what the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       Float32 scalars by detectron2's names: loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with

@@ -10,6 +10,7 @@ from flax import nnx
 from fpt_jax.models.backbones import build_backbone
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, valid_positions
 from fpt_jax.models.fpt import build_fpt
+from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.heads.semantic import SemanticHead
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import SEGMENTATION_PYRAMIDS, build_pyramid
@@ -75,7 +76,7 @@ class Segmenter(nnx.Module):
     *,
     key: jax.Array | None = None,
     progress: float | jax.Array = 1.0,
-    measured: dict[str, jax.Array] | None = None,
+    measured: Figures | None = None,
   ) -> FeatureMap:
     """Computes the logits of C2..C5.
 
@@ -83,7 +84,7 @@ class Segmenter(nnx.Module):
       levels: levels of the backbone, fine to coarse.
       key: PRNG key for training (dropout, DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
-      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
+      measured: what the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       [B, H, W, K] logits at the backbone's output stride.
@@ -104,7 +105,7 @@ class Segmenter(nnx.Module):
     key: jax.Array,
     *,
     progress: float | jax.Array = 1.0,
-    measured: dict[str, jax.Array] | None = None,
+    measured: Figures | None = None,
   ) -> dict[str, jax.Array]:
     """Computes the training losses of a batch, whose sum is minimised.
 
@@ -113,7 +114,7 @@ class Segmenter(nnx.Module):
         outside 0..K-1 where a pixel has no class.
       key: PRNG key.
       progress: share of the training that is done, 0 to 1.
-      measured: dictionary that the figures of FPT's health are added to; None for no measurement.
+      measured: what the figures of FPT's health are added to; None for no measurement.
 
     Returns:
       Float32 scalars: loss_seg and, where its weight is not 0, loss_aux of the auxiliary head on C4,

@@ -90,17 +90,21 @@ def test_every_part_is_measured(rng):
   module = FeaturePyramidTransformer((CHANNELS,) * 2, channels=CHANNELS, rngs=nnx.Rngs(0))
 
   @nnx.jit
-  def run(module, levels):
-    measured = {}
+  def run(module, levels, wanted):
+    measured = health.Figures(wanted)
     module(levels, key=jax.random.key(0), measured=measured)
-    return measured
+    return measured.values
 
-  measured = run(module, [a_map(rng, (8, 8)), a_map(rng, (4, 4), stride=2)])
+  levels = [a_map(rng, (8, 8)), a_map(rng, (4, 4), stride=2)]
+  measured = run(module, levels, True)
   names = {"fpt/level0/identity/rms", "fpt/level1/identity/rms", "fpt/level1/rendering_from_0/rms"}
   for part in ("level0/self", "level1/self", "level0/grounding_from_1"):
     names |= {f"fpt/{part}/{figure}" for figure in ("entropy", "busiest_key", "mixture", "rms")}
   assert set(measured) == names
   assert all(np.isfinite(value) and value.shape == () for value in measured.values())
+  assert all(measured[name] > 0 for name in names)
+  unwanted = run(module, levels, False)
+  assert set(unwanted) == names and not any(unwanted.values())
 
 
 def real_images(folder, size):
@@ -137,13 +141,13 @@ def test_attention_is_healthy_at_initialisation(task, real_data):
 
   @jax.jit
   def run(arrays):
-    model, measured, key = structure.fill(arrays), {}, jax.random.key(0)
+    model, measured, key = structure.fill(arrays), health.Figures(), jax.random.key(0)
     if task == "detection":
       model.features(image_BHWC, size_B2, key=key, measured=measured)
     else:
       levels = model.backbone_levels(image_BHWC, size_B2)
       model.logits_of_levels(levels, key=key, measured=measured)
-    return measured
+    return measured.values
 
   measured = {name: float(value) for name, value in run(arrays).items()}
   strides = (4, 8, 16, 32) if task == "detection" else (16,) * 4

@@ -2,8 +2,9 @@
 
 An image has one beacon, a circle or a square, and far from it small grey discs, the satellites. All
 satellites look the same: only the beacon tells whether they are satellites of a circle or of a square.
-The layout, the greys and the noise are drawn without regard to the beacon's kind: two images that differ in
-the kind alone are equal everywhere but at the beacon. Large triangles have a fine texture.
+The background is a gradient of greys. The layout, the greys and the noise are drawn without regard to the
+beacon's kind: two images that differ in the kind alone are equal everywhere but at the beacon. Large
+triangles have a fine texture.
 
 The annotations ask three questions. What is known without context:
 
@@ -78,7 +79,7 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
     UserError: a number is too small, or `beacons` is something else.
   """
 
-  VERSION = tfds.core.Version("2.0.0")
+  VERSION = tfds.core.Version("3.0.0")
 
   def __init__(
     self,
@@ -350,8 +351,8 @@ def _waves(label: int, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-  """Returns float32 RGB [H, W, 3]: a gradient between dark colours of the four corners."""
-  corners_223 = rng.uniform(40, 110, (2, 2, 3)).astype(np.float32)
+  """Returns float32 RGB [H, W, 3]: a gradient between the dark greys of the four corners, with one tint."""
+  corners_223 = (rng.uniform(40, 100, (2, 2, 1)) + rng.uniform(-8, 8, 3)).astype(np.float32)
   t = np.linspace(0, 1, size, dtype=np.float32)
   weights_2S = np.stack([1 - t, t])
   return np.einsum("yxc,yh,xw->hwc", corners_223, weights_2S, weights_2S)

@@ -210,7 +210,7 @@ class FeaturePyramidTransformer(nnx.Module):
     *,
     key: jax.Array | None = None,
     progress: float | jax.Array = 1.0,
-    measured: dict[str, jax.Array] | None = None,
+    measured: health.Figures | None = None,
   ):
     """Transforms a pyramid.
 
@@ -218,7 +218,7 @@ class FeaturePyramidTransformer(nnx.Module):
       pyramid: levels, fine to coarse, `FeatureMap`s or plain [B, H, W, C] arrays.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
-      measured: dictionary that the figures of `health` are added to; None for no measurement.
+      measured: what the figures of `health` are added to; None for no measurement.
 
     Returns:
       A tuple of `FeatureMap`s or arrays, as given, of the same sizes, with `channels` channels.
@@ -269,7 +269,7 @@ class FeaturePyramidTransformer(nnx.Module):
     return found
 
   def transformed(
-    self, levels: Pyramid, *, train: bool, measured: dict[str, jax.Array] | None = None
+    self, levels: Pyramid, *, train: bool, measured: health.Figures | None = None
   ) -> list[dict[str, jax.Array]]:
     """Returns the outputs of the transformers of each level by name, before their normalisation."""
     seen = tuple(
@@ -285,34 +285,33 @@ class FeaturePyramidTransformer(nnx.Module):
         others = () if source == i else (seen[source],)
         with jax.named_scope(f"{name.partition('_')[0]}_transformers.{i}"):
           parts[name] = transformer(level, *others)
-      if measured is not None:
-        self.measure(i, levels[i], seen, parts, measured)
       results.append(parts)
+    if measured is not None:
+      measured.add(lambda: self.figures(levels, seen, results))
     return results
 
-  def measure(self, i: int, level: FeatureMap, seen: Pyramid, parts, measured) -> None:
-    """Adds the figures of level i to `measured`: names such as "fpt/level0/grounding_from_2/entropy".
+  def figures(
+    self, levels: Pyramid, seen: Pyramid, results: list[dict[str, jax.Array]]
+  ) -> dict[str, jax.Array]:
+    """Returns the figures of `health` by names such as "fpt/level0/grounding_from_2/entropy".
 
     Args:
-      i: index of the level.
-      level: the level, which is concatenated with the parts.
+      levels: the levels, which are concatenated with the outputs of their transformers.
       seen: the levels that the transformers see.
-      parts: outputs of the transformers of level i by name.
-      measured: dictionary that is added to.
+      results: outputs of the transformers of each level by name.
     """
-    positions_BS2 = health.sampled_positions(level.valid_BHW)
-    figures = {
-      f"{name}/rms": health.variation(values_BHWC, positions_BS2)
-      for name, values_BHWC in ({"identity": level.values_BHWC} | parts).items()
-    }
-    for name, (transformer, source) in self.transformers(i).items():
-      if not isinstance(transformer, RenderingTransformer):
-        attention = health.attention_figures(
-          transformer.interaction, seen[i], seen[source], positions_BS2
-        )
-        figures |= {f"{name}/{figure}": value for figure, value in attention.items()}
-    for name, value in figures.items():
-      measured[f"fpt/level{i}/{name}"] = jax.lax.stop_gradient(value)
+    figures = {}
+    for i, (level, parts) in enumerate(zip(levels, results, strict=True)):
+      positions_BS2 = health.sampled_positions(level.valid_BHW)
+      for name, values_BHWC in ({"identity": level.values_BHWC} | parts).items():
+        figures[f"fpt/level{i}/{name}/rms"] = health.variation(values_BHWC, positions_BS2)
+      for name, (transformer, source) in self.transformers(i).items():
+        if not isinstance(transformer, RenderingTransformer):
+          attention = health.attention_figures(
+            transformer.interaction, seen[i], seen[source], positions_BS2
+          )
+          figures |= {f"fpt/level{i}/{name}/{key}": value for key, value in attention.items()}
+    return figures
 
   def fused(
     self, i: int, level: FeatureMap, parts: dict[str, jax.Array], key, progress

@@ -1,10 +1,14 @@
 """Figures that show whether attention works: how it is distributed, and how much each part varies.
 
-They are measured at a fixed grid of positions of each level, so that their cost is small.
+They are measured at a fixed grid of positions of each level, and only in steps that are logged, so that their
+cost is small.
 
 Shapes: B batch, H W rows and columns of a map, h w those of the source map, S sampled positions, C channels,
 M parts of the mixture, D channels of a part, K keys.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,30 @@ from fpt_jax.models.fpt.non_local import NonLocalInteraction
 from fpt_jax.ops.local_attention import MASKED
 
 SIDE = 8  # rows and columns of the grid of sampled positions
+
+
+@dataclasses.dataclass
+class Figures:
+  """Figures that a compiled function computes in some of its calls.
+
+  Attributes:
+    wanted: whether to compute them, a Python or a traced bool.
+    values: float32 scalars by name; zeros if they are not wanted.
+  """
+
+  wanted: bool | jax.Array = True
+  values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  def add(self, compute: Callable[[], dict[str, jax.Array]]) -> None:
+    """Adds what `compute` returns, without gradients; it runs only if the figures are wanted."""
+
+    def figures():
+      return jax.lax.stop_gradient(compute())
+
+    def zeros():
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+
+    self.values |= jax.lax.cond(self.wanted, figures, zeros)
 
 
 def sampled_positions(valid_BHW: jax.Array) -> jax.Array:

@@ -373,9 +373,9 @@ def test_a_frozen_backbone_trains_its_context_blocks(suffix, norm, last, rng):
     assert all(np.isfinite(momentum[n]).all() for n in names)
     return {n for n in inside if momentum[n].any()}
 
-  state, _, _ = step(state, batch, 0, key)
+  state, _, _ = step(state, batch, 0, key, False)
   assert with_gradient() == {n for n in inside if not last or n.endswith(last)}
-  state, _, _ = step(state, batch, 1, key)
+  state, _, _ = step(state, batch, 1, key, False)
   # a softmax does not depend on the bias of its keys
   assert inside - {"backbone.context.phi.bias"} <= with_gradient()
   for n in inside:

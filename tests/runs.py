@@ -105,6 +105,14 @@ def config_file(folder: pathlib.Path, **fields) -> pathlib.Path:
   return file
 
 
+# environment of processes that compile: a shared cache, and compilation like in `quick_compilation`
+QUICK = {
+  "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "fpt_jax_test_cache"),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+
+
 def command(*flags: str, **environment: str) -> subprocess.Popen:
   """Starts `python -m fpt_jax.main` with these flags; its standard error is a pipe of text."""
   return subprocess.Popen(
@@ -112,13 +120,7 @@ def command(*flags: str, **environment: str) -> subprocess.Popen:
     cwd=ROOT,
     stderr=subprocess.PIPE,
     text=True,
-    env=os.environ
-    | {
-      "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "fpt_jax_test_cache"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # like the fixture `quick_compilation`
-    }
-    | environment,
+    env=os.environ | QUICK | environment,
   )
 
 

@@ -1,0 +1,124 @@
+"""The tables of `scripts/ablation.py`: small runs that compare variants of FPT and its baselines.
+
+A row is added by one line.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from fpt_jax.configs import tables
+
+DETECTION, SEGMENTATION = "configs/coco_mask.py:demo", "configs/cityscapes.py:demo"
+CONTEXT = ("segm/AP", "bbox/AP", "context/accuracy", "context/fine")
+MIOU = ("mIoU",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of a table.
+
+  Attributes:
+    name: name of the row.
+    config: value of --config.
+    flags: further flags of fpt_jax.main.
+    paper: the paper's figure for the table's first metric, at the paper's size; None if there is none.
+  """
+
+  name: str
+  config: str
+  flags: tuple[str, ...] = ()
+  paper: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Rows that are trained with the same budget.
+
+  Attributes:
+    title: heading of the table.
+    metrics: names in metrics.jsonl of the columns; the bars show the first one.
+    rows: the rows.
+  """
+
+  title: str
+  metrics: tuple[str, ...]
+  rows: tuple[Row, ...]
+
+
+def of_paper(base: str, rows: Iterable[tables.Row]) -> list[Row]:
+  """The rows of a table of the paper, with another size and data set."""
+  figures = [(row, row.mask[0] if row.mask else row.miou[-1] if row.miou else None) for row in rows]
+  return [Row(row.name, f"{base},{row.arg}", paper=figure) for row, figure in figures]
+
+
+def fpt(base: str, name: str, *fields: str) -> Row:
+  """A row with other values of fields of `model.fpt`, such as "scale=1.0"."""
+  return Row(name, base, tuple(f"--config.model.fpt.{field}" for field in fields))
+
+
+def baselines(base: str) -> list[Row]:
+  return [Row(name, f"{base},fpt={name}") for name in ("fuse", "fuse_wide")]
+
+
+def conditioning(base: str) -> tuple[Row, ...]:
+  return (
+    fpt(base, "default"),
+    Row("literal", f"{base},literal"),
+    fpt(base, "unit", "similarity_norm=unit"),
+    fpt(base, "no similarity norm", "similarity_norm=none"),
+    fpt(base, "mixture not uniform", "uniform_mixture=False"),
+    fpt(base, "no output norm", "output_norm=False"),
+    fpt(base, "output norm from 0", "output_norm_scale=0.0"),
+    fpt(base, "output norm from 0.5", "output_norm_scale=0.5"),
+    fpt(base, "identity gate", "gate=identity"),
+    fpt(base, "constant DropBlock", "drop_block_schedule=constant"),
+  )
+
+
+ABLATIONS = {
+  "table1": Table(
+    "Table 1 of the paper, on Context Shapes",
+    CONTEXT,
+    (*of_paper(DETECTION, tables.TABLE_1), *baselines(DETECTION)),
+  ),
+  "table2": Table(
+    "Table 2 of the paper, on Context Shapes",
+    CONTEXT,
+    (*of_paper(DETECTION, tables.TABLE_2),),
+  ),
+  "necks": Table(
+    "Necks of table 3 of the paper, on Context Shapes",
+    CONTEXT,
+    (
+      Row("BFP", f"{DETECTION},fpt=none"),
+      Row("FPN", f"{DETECTION},pyramid=fpn,fpt=none"),
+      Row("BPA", f"{DETECTION},pyramid=bpa,fpt=none"),
+      Row("BFI", f"{DETECTION},pyramid=bfi,fpt=none"),
+      *baselines(DETECTION),
+      Row("BFP+FPT", DETECTION),
+    ),
+  ),
+  "table4": Table(
+    "Table 4 of the paper, on Context Shapes",
+    MIOU,
+    (*of_paper(SEGMENTATION, tables.TABLE_4), *baselines(SEGMENTATION)),
+  ),
+  "attention": Table(
+    "Softmaxes of a mixture and the factor of the similarities, on Context Shapes",
+    CONTEXT,
+    (
+      fpt(DETECTION, "N of ST = 2, of GT = 4"),
+      fpt(DETECTION, "N = 1", "self_parts=1", "grounding_parts=1"),
+      fpt(DETECTION, "N = 2", "self_parts=2", "grounding_parts=2"),
+      fpt(DETECTION, "N = 4", "self_parts=4", "grounding_parts=4"),
+      fpt(DETECTION, "factor 1", "scale=1.0"),
+      fpt(DETECTION, "factor 1/8", "scale=0.125"),
+    ),
+  ),
+  "conditioning_detection": Table(
+    "Conditioning, detection on Context Shapes", CONTEXT, conditioning(DETECTION)
+  ),
+  "conditioning_segmentation": Table(
+    "Conditioning, segmentation of Context Shapes", MIOU, conditioning(SEGMENTATION)
+  ),
+}

@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+"""Trains the rows of a table with several seeds and the same budget, and makes a table, curves and bars.
+
+    python scripts/ablation.py table1 --runs=/runs/ablation --seeds=0,1,2
+    python scripts/ablation.py table1 --only=BFP,BFP+GT      # some of its rows
+    python scripts/ablation.py table1 --report               # the table of the runs that are recorded
+    python scripts/ablation.py table1 -- --config.steps=900  # flags of fpt_jax.main for all rows
+
+The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself. A finished run is one line
+of docs/results/TABLE.jsonl, and is not run again. The same command continues what was interrupted.
+"""
+
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # as fpt_jax.main
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import platform
+import queue
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+from absl import logging
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fpt_jax.configs.ablations import ABLATIONS, Row, Table
+from fpt_jax.run.metrics import read_metrics
+from fpt_jax.run.progress import Progress
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MAIN = (sys.executable, "-m", "fpt_jax.main")
+
+
+def main() -> None:
+  logging.set_verbosity(logging.INFO)
+  options = parsed_arguments()
+  table, out = ABLATIONS[options.table], pathlib.Path(options.out)
+  records = out / f"{options.table}.jsonl"
+  failed = [] if options.report else train(table, records, options)
+  shared = " ".join(options.flags)
+  lines = [line for line in read(records) if line["shared"] == shared]
+  if not lines and not failed:
+    failed = [f"{records} has no run with the flags {shared!r}; train one, without --report"]
+  if lines:
+    page, picture = out / f"{options.table}.md", out / f"{options.table}.png"
+    rows = {row: [line for line in lines if line["row"] == row.name] for row in table.rows}
+    rows = {row: runs for row, runs in rows.items() if runs}
+    page.write_text(markdown(options.table, table, rows, shared))
+    FigureCanvasAgg(draw(table, rows)).print_png(picture)
+    print(page, picture, sep="\n")
+  if failed:
+    raise SystemExit("\n".join(f"error: {message}" for message in failed))
+
+
+def parsed_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("table", choices=ABLATIONS)
+  parser.add_argument("--runs", default="ablation", help="folder of the runs")
+  parser.add_argument("--seeds", default="0", help="numbers, separated by commas")
+  parser.add_argument("--only", default="", help="names of rows, separated by commas; default: all")
+  parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+  parser.add_argument("--data_dir", default="", help="as --config.data.data_dir; not recorded")
+  parser.add_argument("--out", default=str(ROOT / "docs" / "results"), help="folder of the results")
+  parser.add_argument("--report", action="store_true", help="train nothing")
+  arguments = sys.argv[1:]
+  end = arguments.index("--") if "--" in arguments else len(arguments)
+  options = parser.parse_args(arguments[:end])
+  options.flags = tuple(arguments[end + 1 :])  # those of fpt_jax.main
+  try:
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+  except ValueError:
+    parser.error(f"--seeds={options.seeds} must be numbers, separated by commas")
+  if options.processes < 1:
+    parser.error(f"--processes={options.processes} must be at least 1")
+  names = [row.name for row in ABLATIONS[options.table].rows]
+  options.only = [name.strip() for name in options.only.split(",") if name.strip()] or names
+  for name in options.only:
+    if name not in names:
+      parser.error(f"{options.table} has no row {name!r}; choose from {', '.join(names)}")
+  return options
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A training run of a row.
+
+  Attributes:
+    row: the row.
+    seed: value of --config.seed.
+    shared: flags that all rows have.
+  """
+
+  row: Row
+  seed: int
+  shared: tuple[str, ...]
+
+  @property
+  def flags(self) -> list[str]:
+    seed = f"--config.seed={self.seed}"
+    return [f"--config={self.row.config}", seed, *self.row.flags, *self.shared]
+
+  @property
+  def recorded(self) -> dict:
+    """What identifies the run in the records; folders are those of one machine."""
+    command = " ".join(["python -m fpt_jax.main", *self.flags, "--workdir=..."])
+    shared = " ".join(self.shared)
+    return {"row": self.row.name, "seed": self.seed, "command": command, "shared": shared}
+
+
+def read(records: pathlib.Path) -> list[dict]:
+  """The recorded runs."""
+  return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+
+
+def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> list[str]:
+  """Trains the runs that are not recorded, records them, and returns a message for each that failed."""
+  folder = pathlib.Path(options.runs).resolve() / options.table
+  rows = [row for row in table.rows if row.name in options.only]
+  runs = [Run(row, seed, options.flags) for seed in options.seeds for row in rows]
+  done = read(records)
+  runs = [run for run in runs if not any(run.recorded.items() <= line.items() for line in done)]
+  local = [f"--config.data.data_dir={options.data_dir}"] if options.data_dir else []
+  for config in dict.fromkeys(run.row.config for run in runs):
+    # here, because several runs at a time must not prepare the same data
+    prepare = ["--mode=prepare", f"--config={config}", *options.flags, *local]
+    if subprocess.run([*MAIN, *prepare], check=False, cwd=ROOT).returncode:
+      return [f"{config}: the data cannot be prepared, see above"]
+  records.parent.mkdir(parents=True, exist_ok=True)
+  cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+  for i in range(options.processes):
+    cores.put(i % (os.cpu_count() or 1))
+  processes: list[subprocess.Popen] = []
+  failed: list[str] = []
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+  with (
+    concurrent.futures.ThreadPoolExecutor(options.processes) as pool,
+    Progress(options.table, len(runs), "runs") as progress,
+  ):
+    futures = [pool.submit(run_once, run, folder, local, cores, processes) for run in runs]
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        result = future.result()
+        if isinstance(result, str):
+          failed.append(result)
+        else:
+          with records.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        progress.advance()
+    except KeyboardInterrupt:
+      pool.shutdown(wait=False, cancel_futures=True)
+      for process in processes:
+        process.terminate()  # it saves a checkpoint and stops
+      raise SystemExit("stopped; the same command goes on from here") from None
+  return failed
+
+
+def run_once(
+  run: Run,
+  folder: pathlib.Path,
+  local: list[str],
+  cores: queue.SimpleQueue,
+  processes: list[subprocess.Popen],
+) -> dict | str:
+  """Trains a run, or the rest of it, on one core; returns its record, or a message if it failed.
+
+  Args:
+    run: the run.
+    folder: folder of the table's runs.
+    local: flags that are not recorded.
+    cores: numbers of the cores that are free.
+    processes: list that the process is added to.
+  """
+  workdir = folder / re.sub(r"[^a-z0-9.]+", "_", run.row.name.lower()) / f"seed{run.seed}"
+  resumed = workdir.exists()
+  workdir.mkdir(parents=True, exist_ok=True)
+  # runs that differ in the seed alone share their compiled programs
+  environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | os.environ
+  core, begun = cores.get(), time.monotonic()
+  with (workdir / "log.txt").open("a") as log:
+    process = subprocess.Popen(
+      [*MAIN, *run.flags, f"--workdir={workdir}", *local],
+      stdout=log,
+      stderr=log,
+      cwd=ROOT,
+      env=environment,
+    )
+    processes.append(process)
+    if hasattr(os, "sched_setaffinity"):
+      os.sched_setaffinity(process.pid, {core})
+    code = process.wait()
+  cores.put(core)
+  if code:
+    return f"{run.row.name}, seed {run.seed}: exit code {code}, see {log.name}"
+  entries = read_metrics(str(workdir))
+  training = [entry for entry in entries if "total_loss" in entry]
+  return run.recorded | {
+    "figures": next(entry for entry in reversed(entries) if "total_loss" not in entry),
+    "losses": [[entry["step"], entry["total_loss"]] for entry in training],
+    "minutes": None if resumed else round((time.monotonic() - begun) / 60, 1),
+    "machine": f"one core of {cpu()}",
+    "date": datetime.date.today().isoformat(),
+  }
+
+
+def cpu() -> str:
+  """Name of the CPU."""
+  info = pathlib.Path("/proc/cpuinfo")
+  names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+  return names[0] if names else platform.processor() or platform.machine()
+
+
+def values(runs: list[dict], metric: str) -> list[float]:
+  return [run["figures"][metric] for run in runs if metric in run["figures"]]
+
+
+def markdown(name: str, table: Table, rows: dict[Row, list[dict]], shared: str) -> str:
+  """The page of a table: the command, the table with means and standard deviations, and the picture."""
+  every = [run for runs in rows.values() for run in runs]
+  has_paper = any(row.paper is not None for row in rows)
+  header = ["row", *table.metrics, *(["paper"] if has_paper else []), "seeds", "minutes"]
+  lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+  for row, runs in rows.items():
+    cells = [row.name, *(mean_and_deviation(values(runs, metric)) for metric in table.metrics)]
+    if has_paper:
+      cells.append("-" if row.paper is None else f"{row.paper:.1f}")
+    minutes = [run["minutes"] for run in runs if run["minutes"] is not None]
+    cells += [str(len(runs)), f"{np.mean(minutes):.0f}" if minutes else "-"]
+    lines.append(cells)
+  seeds = ",".join(str(seed) for seed in sorted({run["seed"] for run in every}))
+  command = f"python scripts/ablation.py {name} --seeds={seeds}"
+  if len(rows) < len(table.rows):
+    command += f" '--only={','.join(row.name for row in rows)}'"
+  command += shared and f" -- {shared}"
+  dates = " to ".join(dict.fromkeys(f([run["date"] for run in every]) for f in (min, max)))
+  notes = f"Mean and standard deviation over the seeds. Each run: {machines(every)}; {dates}."
+  if has_paper:
+    notes += " The paper's figures are those of its own data and size."
+  return "\n\n".join(
+    [
+      f"# {table.title}",
+      f"```bash\n{command}\n```",
+      "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
+      notes,
+      f"![Left: the training loss, averaged over the seeds. Right: {table.metrics[0]}]({name}.png)\n",
+    ]
+  )
+
+
+def machines(runs: list[dict]) -> str:
+  return " or ".join(sorted({run["machine"] for run in runs}))
+
+
+def mean_and_deviation(figures: list[float]) -> str:
+  if not figures:
+    return "-"
+  deviation = f" ± {np.std(figures, ddof=1):.1f}" if len(figures) > 1 else ""
+  return f"{np.mean(figures):.1f}{deviation}"
+
+
+def draw(table: Table, rows: dict[Row, list[dict]]) -> Figure:
+  """Left: the loss of each row, averaged over the seeds. Right: the table's first metric."""
+  figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
+  curves, bars = figure.subplots(1, 2)
+  for i, (row, runs) in enumerate(rows.items()):
+    losses = [dict(map(tuple, run["losses"])) for run in runs]
+    steps = sorted(set.intersection(*(set(by_step) for by_step in losses)))
+    means = [np.mean([by_step[step] for by_step in losses]) for step in steps]
+    curves.plot(steps, means, label=row.name, linestyle="-" if i < 10 else "--")
+    if found := values(runs, table.metrics[0]):
+      bars.barh(row.name, np.mean(found), xerr=np.std(found) if len(found) > 1 else None)
+  curves.set(xlabel="step", ylabel="total loss", yscale="log")
+  curves.legend(fontsize=8)
+  bars.invert_yaxis()
+  bars.set_xlabel(table.metrics[0])
+  for axes in (curves, bars):
+    axes.grid(alpha=0.3)
+  return figure
+
+
+if __name__ == "__main__":
+  main()

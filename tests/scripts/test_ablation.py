@@ -1,0 +1,115 @@
+"""The script that trains the rows of a table: records, table, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fpt_jax.configs.ablations import ABLATIONS, Row, Table
+from fpt_jax.run.command_line import load_config
+from scripts import ablation
+from tests.runs import QUICK, ROOT
+
+FLAGS = (
+  "--config.steps=2",
+  "--config.data.builder.train_size=16",
+  "--config.data.builder.val_size=4",
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, ROOT / "scripts" / "ablation.py", *arguments]
+  environment = os.environ | QUICK | {"JAX_PLATFORMS": "cpu"}
+  return subprocess.run(
+    command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment
+  )
+
+
+@pytest.mark.slow
+def test_a_run_is_recorded_and_not_run_again(tmp_path):
+  arguments = ("table4", "--only=UFP", "--seeds=3", f"--out={tmp_path}", f"--runs={tmp_path}/runs")
+  arguments += (f"--data_dir={tmp_path}/data", "--", *FLAGS)
+  first = run(*arguments)
+  assert first.returncode == 0, first.stderr
+  (line,) = (tmp_path / "table4.jsonl").read_text().splitlines()
+  record = json.loads(line)
+  assert (record["row"], record["seed"], record["shared"]) == ("UFP", 3, " ".join(FLAGS))
+  assert record["command"].startswith(
+    "python -m fpt_jax.main --config=configs/cityscapes.py:demo,fpt=none "
+  )
+  assert record["figures"]["step"] == 2 and 0 <= record["figures"]["mIoU"] <= 100
+  assert [step for step, _ in record["losses"]] == [2] and str(tmp_path) not in line
+  assert (
+    f"| UFP | {record['figures']['mIoU']:.1f} | 79.1 | 1 |" in (tmp_path / "table4.md").read_text()
+  )
+  assert (tmp_path / "table4.png").stat().st_size > 0
+
+  (tmp_path / "runs").rename(tmp_path / "elsewhere")
+  second = run(*arguments)
+  assert second.returncode == 0, second.stderr
+  assert (tmp_path / "table4.jsonl").read_text().splitlines() == [line]
+  assert not (tmp_path / "runs").exists()
+
+
+def test_a_failed_run_is_reported_and_not_recorded(tmp_path):
+  folders = (f"--out={tmp_path}", f"--runs={tmp_path}/runs", f"--data_dir={tmp_path}/data")
+  found = run("table4", "--only=UFP", *folders, "--", *FLAGS[1:], "--config.steps=-1")
+  assert found.returncode == 1 and "Traceback" not in found.stderr
+  assert found.stderr.splitlines()[-1].startswith("error: ")
+  assert not (tmp_path / "table4.jsonl").exists()
+
+
+def test_table_and_curves_of_recorded_runs():
+  table = Table(
+    "Two rows", ("segm/AP", "context/accuracy"), (Row("A", "a.py", paper=30.0), Row("B", "b.py"))
+  )
+
+  def recorded(seed, ap, loss):
+    figures = {"step": 40, "segm/AP": ap} | ({"context/accuracy": 50.0} if seed else {})
+    losses = [[20, loss], [40, loss / 2]]
+    common = {"minutes": 2.0 + seed, "machine": "one core", "date": f"2026-01-0{seed + 1}"}
+    return {"seed": seed, "figures": figures, "losses": losses} | common
+
+  rows = {
+    table.rows[0]: [recorded(0, 10.0, 4.0), recorded(1, 20.0, 2.0)],
+    table.rows[1]: [recorded(0, 5.0, 1.0)],
+  }
+  one = {table.rows[0]: rows[table.rows[0]]}
+  assert "two --seeds=0,1 '--only=A' -- --config.steps=40\n" in ablation.markdown(
+    "two", table, one, "--config.steps=40"
+  )
+  page = ablation.markdown("two", table, rows, "--config.steps=40")
+  assert "python scripts/ablation.py two --seeds=0,1 -- --config.steps=40\n" in page
+  # the deviation of 10 and 20 from 15 is 5; with one degree of freedom less, the square root of 50
+  assert "| A | 15.0 ± 7.1 | 50.0 | 30.0 | 2 | 2 |\n" in page
+  assert "| B | 5.0 | - | - | 1 | 2 |\n" in page
+  assert "one core; 2026-01-01 to 2026-01-02" in page
+  curves, bars = ablation.draw(table, rows).axes
+  assert [line.get_ydata().tolist() for line in curves.lines[:2]] == [[3.0, 1.5], [1.0, 0.5]]
+  assert [patch.get_width() for patch in bars.patches] == [15.0, 5.0]
+
+
+def test_every_row_is_a_config():
+  for name, table in ABLATIONS.items():
+    names = [row.name for row in table.rows]
+    assert len(set(names)) == len(names), name
+    for config in {row.config for row in table.rows}:
+      load_config(config)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("table9",), "invalid choice: 'table9'"),
+    (("table1", "--only=BFB"), "table1 has no row 'BFB'; choose from BFP, "),
+    (("table1", "--seeds=a"), "--seeds=a must be numbers"),
+    (("table1", "--report", "--", "--config.steps=7"), "no run with the flags '--config.steps=7'"),
+  ],
+)
+def test_errors(arguments, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["ablation.py", f"--out={tmp_path}", *arguments])
+  with pytest.raises(SystemExit) as error:
+    ablation.main()
+  assert message in capsys.readouterr().err + str(error.value)

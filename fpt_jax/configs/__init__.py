@@ -13,7 +13,7 @@ _CHECKOUT = _PACKAGE.parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "configs").is_dir():
   __path__.append(str(_CHECKOUT / "configs"))
 
-SHARED = ("__init__", "base", "detection", "segmentation", "tables", "variants")
+SHARED = ("__init__", "ablations", "base", "detection", "segmentation", "tables", "variants")
 
 
 def benchmarks() -> dict[str, pathlib.Path]:

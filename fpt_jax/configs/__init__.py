@@ -1,9 +1,9 @@
 """The benchmarks, and what they share.
 
 `base`, `detection` and `segmentation` have every field with its default. `variants` reads the words after
-the colon of `--config=FILE:WORDS`. `tables` has the rows of the paper's tables. Each benchmark is a module
-as well: `from fpt_jax.configs import coco_mask`. In a checkout the benchmarks are the files in `configs/`;
-an installed package contains them here.
+the colon of `--config=FILE:WORDS`. `tables` has the rows of the paper's tables, `ablations` those of
+`scripts/ablation.py`. Each benchmark is a module as well: `from fpt_jax.configs import coco_mask`. In a
+checkout the benchmarks are the files in `configs/`; an installed package contains them here.
 """
 
 import pathlib

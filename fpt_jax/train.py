@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       stopping = stop.received  # read once: a signal may arrive at any moment
       last = done == total_steps or stopping
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
-      log_due = logged(done) or last
+      log_due = logged(done) or stopping
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
         pending = []

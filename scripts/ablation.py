@@ -21,6 +21,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
+import hashlib
 import json
 import platform
 import queue
@@ -35,7 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fpt_jax.configs.ablations import ABLATIONS, Row, Table
-from fpt_jax.run.metrics import read_metrics
+from fpt_jax.run.metrics import losses_and_evaluations
 from fpt_jax.run.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ MAIN = (sys.executable, "-m", "fpt_jax.main")
 def main() -> None:
   logging.set_verbosity(logging.INFO)
   options = parsed_arguments()
-  table, out = ABLATIONS[options.table], pathlib.Path(options.out)
+  table, out = ABLATIONS[options.table], pathlib.Path(options.out).expanduser()
   records = out / f"{options.table}.jsonl"
   failed = [] if options.report else train(table, records, options)
   shared = " ".join(options.flags)
@@ -119,6 +120,12 @@ class Run:
     shared = " ".join(self.shared)
     return {"row": self.row.name, "seed": self.seed, "command": command, "shared": shared}
 
+  @property
+  def folder(self) -> str:
+    """Name of the run's folder. Other flags have another one: they must not continue its checkpoints."""
+    name = re.sub(r"[^a-z0-9.]+", "_", self.row.name.lower())
+    return f"{name}_{hashlib.sha256(self.recorded['command'].encode()).hexdigest()[:8]}"
+
 
 def read(records: pathlib.Path) -> list[dict]:
   """The recorded runs."""
@@ -127,7 +134,7 @@ def read(records: pathlib.Path) -> list[dict]:
 
 def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> list[str]:
   """Trains the runs that are not recorded, records them, and returns a message for each that failed."""
-  folder = pathlib.Path(options.runs).resolve() / options.table
+  folder = pathlib.Path(options.runs).expanduser().resolve() / options.table
   rows = [row for row in table.rows if row.name in options.only]
   runs = [Run(row, seed, options.flags) for seed in options.seeds for row in rows]
   done = read(records)
@@ -183,7 +190,7 @@ def run_once(
     cores: numbers of the cores that are free.
     processes: list that the process is added to.
   """
-  workdir = folder / re.sub(r"[^a-z0-9.]+", "_", run.row.name.lower()) / f"seed{run.seed}"
+  workdir = folder / run.folder
   resumed = workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
   # runs that differ in the seed alone share their compiled programs
@@ -204,10 +211,9 @@ def run_once(
   cores.put(core)
   if code:
     return f"{run.row.name}, seed {run.seed}: exit code {code}, see {log.name}"
-  entries = read_metrics(str(workdir))
-  training = [entry for entry in entries if "total_loss" in entry]
+  training, evaluations = losses_and_evaluations(str(workdir))
   return run.recorded | {
-    "figures": next(entry for entry in reversed(entries) if "total_loss" not in entry),
+    "figures": evaluations[-1],
     "losses": [[entry["step"], entry["total_loss"]] for entry in training],
     "minutes": None if resumed else round((time.monotonic() - begun) / 60, 1),
     "machine": f"one core of {cpu()}",
@@ -245,7 +251,8 @@ def markdown(name: str, table: Table, rows: dict[Row, list[dict]], shared: str) 
     command += f" '--only={','.join(row.name for row in rows)}'"
   command += shared and f" -- {shared}"
   dates = " to ".join(dict.fromkeys(f([run["date"] for run in every]) for f in (min, max)))
-  notes = f"Mean and standard deviation over the seeds. Each run: {machines(every)}; {dates}."
+  machines = " or ".join(sorted({run["machine"] for run in every}))
+  notes = f"Mean and standard deviation over the seeds. Each run: {machines}; {dates}."
   if has_paper:
     notes += " The paper's figures are those of its own data and size."
   return "\n\n".join(
@@ -257,10 +264,6 @@ def markdown(name: str, table: Table, rows: dict[Row, list[dict]], shared: str) 
       f"![Left: the training loss, averaged over the seeds. Right: {table.metrics[0]}]({name}.png)\n",
     ]
   )
-
-
-def machines(runs: list[dict]) -> str:
-  return " or ".join(sorted({run["machine"] for run in runs}))
 
 
 def mean_and_deviation(figures: list[float]) -> str:

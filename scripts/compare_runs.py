@@ -20,7 +20,7 @@ import numpy as np
 import rich.table
 from PIL import Image
 
-from fpt_jax.run.metrics import read_metrics
+from fpt_jax.run.metrics import losses_and_evaluations
 from fpt_jax.tasks.pictures import contact_sheet
 
 MOST_ROWS = 6
@@ -36,7 +36,7 @@ SHOWN = (
 
 def last_evaluation(workdir: str) -> dict[str, float]:
   """The metrics of a run's last evaluation, without those of training."""
-  evaluations = [e for e in read_metrics(workdir) if "total_loss" not in e]
+  _, evaluations = losses_and_evaluations(workdir)
   if not evaluations:
     raise SystemExit(f"error: {workdir}: metrics.jsonl has no evaluation; train the run to its end")
   return {name: value for name, value in evaluations[-1].items() if name.startswith(SHOWN)}

@@ -14,8 +14,6 @@ flags=("${@:2}")
 source "$(dirname "$0")/_environment.sh"
 use_environment requirements.txt
 
-# evaluation and prediction run the same program, and so does the demo with other flags
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$workdir/compiled}"
 config=configs/coco_mask.py:demo
 data="--config.data.data_dir=$workdir/data"
 baseline="$workdir/fuse" # the same network, without transformers

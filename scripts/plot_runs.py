@@ -20,18 +20,17 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fpt_jax.run.metrics import read_metrics
+from fpt_jax.run.metrics import losses_and_evaluations
 
 SMOOTHED = 9  # losses per running mean
 
 
 def read(workdir: str) -> tuple[list[dict], list[dict]]:
   """The metrics that a run logged in training, and in its evaluations."""
-  entries = read_metrics(workdir)
-  training = [e for e in entries if "total_loss" in e]
+  training, evaluations = losses_and_evaluations(workdir)
   if not training:
     raise SystemExit(f"error: {workdir}: metrics.jsonl has no losses; give the folder of a run")
-  return training, [e for e in entries if "mIoU" in e or "bbox/AP50" in e]
+  return training, [e for e in evaluations if "mIoU" in e or "bbox/AP50" in e]
 
 
 def running_mean(values: list[float]) -> np.ndarray:

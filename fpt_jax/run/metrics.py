@@ -50,6 +50,13 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
   return entries
 
 
+def losses_and_evaluations(workdir: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+  """Reads `metrics.jsonl`: the lines that training wrote, and those of evaluations."""
+  entries = read_metrics(workdir)
+  training = [entry for entry in entries if "total_loss" in entry]
+  return training, [entry for entry in entries if "total_loss" not in entry]
+
+
 def has_metric(workdir: str, step: int, name: str) -> bool:
   """Whether `metrics.jsonl` has a metric at a step."""
   return any(entry["step"] == step and name in entry for entry in read_metrics(workdir))

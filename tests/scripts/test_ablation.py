@@ -91,6 +91,18 @@ def test_table_and_curves_of_recorded_runs():
   assert [patch.get_width() for patch in bars.patches] == [15.0, 5.0]
 
 
+def test_other_flags_have_another_folder():
+  row = Row("BFP+ST", "a.py:fpt=st")
+  runs = [
+    ablation.Run(row, 0, ()),
+    ablation.Run(row, 1, ()),
+    ablation.Run(row, 0, ("--config.steps=900",)),
+    ablation.Run(Row("BFP+ST", "a.py:fpt=st", ("--config.model.fpt.scale=1.0",)), 0, ()),
+  ]
+  folders = {run.folder for run in runs}
+  assert len(folders) == 4 and all(folder.startswith("bfp_st_") for folder in folders)
+
+
 def test_every_row_is_a_config():
   for name, table in ABLATIONS.items():
     names = [row.name for row in table.rows]

@@ -39,7 +39,7 @@ class Figures:
       return jax.lax.stop_gradient(compute())
 
     def zeros():
-      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+      return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
 
     self.values |= jax.lax.cond(self.wanted, figures, zeros)
 

@@ -52,7 +52,8 @@ def main() -> None:
   shared = " ".join(options.flags)
   lines = [line for line in read(records) if line["shared"] == shared]
   if not lines and not failed:
-    failed = [f"{records} has no run with the flags {shared!r}; train one, without --report"]
+    flags = f"with the flags {shared!r}" if shared else "without further flags"
+    failed = [f"{records} has no run {flags}; train one, without --report"]
   if lines:
     page, picture = out / f"{options.table}.md", out / f"{options.table}.png"
     rows = {row: [line for line in lines if line["row"] == row.name] for row in table.rows}
@@ -69,7 +70,7 @@ def parsed_arguments() -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("table", choices=ABLATIONS)
-  parser.add_argument("--runs", default="ablation", help="folder of the runs")
+  parser.add_argument("--runs", default="workdirs/ablation", help="folder of the runs")
   parser.add_argument("--seeds", default="0", help="numbers, separated by commas")
   parser.add_argument("--only", default="", help="names of rows, separated by commas; default: all")
   parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")

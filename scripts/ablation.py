@@ -41,6 +41,11 @@ from fpt_jax.run.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAIN = (sys.executable, "-m", "fpt_jax.main")
+LOCAL = {  # options that name folders of one machine, and the flags of fpt_jax.main that they become
+  "data_dir": "config.data.data_dir",
+  "source": "config.data.source",
+  "init_from": "config.init_from",
+}
 
 
 def main() -> None:
@@ -74,7 +79,8 @@ def parsed_arguments() -> argparse.Namespace:
   parser.add_argument("--seeds", default="0", help="numbers, separated by commas")
   parser.add_argument("--only", default="", help="names of rows, separated by commas; default: all")
   parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-  parser.add_argument("--data_dir", default="", help="as --config.data.data_dir; not recorded")
+  for option, flag in LOCAL.items():
+    parser.add_argument(f"--{option}", default="", help=f"as --{flag}; not recorded")
   parser.add_argument("--out", default=str(ROOT / "docs" / "results"), help="folder of the results")
   parser.add_argument("--report", action="store_true", help="train nothing")
   arguments = sys.argv[1:]
@@ -140,7 +146,7 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
   runs = [Run(row, seed, options.flags) for seed in options.seeds for row in rows]
   done = read(records)
   runs = [run for run in runs if not any(run.recorded.items() <= line.items() for line in done)]
-  local = [f"--config.data.data_dir={options.data_dir}"] if options.data_dir else []
+  local = [f"--{flag}={value}" for key, flag in LOCAL.items() if (value := getattr(options, key))]
   for config in dict.fromkeys(run.row.config for run in runs):
     # here, because several runs at a time must not prepare the same data
     prepare = ["--mode=prepare", f"--config={config}", *options.flags, *local]

@@ -8,6 +8,17 @@ from collections.abc import Iterable
 
 from fpt_jax.configs import tables
 
+VOC_SMALL = (
+  "--config.data.crop=(256,256)",
+  "--config.data.scale=(0.5,1.25)",
+  "--config.train_images=2560",
+)
+COCO_SMALL = (
+  "--config.steps=600",
+  "--config.batch_size=8",
+  "--config.optim.learning_rate=0.1",
+)
+CANONICAL = "--config.model.canonical_size=42.0"  # 224 at an edge of 1024 pixels
 DETECTION, SEGMENTATION = "configs/coco_mask.py:demo", "configs/cityscapes.py:demo"
 CONTEXT = ("segm/AP", "bbox/AP", "context/accuracy", "context/fine")
 MIOU = ("mIoU",)
@@ -75,6 +86,11 @@ def conditioning(base: str) -> tuple[Row, ...]:
   )
 
 
+def frozen_coco(size: str) -> str:
+  """COCO with a frozen EfficientNet-Lite0; `size` is a word of the benchmark."""
+  return f"configs/coco_box.py:{size},backbone=efficientnet_lite0"
+
+
 ABLATIONS = {
   "table1": Table(
     "Table 1 of the paper, on Context Shapes",
@@ -120,5 +136,38 @@ ABLATIONS = {
   ),
   "conditioning_segmentation": Table(
     "Conditioning, segmentation of Context Shapes", MIOU, conditioning(SEGMENTATION)
+  ),
+  "camvid": Table(
+    "CamVid, from ImageNet weights",
+    MIOU,
+    (
+      Row("UFP", "configs/camvid.py:fpt=none"),
+      *baselines("configs/camvid.py"),
+      Row("UFP+FPT", "configs/camvid.py"),
+    ),
+  ),
+  "voc2012": Table(
+    "PASCAL VOC 2012, 300 training images, from ImageNet weights",
+    MIOU,
+    (
+      Row("UFP", "configs/voc2012.py:small,fpt=none", VOC_SMALL),
+      Row("UFP+FPT", "configs/voc2012.py:small", VOC_SMALL),
+    ),
+  ),
+  "coco_120": Table(
+    "COCO at 120 pixels, 200 training images, frozen ImageNet features",
+    ("bbox/AP50", "bbox/AP"),
+    (
+      Row("BFP", f"{frozen_coco('tiny')},fpt=none", COCO_SMALL),
+      Row("BFP+FPT", frozen_coco("tiny"), COCO_SMALL),
+    ),
+  ),
+  "coco_192": Table(
+    "COCO at 192 pixels, 200 training images, frozen ImageNet features",
+    ("bbox/AP50", "bbox/AP"),
+    (
+      Row("BFP", f"{frozen_coco('small')},fpt=none", (*COCO_SMALL, CANONICAL)),
+      Row("BFP+FPT", frozen_coco("small"), (*COCO_SMALL, CANONICAL)),
+    ),
   ),
 }

@@ -6,6 +6,7 @@ Any field of the config can be set: --config.batch_size=16 --config.data.source=
 """
 
 import os
+from collections.abc import Iterator
 
 # TensorFlow only reads images here, so its messages about performance do not matter.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -17,21 +18,23 @@ from ml_collections import ConfigDict, config_flags
 from fpt_jax import analyze, configs, data
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
-from fpt_jax.predict import image_files, predict, subjects_of_files, subjects_of_split
+from fpt_jax.explain import explain, parsed_points
+from fpt_jax.predict import predict
 from fpt_jax.restored import open_run
 from fpt_jax.run import command_line, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import run_folder
+from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
 from fpt_jax.tasks.task import check_config, task_of
 from fpt_jax.train import train
 
-MODES = ("prepare", "browse", "train", "eval", "predict", "analyze")
+MODES = ("prepare", "browse", "train", "eval", "predict", "explain", "analyze")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file, optionally followed by a colon and words. Without it, browse, eval, predict and "
-  "analyze use the config of the run in --workdir.",
+  "Config file, optionally followed by a colon and words. Without it, browse, eval, predict, explain "
+  "and analyze use the config of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -44,15 +47,21 @@ _MODE = flags.DEFINE_enum(
   MODES,
   "prepare: write the records of the data set. browse: draw training images with their targets. "
   "train: train and evaluate. eval: evaluate a checkpoint. predict: draw predictions for images. "
-  "analyze: count parameters, multiply-adds and memory.",
+  "explain: draw what the transformers attend to. analyze: count parameters, multiply-adds and memory.",
 )
 _STEP = flags.DEFINE_integer(
-  "step", None, "Step of the checkpoint for --mode=eval and predict; the newest by default."
+  "step", None, "Step of the checkpoint for eval, predict and explain; the newest by default."
 )
 _IMAGES = flags.DEFINE_list(
   "images",
   [],
-  "Image files and folders for --mode=predict; the images of config.data.eval_split by default.",
+  "Image files and folders for predict and explain; the images of config.data.eval_split by default.",
+)
+_POINTS = flags.DEFINE_string(
+  "points",
+  "",
+  "Positions x,y;x,y;... in pixels of the images for --mode=explain; by default, detections or the "
+  "largest predicted classes.",
 )
 _TABLE = flags.DEFINE_integer(
   "table", None, "For --mode=analyze: count all rows of this table of the paper, not one config."
@@ -62,7 +71,7 @@ _NUM_IMAGES = flags.DEFINE_integer(
   "num_images", 12, "Number of training images to draw in --mode=browse.", lower_bound=1
 )
 _MIN_SCORE = flags.DEFINE_float(
-  "min_score", 0.5, "Lowest score of a detection that --mode=predict draws."
+  "min_score", 0.5, "Lowest score of a detection that predict draws and explain chooses."
 )
 
 
@@ -91,8 +100,10 @@ def main() -> None:
     browse(config or read_config(workdir), workdir, _NUM_IMAGES.value)
   elif mode == "eval":
     run_eval(config_to_use(workdir, config), workdir)
-  else:
+  elif mode == "predict":
     run_predict(config_to_use(workdir, config), workdir)
+  else:
+    run_explain(config_to_use(workdir, config), workdir)
 
 
 def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
@@ -130,13 +141,23 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
 def run_predict(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=predict."""
   restored = open_run(workdir, config, _STEP.value)
+  predict(restored, *chosen_images(config), workdir, min_score=_MIN_SCORE.value)
+
+
+def run_explain(config: ConfigDict, workdir: str) -> None:
+  """Runs --mode=explain."""
+  points = parsed_points(_POINTS.value)
+  restored = open_run(workdir, config, _STEP.value)
+  subjects = chosen_images(config)
+  explain(restored, *subjects, workdir, points=points, min_score=_MIN_SCORE.value)
+
+
+def chosen_images(config: ConfigDict) -> tuple[Iterator[Subject], int]:
+  """Returns the images that --images names, or those of `config.data.eval_split`, and their number."""
   if _IMAGES.value:
     files = image_files(_IMAGES.value)
-    subjects, total = subjects_of_files(files, skip_bad=config.data.skip_bad), len(files)
-  else:
-    subjects = subjects_of_split(config)
-    total = data.num_images(config.data, config.data.eval_split)
-  predict(restored, subjects, total, workdir, min_score=_MIN_SCORE.value)
+    return subjects_of_files(files, skip_bad=config.data.skip_bad), len(files)
+  return subjects_of_split(config), data.num_images(config.data, config.data.eval_split)
 
 
 if __name__ == "__main__":

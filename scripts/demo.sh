@@ -18,21 +18,32 @@ config=configs/coco_mask.py:demo
 data="--config.data.data_dir=$workdir/data"
 baseline="$workdir/fuse" # the same network, without transformers
 
-train_and_predict() { # CONFIG WORKDIR
-  local run=(--config="$1" --workdir="$2" "$data" "${flags[@]}")
-  "$python" -m fpt_jax.main --mode=train "${run[@]}"
-  "$python" -m fpt_jax.main --mode=predict "${run[@]}" --config.data.eval_split='val[:12]'
+run() { # MODE CONFIG WORKDIR [FLAGS]
+  "$python" -m fpt_jax.main --mode="$1" --config="$2" --workdir="$3" "$data" "${flags[@]}" "${@:4}"
+}
+twelve=--config.data.eval_split='val[:12]'
+
+train_baseline() {
+  run train $config,fpt=fuse "$baseline"
+  run predict $config,fpt=fuse "$baseline" "$twelve"
 }
 
 "$python" -m fpt_jax.main --mode=prepare --config=$config "$data" "${flags[@]}"
 mkdir -p "$baseline"
-train_and_predict $config,fpt=fuse "$baseline" > "$baseline/log.txt" 2>&1 &
+train_baseline > "$baseline/log.txt" 2>&1 &
+training=$!
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-train_and_predict $config "$workdir"
+run train $config "$workdir"
+run explain $config "$workdir" "$twelve" > "$workdir/explain.txt" 2>&1 &
+explaining=$!
+run predict $config "$workdir" "$twelve"
+wait $explaining || { tail -n 3 "$workdir/explain.txt" >&2; exit 1; }
 echo "waiting for the baseline without transformers, log: $baseline/log.txt"
-wait %1 || { tail -n 3 "$baseline/log.txt" >&2; exit 1; }
+wait $training || { tail -n 3 "$baseline/log.txt" >&2; exit 1; }
 "$python" scripts/compare_runs.py --out="$workdir/side_by_side.png" FPT="$workdir" \
   "without transformers=$baseline"
+sed -n '/attention on the objects/,$p' "$workdir/explain.txt"
 echo "pictures: $workdir/predictions/contact_sheet.png"
+echo "what FPT attends to: $workdir/explain"
 echo "metrics: $workdir/metrics.jsonl"
 echo "TensorBoard: tensorboard --logdir $workdir"

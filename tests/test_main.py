@@ -31,7 +31,7 @@ DEMO = "--config=configs/coco_mask.py:demo"
     (("--config=configs/none.py",), ("configs/none.py does not exist",)),
     ((DEMO, "--config.batch_size=many"), ("config.batch_size=many",)),
     ((DEMO,), ("--workdir is missing",)),
-    ((DEMO, "--mode=trian"), ("trian", "prepare|browse|train|eval|predict|analyze")),
+    ((DEMO, "--mode=trian"), ("trian", "prepare|browse|train|eval|predict|explain|analyze")),
     (("--mode=train", "--workdir=WORK"), ("--mode=train needs --config",)),
     (("--mode=eval", "--workdir=WORK/none"), ("none/config.json does not exist",)),
     (

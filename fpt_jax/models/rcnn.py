@@ -96,20 +96,30 @@ class RCNN(nnx.Module):
     Returns:
       As `features`.
     """
-    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
-    with jax.named_scope("backbone"):
-      levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=key is not None)
-    with jax.named_scope("level_norms"):
-      levels = tuple(
-        level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=key is not None))
-        for level, norm in zip(levels, self.level_norms, strict=True)
-      )
-    with jax.named_scope("pyramid"):
-      levels = self.pyramid(levels, train=key is not None)
+    levels = self.levels_of_normalized(image_BHWC, valid_BHW, train=key is not None)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
         levels = self.fpt(levels, key=key, progress=progress, measured=measured)
     return *levels, subsample(levels[-1])
+
+  def fpt_levels(self, image_BHWC: jax.Array, size_B2: jax.Array) -> Pyramid:
+    """Computes the levels that FPT transforms, without training; arguments as for `features`."""
+    valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
+    normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW)
+    return self.levels_of_normalized(normalized_BHWC, valid_BHW, train=False)
+
+  def levels_of_normalized(self, image_BHWC, valid_BHW, *, train: bool) -> Pyramid:
+    """Computes the levels that FPT transforms; arguments as for `features_of_normalized`."""
+    # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
+    with jax.named_scope("backbone"):
+      levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train)
+    with jax.named_scope("level_norms"):
+      levels = tuple(
+        level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))
+        for level, norm in zip(levels, self.level_norms, strict=True)
+      )
+    with jax.named_scope("pyramid"):
+      return self.pyramid(levels, train=train)
 
   def losses(
     self,

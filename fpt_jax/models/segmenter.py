@@ -70,6 +70,10 @@ class Segmenter(nnx.Module):
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
+  def fpt_levels(self, image_BHWC: jax.Array, size_B2: jax.Array) -> Pyramid:
+    """Computes the levels that FPT transforms, without training; arguments as for `backbone_levels`."""
+    return self.pyramid(self.backbone_levels(image_BHWC, size_B2), train=False)
+
   def logits_of_levels(
     self,
     levels: Pyramid,

@@ -20,6 +20,7 @@ from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops import local_attention, mos_attention
 from fpt_jax.run import config_values
 from fpt_jax.tasks import detection, segmentation
+from fpt_jax.tasks.queries import Queries
 
 Found = dict[str, Any]
 
@@ -34,12 +35,14 @@ class Task(Protocol):
       empty until then.
     NOT_OF_THE_WEIGHTS: fields of `config.model`, or groups ending in ".", that may differ between two
       configs of the same weights.
+    QUERIES: the functions for `--mode=explain`, or None if the task's models have no FPT.
   """
 
   BATCH_KEYS: tuple[str, ...]
   MAIN_METRIC: str
   FROM_DATA: tuple[str, ...]
   NOT_OF_THE_WEIGHTS: tuple[str, ...]
+  QUERIES: Queries | None
 
   def check_config(self, config: ConfigDict) -> None:
     """Raises UserError if a field of the task has a value that is not possible."""

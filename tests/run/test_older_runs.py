@@ -8,8 +8,9 @@ import pytest
 
 import fpt_jax
 from fpt_jax import data
-from fpt_jax.predict import predict, subjects_of_split
+from fpt_jax.predict import predict
 from fpt_jax.run.config_file import read_config
+from fpt_jax.tasks.subjects import subjects_of_split
 from fpt_jax.train import train
 from tests.conftest import GOLDEN
 from tests.runs import losses_by_step

@@ -10,6 +10,7 @@ from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, as_pyramid
 from fpt_jax.models.fpt import health
 from fpt_jax.models.fpt.grounding_transformer import GroundingTransformer
+from fpt_jax.models.fpt.query_attention import Explanation, attention_maps, rendered_maps
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
 from fpt_jax.models.layers import ConvNorm, Norm, conv, drop_block
@@ -228,6 +229,17 @@ class FeaturePyramidTransformer(nnx.Module):
         sizes are not (rounded) multiples of each other.
     """
     given = tuple(pyramid)
+    levels = self.projected(given)
+    train = key is not None
+    outputs = []
+    for i, parts in enumerate(self.transformed(levels, train=train, measured=measured)):
+      level_key = None if key is None else jax.random.fold_in(key, i)
+      with jax.named_scope(f"fuse.{i}"):
+        outputs.append(self.fused(i, levels[i], parts, level_key, progress))
+    return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
+
+  def projected(self, given) -> Pyramid:
+    """Returns the levels with `channels` channels each; `given` and errors as for `__call__`."""
     if len(given) != len(self.project):
       raise ValueError(f"this FPT was built for {len(self.project)} levels, got {len(given)}")
     levels = tuple(
@@ -239,13 +251,16 @@ class FeaturePyramidTransformer(nnx.Module):
         raise ValueError(
           f"this FPT was built for {self.channels} channels at level {i}, got {level.channels}"
         )
-    train = key is not None
-    outputs = []
-    for i, parts in enumerate(self.transformed(levels, train=train, measured=measured)):
-      level_key = None if key is None else jax.random.fold_in(key, i)
-      with jax.named_scope(f"fuse.{i}"):
-        outputs.append(self.fused(i, levels[i], parts, level_key, progress))
-    return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
+    return levels
+
+  def seen(self, levels: Pyramid, *, train: bool) -> Pyramid:
+    """Returns the levels as the transformers see them: normalised, if `similarity_norm` is "levels"."""
+    return tuple(
+      level
+      if norm is None
+      else level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))
+      for level, norm in zip(levels, self.level_norms, strict=True)
+    )
 
   def transformers(self, level: int) -> dict[str, tuple[nnx.Module, int]]:
     """Returns the transformers whose outputs a level is concatenated with, in this order.
@@ -272,12 +287,7 @@ class FeaturePyramidTransformer(nnx.Module):
     self, levels: Pyramid, *, train: bool, measured: health.Figures | None = None
   ) -> list[dict[str, jax.Array]]:
     """Returns the outputs of the transformers of each level by name, before their normalisation."""
-    seen = tuple(
-      level
-      if norm is None
-      else level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))
-      for level, norm in zip(levels, self.level_norms, strict=True)
-    )
+    seen = self.seen(levels, train=train)
     results = []
     for i, level in enumerate(seen):
       parts = {}
@@ -289,6 +299,35 @@ class FeaturePyramidTransformer(nnx.Module):
     if measured is not None:
       measured.add(lambda: self.figures(levels, seen, results))
     return results
+
+  def explain(self, pyramid, points_BS2: jax.Array) -> dict[tuple[int, int], Explanation]:
+    """Computes what the levels take from each other at chosen points of the image.
+
+    Args:
+      pyramid: levels, fine to coarse, as for `__call__`.
+      points_BS2: [B, S, 2] y and x in pixels of the image (the unit of the levels' strides); the centre of
+        the first pixel is at 0.5.
+
+    Returns:
+      An `Explanation` for each pair of a level and the level that it takes from: the same one for the
+      Self-Transformer, a coarser one for the Grounding, a finer one for the Rendering Transformer.
+
+    Raises:
+      ValueError: as `__call__`.
+    """
+    seen = self.seen(self.projected(tuple(pyramid)), train=False)
+    found = {}
+    for i, level in enumerate(seen):
+      # position i is centred on pixel i * stride, see `feature_map.downsample_valid`
+      nearest_BS2 = jnp.round((points_BS2 - 0.5) / level.stride).astype(jnp.int32)
+      positions_BS2 = jnp.clip(nearest_BS2, 0, jnp.array(level.size)[None, None] - 1)
+      for transformer, source in self.transformers(i).values():
+        if isinstance(transformer, RenderingTransformer):
+          found[i, source] = rendered_maps(transformer, level, seen[source], positions_BS2)
+        else:
+          interaction = transformer.interaction
+          found[i, source] = attention_maps(interaction, level, seen[source], positions_BS2)
+    return found
 
   def figures(
     self, levels: Pyramid, seen: Pyramid, results: list[dict[str, jax.Array]]

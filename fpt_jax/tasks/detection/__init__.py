@@ -15,7 +15,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
 from fpt_jax.run import config_values
 from fpt_jax.run.config_values import NOT_NEGATIVE, POSITIVE, SHARE
-from fpt_jax.tasks.detection import batches
+from fpt_jax.tasks.detection import batches, queries
 from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 from fpt_jax.tasks.detection.draw import draw_example, draw_prediction
 from fpt_jax.tasks.detection.evaluation import evaluate
@@ -33,6 +33,7 @@ __all__ = [
   "FROM_DATA",
   "MAIN_METRIC",
   "NOT_OF_THE_WEIGHTS",
+  "QUERIES",
   "adopt_classes",
   "batch_shapes",
   "canvas",
@@ -59,6 +60,7 @@ BATCH_KEYS: tuple[str, ...] = (
   "gt_valid_BG",
 )
 LEVELS = 5  # of the RPN: P2 to P6
+QUERIES = queries
 MAIN_METRIC = "bbox/AP"
 FROM_DATA: tuple[str, ...] = ("category_ids", "category_names", "num_classes")
 NOT_OF_THE_WEIGHTS: tuple[str, ...] = (

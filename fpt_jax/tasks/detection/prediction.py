@@ -58,18 +58,9 @@ def predictor(
 ) -> Callable[[np.ndarray], dict]:
   """Returns a function from an image, uint8 RGB [H, W, 3], to the result of `to_original_image`."""
   detect = views.detector(config, structure)
-  sizes = [canvases.at_short_edge(config.data, s) for s in views.short_edges(config)]
-
-  def view(image_HWC: np.ndarray, data: ConfigDict) -> views.View:
-    size = transforms.resized_size(
-      image_HWC.shape[0], image_HWC.shape[1], data.short_edge, data.long_edge
-    )
-    canvas = transforms.smallest_canvas(size, data.buckets, canvases.multiple_of(data))
-    image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
-    return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}
 
   def predict(image_HWC: np.ndarray) -> dict:
-    seen = [view(image_HWC, data) for data in sizes]
+    seen = [view_at(config, image_HWC, edge) for edge in views.short_edges(config)]
     detections = jax.device_get(detect(arrays, seen))
     return to_original_image(
       {name: values[0] for name, values in detections.items()},
@@ -79,6 +70,16 @@ def predictor(
     )
 
   return predict
+
+
+def view_at(config: ConfigDict, image_HWC: np.ndarray, short_edge: int) -> dict[str, np.ndarray]:
+  """Returns an image, uint8 RGB, on a canvas of a view's size: image_BHWC and size_B2, see `views`."""
+  data = canvases.at_short_edge(config.data, short_edge)
+  height, width = image_HWC.shape[:2]
+  size = transforms.resized_size(height, width, data.short_edge, data.long_edge)
+  canvas = transforms.smallest_canvas(size, data.buckets, canvases.multiple_of(data))
+  image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
+  return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}
 
 
 def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:

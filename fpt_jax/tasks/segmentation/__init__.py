@@ -13,7 +13,7 @@ from fpt_jax.data import info
 from fpt_jax.run import config_values
 from fpt_jax.run.config_values import POSITIVE, SHARE
 from fpt_jax.tasks.labels import model_batches
-from fpt_jax.tasks.segmentation import batches
+from fpt_jax.tasks.segmentation import batches, queries
 from fpt_jax.tasks.segmentation.classes import adopt_classes, class_table
 from fpt_jax.tasks.segmentation.draw import draw_example, draw_prediction
 from fpt_jax.tasks.segmentation.evaluation import evaluate
@@ -30,6 +30,7 @@ __all__ = [
   "FROM_DATA",
   "MAIN_METRIC",
   "NOT_OF_THE_WEIGHTS",
+  "QUERIES",
   "adopt_classes",
   "batch_shapes",
   "canvas",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 BATCH_KEYS: tuple[str, ...] = ("image_BHWC", "label_BHW", "size_B2")
+QUERIES = queries
 MAIN_METRIC = "mIoU"
 FROM_DATA: tuple[str, ...] = ("class_names", "num_classes", "palette", "swaps")
 NOT_OF_THE_WEIGHTS: tuple[str, ...] = ("palette", "swaps", "dtype", "fpt.implementation")

@@ -50,20 +50,27 @@ def predictor(
   The function uses the windows, scales and mirror images of `config.eval`, as evaluation does.
   """
   label = labeller(config, structure)
-  multiple, short_edge = config.data.canvas_multiple, config.data.short_edge
 
   def predict(image_HWC: np.ndarray) -> dict:
     original = image_HWC.shape[:2]
-    size = crops.short_edge_size(original, short_edge) if short_edge else original
-    canvas = transforms.smallest_canvas(size, config.data.buckets, multiple)
-    image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
+    image_BHWC, size_B2 = on_canvas(config, image_HWC)
     # rounded up, so that images of similar sizes share a compiled program
-    original_canvas = transforms.smallest_canvas(original, (), multiple)
-    sizes = (np.array([pair], np.int32) for pair in (size, original))
-    (label_HW,) = np.asarray(label(arrays, image[None], *sizes, original_canvas))
+    original_canvas = transforms.smallest_canvas(original, (), config.data.canvas_multiple)
+    original_B2 = np.array([original], np.int32)
+    (label_HW,) = np.asarray(label(arrays, image_BHWC, size_B2, original_B2, original_canvas))
     return {"label_map": label_HW[: original[0], : original[1]]}
 
   return predict
+
+
+def on_canvas(config: ConfigDict, image_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns [1, H, W, 3] and [1, 2]: an image on its canvas before `config.eval.scales`, and its size."""
+  size, short_edge = image_HWC.shape[:2], config.data.short_edge
+  if short_edge:
+    size = crops.short_edge_size(size, short_edge)
+  canvas = transforms.smallest_canvas(size, config.data.buckets, config.data.canvas_multiple)
+  image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
+  return image[None], np.array([size], np.int32)
 
 
 def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,9 +9,10 @@ import pytest
 
 import fpt_jax
 from fpt_jax.errors import UserError
-from fpt_jax.predict import Subject, predict
+from fpt_jax.predict import predict
 from fpt_jax.run import sharding
 from fpt_jax.tasks import segmentation
+from fpt_jax.tasks.subjects import Subject
 from fpt_jax.train import train
 from tests.runs import losses_by_step, tiny_segmentation_config
 

@@ -1,0 +1,340 @@
+"""What the transformers attend to: heat maps over images, and JSON (as fig. 1(e) of the paper).
+
+Shapes: B = 1 image, S positions, h w rows and columns of a level, H W those of an image.
+"""
+
+import collections
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from ml_collections import ConfigDict
+from PIL import Image
+from scipy import special
+
+from fpt_jax.errors import UserError
+from fpt_jax.restored import Restored
+from fpt_jax.run.folder import run_folder
+from fpt_jax.run.progress import Progress
+from fpt_jax.tasks.queries import Query
+from fpt_jax.tasks.subjects import Subject, unused_path
+from fpt_jax.tasks.task import task_of
+
+PICTURE_WIDTH = 2.4  # inches of one picture of a grid
+DPI = 100
+POINTS_PER_CALL = 8  # positions that are explained in one call of the compiled function
+
+
+class Map(NamedTuple):
+  """Weights of the positions of a level.
+
+  Attributes:
+    weight_hw: [h, w] float32, see `models.fpt.query_attention`.
+    stride: pixels of the canvas between neighbouring positions.
+  """
+
+  weight_hw: np.ndarray
+  stride: int
+
+
+class Row(NamedTuple):
+  """What a level takes from the others at one position.
+
+  Attributes:
+    query: the position.
+    level: index of the level.
+    maps: the map of each level that it takes from, by its index.
+    mixtures: the weights of the mixture of softmaxes, for the levels that it attends to (ST and GT).
+  """
+
+  query: Query
+  level: int
+  maps: dict[int, Map]
+  mixtures: dict[int, list[float]]
+
+
+def explain(
+  restored: Restored,
+  subjects: Iterator[Subject],
+  total: int,
+  workdir: str,
+  *,
+  points: Sequence[tuple[float, float]],
+  min_score: float,
+) -> None:
+  """Draws what the transformers of a trained model attend to from chosen positions.
+
+  Writes `explain/<name>.png` for every image: one row per position and level, one column per level that it
+  takes from. `explain/explain.json` has the numbers: the weights of the mixtures, the entropy of each map and
+  its peak. Where the ground truth says which objects tell the class of others (Context Shapes), the share of
+  the attention that is on them is logged, beside their share of the image.
+
+  Args:
+    restored: the model.
+    subjects: the images.
+    total: number of images, for the progress bar.
+    workdir: folder of the run, on a disk.
+    points: (x, y) in pixels of the images; if empty, the task chooses positions from its predictions.
+    min_score: lowest score of a detection that is chosen.
+
+  Raises:
+    UserError: the model has no transformers, or a point is outside an image.
+  """
+  config = restored.config
+  task = task_of(config).QUERIES
+  if task is None or not has_transformers(config.model):
+    raise UserError(f"the model in {workdir} has no transformers to explain; it is a baseline")
+  out = pathlib.Path(str(run_folder(workdir) / "explain"))
+  out.mkdir(parents=True, exist_ok=True)
+  rows_of = explainer(restored)
+  entries: list[dict[str, Any]] = []
+  shares: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+  taken: set[str] = set()
+  with Progress("explain", total) as progress:
+    for subject in subjects:
+      image_HWC = subject.image_HWC
+      view = task.view(config, image_HWC)
+      size = view["size_B2"][0].tolist()
+      if points:
+        queries = [Query(f"({x:g}, {y:g})", x, y) for x, y in points]
+        check_inside(queries, image_HWC, subject.name)
+      else:
+        queries = task.queries(config, image_HWC, restored.infer(image_HWC), size, min_score)
+      rows = rows_of(view, image_HWC, queries)
+      if rows:
+        figure = draw(image_HWC, size, rows, task.level_name)
+        path = unused_path(out, pathlib.Path(subject.name).stem, taken)
+        FigureCanvasAgg(figure).print_png(path)
+      described = [entry(row, image_HWC, size, task.level_name) for row in rows]
+      entries.append({"file_name": subject.name, "rows": described})
+      if subject.truth is not None:
+        for question in task.questions(config, image_HWC, subject.truth, size):
+          for row in rows_of(view, image_HWC, [question.query]):
+            for source in row.mixtures:
+              name = transformer_name(row.level, source, task.level_name)
+              shares[name].append(share_on(row.maps[source], question.answer_HW, size))
+      progress.advance()
+  summary = {name: np.mean(pairs, axis=0).tolist() for name, pairs in shares.items()}
+  (out / "explain.json").write_text(
+    json.dumps({"images": entries, "attention_on_answers": summary}, indent=1)
+  )
+  drawn = sum(bool(e["rows"]) for e in entries)
+  if drawn < len(entries):
+    logging.warning(
+      "%d of %d images have no detection with a score of at least %g; lower --min_score",
+      *(len(entries) - drawn, len(entries), min_score),
+    )
+  logging.info("%d pictures and explain.json in %s", drawn, out)
+  if summary:
+    logging.info("%s", format_summary(summary))
+
+
+def has_transformers(model: ConfigDict) -> bool:
+  """Returns whether a model has at least one of the three transformers."""
+  fpt = model.fpt
+  return fpt.enabled and (
+    fpt.self_transformer or fpt.grounding_transformer or fpt.rendering_transformer
+  )
+
+
+def explainer(restored: Restored) -> Callable[..., list[Row]]:
+  """Returns a function of a view, its image and queries that returns the rows of each query."""
+
+  @jax.jit
+  def compute(arrays, view, points_BS2):
+    model = restored.structure.fill(arrays)
+    levels = model.fpt_levels(view["image_BHWC"], view["size_B2"])
+    return model.fpt.explain(levels, points_BS2), [level.stride for level in levels]
+
+  def rows_of(
+    view: dict[str, np.ndarray], image_HWC: np.ndarray, queries: Sequence[Query]
+  ) -> list[Row]:
+    ratio_2 = view["size_B2"][0] / np.array(image_HWC.shape[:2])
+    rows = []
+    for start in range(0, len(queries), POINTS_PER_CALL):
+      block = queries[start : start + POINTS_PER_CALL]
+      points_S2 = np.zeros((POINTS_PER_CALL, 2), np.float32)
+      points_S2[: len(block)] = [(q.y, q.x) * ratio_2 for q in block]
+      found, strides = jax.device_get(compute(restored.arrays, view, points_S2[None]))
+      for s, query in enumerate(block):
+        for level in range(len(strides)) if query.level is None else [query.level]:
+          taken = {source: e for (i, source), e in found.items() if i == level}
+          maps = {k: Map(e.map_BShw[0, s], int(strides[k])) for k, e in taken.items()}
+          mixtures = {
+            k: e.mixture_BM[0].tolist() for k, e in taken.items() if e.mixture_BM is not None
+          }
+          rows.append(Row(query, level, maps, mixtures))
+    return rows
+
+  return rows_of
+
+
+def parsed_points(text: str) -> list[tuple[float, float]]:
+  """Returns the points of a text such as "10,20;30.5,40".
+
+  Raises:
+    UserError: the text has another form.
+  """
+  try:
+    return [(float(x), float(y)) for x, y in (p.split(",") for p in text.split(";") if p.strip())]
+  except ValueError:
+    raise UserError(f"--points={text} must have the form x,y;x,y;... in pixels") from None
+
+
+def check_inside(queries: Sequence[Query], image_HWC: np.ndarray, name: str) -> None:
+  """Raises UserError if a query is outside the image."""
+  height, width = image_HWC.shape[:2]
+  for query in queries:
+    if not (0 <= query.x < width and 0 <= query.y < height):
+      raise UserError(
+        f"--points: {query.name} is outside {name}, which is {width} pixels wide and {height} high"
+      )
+
+
+def transformer_name(level: int, source: int, level_name: Callable[[int], str]) -> str:
+  """Returns a name such as "ST", "GT from P4" or "RT from P2"."""
+  if source == level:
+    return "ST"
+  return f"{'GT' if source > level else 'RT'} from {level_name(source)}"
+
+
+def share_on(seen: Map, answer_HW: np.ndarray, size: Sequence[int]) -> tuple[float, float]:
+  """Returns the share of a map's weight that is on the objects, and their share of the image.
+
+  A position that the objects cover in part counts in part.
+
+  Args:
+    seen: the map, on a canvas.
+    answer_HW: bool, the objects' pixels in the image.
+    size: (height, width) of the image on the canvas.
+  """
+  height, width = size
+  resized = Image.fromarray(answer_HW).resize((width, height), Image.Resampling.NEAREST)
+  on_answer = np.asarray(resized).astype(np.float64)
+  # each pixel belongs to the position that is centred nearest to it
+  rows_H, columns_W = (
+    np.minimum((np.arange(edge) + seen.stride // 2) // seen.stride, positions - 1)
+    for edge, positions in zip(size, seen.weight_hw.shape, strict=True)
+  )
+  pixels_hw, answered_hw = np.zeros((2, *seen.weight_hw.shape))
+  np.add.at(pixels_hw, (rows_H[:, None], columns_W), 1)
+  np.add.at(answered_hw, (rows_H[:, None], columns_W), on_answer)
+  share = float(np.sum(seen.weight_hw * answered_hw / np.maximum(pixels_hw, 1)))
+  return share, float(on_answer.mean())
+
+
+def format_summary(summary: Mapping[str, Sequence[float]]) -> str:
+  """Formats mean shares of the attention and of the image as one line per transformer and a mean."""
+
+  def line(name: str, attention: float, area: float) -> str:
+    ratio = attention / max(area, 1e-9)
+    return (
+      f"{name}: {100 * attention:.1f} % of the attention, {ratio:.1f} times the share of the area"
+    )
+
+  attention, area = np.mean(list(summary.values()), axis=0)
+  return "\n".join(
+    [
+      f"attention on the objects that tell a satellite's category ({100 * area:.1f} % of the image)",
+      *(line(name, *shares) for name, shares in summary.items()),
+      line("mean", attention, area),
+    ]
+  )
+
+
+def entry(
+  row: Row, image_HWC: np.ndarray, size: Sequence[int], level_name: Callable[[int], str]
+) -> dict[str, Any]:
+  """Returns the numbers of a row for `explain.json`; positions are in pixels of the image."""
+  query, sources = row.query, []
+  ratio_2 = np.array(image_HWC.shape[:2]) / np.array(size)
+  for source, (weight_hw, stride) in row.maps.items():
+    peak_2 = np.array(np.unravel_index(np.argmax(weight_hw), weight_hw.shape))
+    y, x = ((peak_2 * stride + 0.5) * ratio_2).tolist()
+    positions = math.prod(-(-edge // stride) for edge in size)
+    entropy = float(special.entr(weight_hw).sum()) / math.log(max(positions, 2))
+    sources.append(
+      {
+        "transformer": transformer_name(row.level, source, level_name),
+        "mixture": [round(weight, 4) for weight in row.mixtures.get(source, [])],
+        "entropy": round(entropy, 4),
+        "peak": {"x": round(x, 1), "y": round(y, 1), "weight": round(float(weight_hw.max()), 6)},
+      }
+    )
+  described = {"name": query.name, "x": round(query.x, 1), "y": round(query.y, 1)}
+  return described | {"level": level_name(row.level), "sources": sources}
+
+
+def draw(
+  image_HWC: np.ndarray,
+  size: Sequence[int],
+  rows: Sequence[Row],
+  level_name: Callable[[int], str],
+) -> Figure:
+  """Draws a grid: the position on the image in the first column, then what it takes from each level.
+
+  A heat map has the brightest colour where its weight is largest.
+
+  Args:
+    image_HWC: the image, uint8 RGB.
+    size: (height, width) of the image on the canvas of the maps.
+    rows: the rows.
+    level_name: function from the index of a level to its name.
+  """
+  height, width = size
+  sources = sorted({source for row in rows for source in row.maps})
+  cell = (PICTURE_WIDTH, PICTURE_WIDTH * height / width + 0.45)
+  columns = 1 + len(sources)
+  figure = Figure(figsize=(columns * cell[0], len(rows) * cell[1]), dpi=DPI, layout="constrained")
+  grid = figure.subplots(len(rows), columns, squeeze=False)
+  grey_HW = image_HWC.mean(axis=-1)
+  everywhere = (0, width, height, 0)
+  for axes, row in zip(grid, rows, strict=True):
+    query = row.query
+    ratio = width / image_HWC.shape[1]
+    axes[0].imshow(image_HWC, extent=everywhere)
+    axes[0].set_title(f"{query.name}\nat {level_name(row.level)}", fontsize=9)
+    for column, source in enumerate(sources, 1):
+      if source not in row.maps:
+        continue
+      weight_hw, stride = row.maps[source]
+      # position i is centred on pixel i * stride
+      left, top = 0.5 - stride / 2, 0.5 - stride / 2
+      right, bottom = left + weight_hw.shape[1] * stride, top + weight_hw.shape[0] * stride
+      axes[column].imshow(grey_HW, extent=everywhere, cmap="gray", vmin=-80, vmax=400)
+      opacity_hw = np.sqrt(weight_hw / max(weight_hw.max(), 1e-30))
+      axes[column].imshow(
+        weight_hw,
+        extent=(left, right, bottom, top),
+        cmap="inferno",
+        alpha=0.85 * opacity_hw,
+        interpolation="nearest",
+      )
+      mixture = " ".join(f"{weight:.2f}" for weight in row.mixtures.get(source, []))
+      below = f"mixture {mixture}" if mixture else "gradient x input"
+      title = transformer_name(row.level, source, level_name)
+      axes[column].set_title(f"{title}\n{below}", fontsize=9)
+    for axis in axes:
+      axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+      if axis.images:
+        draw_query(axis, query, ratio)
+      else:
+        axis.set_axis_off()
+  return figure
+
+
+def draw_query(axis: Axes, query: Query, ratio: float) -> None:
+  """Marks the position, and the object's box, on a picture that is scaled by `ratio`."""
+  axis.plot(query.x * ratio, query.y * ratio, "+", color="cyan", markersize=9, markeredgewidth=1.5)
+  if query.box is not None:
+    x0, y0, x1, y1 = (edge * ratio for edge in query.box)
+    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan"))

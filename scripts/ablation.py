@@ -7,7 +7,8 @@
     python scripts/ablation.py table1 -- --config.steps=900  # flags of fpt_jax.main for all rows
 
 The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself. A finished run is one line
-of docs/results/TABLE.jsonl, and is not run again. The same command continues what was interrupted.
+of docs/results/TABLE.jsonl, and is not run again. The same command continues what was interrupted. The table
+becomes a section of docs/results.md.
 """
 
 import os
@@ -60,10 +61,12 @@ def main() -> None:
     flags = f"with the flags {shared!r}" if shared else "without further flags"
     failed = [f"{records} has no run {flags}; train one, without --report"]
   if lines:
-    page, picture = out / f"{options.table}.md", out / f"{options.table}.png"
+    page, picture = out.with_suffix(".md"), out / f"{options.table}.png"
     rows = {row: [line for line in lines if line["row"] == row.name] for row in table.rows}
     rows = {row: runs for row, runs in rows.items() if runs}
-    page.write_text(markdown(options.table, table, rows, shared))
+    section = markdown(options.table, table, rows, shared, picture=f"{out.name}/{picture.name}")
+    old = page.read_text() if page.exists() else ""
+    page.write_text(with_section(old, options.table, section))
     FigureCanvasAgg(draw(table, rows)).print_png(picture)
     print(page, picture, sep="\n")
   if failed:
@@ -239,8 +242,23 @@ def values(runs: list[dict], metric: str) -> list[float]:
   return [run["figures"][metric] for run in runs if metric in run["figures"]]
 
 
-def markdown(name: str, table: Table, rows: dict[Row, list[dict]], shared: str) -> str:
-  """The page of a table: the command, the table with means and standard deviations, and the picture."""
+def with_section(page: str, name: str, section: str) -> str:
+  """The text of a page whose section of a table is replaced, or added at the end."""
+  begin, end = f"<!-- {name}, written by scripts/ablation.py -->", f"<!-- end of {name} -->"
+  marked = f"{begin}\n\n{section}\n{end}"
+  if begin not in page:
+    return f"{page.rstrip()}\n\n{marked}\n".lstrip()
+  before, _, rest = page.partition(begin)
+  _, found, after = rest.partition(end)
+  if not found:
+    raise SystemExit(f"error: the page has {begin} without {end}; correct it by hand")
+  return before + marked + after
+
+
+def markdown(
+  name: str, table: Table, rows: dict[Row, list[dict]], shared: str, *, picture: str
+) -> str:
+  """The section of a table: the command, the table with means and standard deviations, and the picture."""
   every = [run for runs in rows.values() for run in runs]
   has_paper = any(row.paper is not None for row in rows)
   header = ["row", *table.metrics, *(["paper"] if has_paper else []), "seeds", "minutes"]
@@ -264,11 +282,11 @@ def markdown(name: str, table: Table, rows: dict[Row, list[dict]], shared: str) 
     notes += " The paper's figures are those of its own data and size."
   return "\n\n".join(
     [
-      f"# {table.title}",
+      f"### {table.title}",
       f"```bash\n{command}\n```",
       "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
       notes,
-      f"![Left: the training loss, averaged over the seeds. Right: {table.metrics[0]}]({name}.png)\n",
+      f"![Left: the training loss, averaged over the seeds. Right: {table.metrics[0]}]({picture})\n",
     ]
   )
 

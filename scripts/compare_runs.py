@@ -2,9 +2,10 @@
 """Shows the predictions of several runs side by side, and prints the metrics of their last evaluations.
 
     python scripts/compare_runs.py --out=side_by_side.png FPT=/runs/fpt BFP=/runs/bfp
+    python scripts/compare_runs.py --names=002003 --explain=FPT FPT=/runs/fpt BFP=/runs/bfp
 
 The pictures are those that `--mode=predict` has drawn into the folders of the runs: those of the same name in
-one row, each run in a column.
+one row, each run in a column. --explain=NAME adds what `--mode=explain` has drawn for a run.
 """
 
 import os
@@ -51,15 +52,36 @@ def pictures(workdir: str) -> dict[str, pathlib.Path]:
   return found
 
 
-def side_by_side(runs: dict[str, str]) -> np.ndarray:
-  """uint8 RGB: one row per picture that all runs have, and one column per run."""
+def side_by_side(runs: dict[str, str], names: list[str], explained: str = "") -> np.ndarray:
+  """uint8 RGB: one row per picture that all runs have, and one column per run.
+
+  Args:
+    runs: folders of the runs by name.
+    names: names of the pictures without their ending; empty for the first ones.
+    explained: name of the run whose explanations follow the rows; empty for none.
+  """
   found = {name: pictures(workdir) for name, workdir in runs.items()}
-  shared = sorted(set.intersection(*(set(files) for files in found.values())))[:MOST_ROWS]
+  shared = sorted(set.intersection(*(set(files) for files in found.values())))
   if not shared:
     raise SystemExit("error: the runs have no pictures of the same images; predict the same images")
-  cells = [(name, np.asarray(Image.open(found[name][file]))) for file in shared for name in runs]
-  names, images = zip(*cells, strict=True)
-  return contact_sheet(images, len(runs), names)
+  rows: list[np.ndarray] = []
+  for file in [f"{name}.png" for name in names] or shared[:MOST_ROWS]:
+    if file not in shared:
+      raise SystemExit(f"error: not all runs have predictions/{file}; predict the same images")
+    images = [np.asarray(Image.open(files[file])) for files in found.values()]
+    rows.append(contact_sheet(images, len(runs), list(runs)))
+    if explained:
+      rows.append(explanation(pathlib.Path(runs[explained]) / "explain" / file, rows[0].shape[1]))
+  return np.concatenate(rows)
+
+
+def explanation(path: pathlib.Path, width: int) -> np.ndarray:
+  """uint8 RGB: a picture of --mode=explain, scaled to a width in pixels."""
+  if not path.exists():
+    raise SystemExit(f"error: {path} does not exist; run --mode=explain first")
+  picture = Image.open(path).convert("RGB")
+  height = round(picture.height * width / picture.width)
+  return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def table(runs: dict[str, str]) -> rich.table.Table:
@@ -76,11 +98,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", default="side_by_side.png", help="picture to write")
   parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
+  parser.add_argument(
+    "--names", default="", help="pictures, separated by commas; default: the first"
+  )
+  parser.add_argument("--explain", default="", help="the run whose explanations are shown as well")
   arguments = parser.parse_args()
   runs = dict(run.split("=", 1) for run in arguments.runs if "=" in run)
   if len(runs) != len(arguments.runs):
     raise SystemExit("error: each run must be NAME=WORKDIR, with different names")
-  Image.fromarray(side_by_side(runs)).save(arguments.out)
+  if arguments.explain and arguments.explain not in runs:
+    raise SystemExit(f"error: --explain={arguments.explain} must be one of {', '.join(runs)}")
+  names = [name for name in arguments.names.split(",") if name]
+  Image.fromarray(side_by_side(runs, names, arguments.explain)).save(arguments.out)
   rich.print(table(runs))
   print(f"side by side: {arguments.out}")
 

@@ -56,6 +56,11 @@ class Table:
   rows: tuple[Row, ...]
 
 
+def with_words(config: str, words: str) -> str:
+  """A value of --config with further words after the colon."""
+  return f"{config}{',' if ':' in config else ':'}{words}"
+
+
 def of_paper(base: str, rows: Iterable[tables.Row]) -> list[Row]:
   """The rows of a table of the paper, with another size and data set."""
   figures = [(row, row.mask[0] if row.mask else row.miou[-1] if row.miou else None) for row in rows]
@@ -68,7 +73,7 @@ def fpt(base: str, name: str, *fields: str) -> Row:
 
 
 def baselines(base: str) -> list[Row]:
-  return [Row(name, f"{base},fpt={name}") for name in ("fuse", "fuse_wide")]
+  return [Row(name, with_words(base, f"fpt={name}")) for name in ("fuse", "fuse_wide")]
 
 
 def conditioning(base: str) -> tuple[Row, ...]:

@@ -170,6 +170,7 @@ def demo(config: ConfigDict) -> None:
   config.data.buckets = ((96, 96),)
   config.data.max_instances = 9  # a beacon, two triangles and six satellites
   config.steps = 300
+  config.log_every = 10
   config.model.canonical_size = 30.0  # large objects are pooled from coarse levels
   config.model.backbone.width = 16
   config.model.pyramid.channels = 48

@@ -105,6 +105,7 @@ def demo(config: ConfigDict) -> None:
   config.data.buckets = ((128, 128),)
   config.batch_size = 8
   config.steps = 300
+  config.log_every = 10
   config.model.update(dict(num_classes=7, class_weights=()))
   config.model.auxiliary.weight = 0.4
   config.model.backbone.update(

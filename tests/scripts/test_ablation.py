@@ -29,11 +29,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_a_run_is_recorded_and_not_run_again(tmp_path):
-  arguments = ("table4", "--only=UFP", "--seeds=3", f"--out={tmp_path}", f"--runs={tmp_path}/runs")
+  arguments = (
+    "table4",
+    "--only=UFP",
+    "--seeds=3",
+    f"--out={tmp_path}/results",
+    f"--runs={tmp_path}/runs",
+  )
   arguments += (f"--data_dir={tmp_path}/data", "--", *FLAGS)
   first = run(*arguments)
   assert first.returncode == 0, first.stderr
-  (line,) = (tmp_path / "table4.jsonl").read_text().splitlines()
+  results = tmp_path / "results"
+  (line,) = (results / "table4.jsonl").read_text().splitlines()
   record = json.loads(line)
   assert (record["row"], record["seed"], record["shared"]) == ("UFP", 3, " ".join(FLAGS))
   assert record["command"].startswith(
@@ -41,15 +48,15 @@ def test_a_run_is_recorded_and_not_run_again(tmp_path):
   )
   assert record["figures"]["step"] == 2 and 0 <= record["figures"]["mIoU"] <= 100
   assert [step for step, _ in record["losses"]] == [2] and str(tmp_path) not in line
-  assert (
-    f"| UFP | {record['figures']['mIoU']:.1f} | 79.1 | 1 |" in (tmp_path / "table4.md").read_text()
-  )
-  assert (tmp_path / "table4.png").stat().st_size > 0
+  page = (tmp_path / "results.md").read_text()
+  assert f"| UFP | {record['figures']['mIoU']:.1f} | 79.1 | 1 |" in page
+  assert "](results/table4.png)" in page and (results / "table4.png").stat().st_size > 0
 
   (tmp_path / "runs").rename(tmp_path / "elsewhere")
   second = run(*arguments)
   assert second.returncode == 0, second.stderr
-  assert (tmp_path / "table4.jsonl").read_text().splitlines() == [line]
+  assert (results / "table4.jsonl").read_text().splitlines() == [line]
+  assert (tmp_path / "results.md").read_text() == page
   assert not (tmp_path / "runs").exists()
 
 
@@ -77,10 +84,10 @@ def test_table_and_curves_of_recorded_runs():
     table.rows[1]: [recorded(0, 5.0, 1.0)],
   }
   one = {table.rows[0]: rows[table.rows[0]]}
-  assert "two --seeds=0,1 '--only=A' -- --config.steps=40\n" in ablation.markdown(
-    "two", table, one, "--config.steps=40"
-  )
-  page = ablation.markdown("two", table, rows, "--config.steps=40")
+  shared = "--config.steps=40"
+  page = ablation.markdown("two", table, one, shared, picture="two.png")
+  assert "two --seeds=0,1 '--only=A' -- --config.steps=40\n" in page
+  page = ablation.markdown("two", table, rows, shared, picture="two.png")
   assert "python scripts/ablation.py two --seeds=0,1 -- --config.steps=40\n" in page
   # the deviation of 10 and 20 from 15 is 5; with one degree of freedom less, the square root of 50
   assert "| A | 15.0 ± 7.1 | 50.0 | 30.0 | 2 | 2 |\n" in page
@@ -89,6 +96,16 @@ def test_table_and_curves_of_recorded_runs():
   curves, bars = ablation.draw(table, rows).axes
   assert [line.get_ydata().tolist() for line in curves.lines[:2]] == [[3.0, 1.5], [1.0, 0.5]]
   assert [patch.get_width() for patch in bars.patches] == [15.0, 5.0]
+
+
+def test_a_section_is_replaced_or_added():
+  page = ablation.with_section("# Results\n\nText.\n", "one", "ONE\n")
+  page = ablation.with_section(page, "two", "TWO\n")
+  again = ablation.with_section(page, "one", "NEW\n")
+  assert page.startswith("# Results\n\nText.\n\n<!-- one") and again == page.replace("ONE", "NEW")
+  assert ablation.with_section("", "one", "ONE\n").startswith("<!-- one")
+  with pytest.raises(SystemExit, match="without <!-- end of one -->"):
+    ablation.with_section(page.replace("<!-- end of one -->", ""), "one", "NEW\n")
 
 
 def test_other_flags_have_another_folder():

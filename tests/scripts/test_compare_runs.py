@@ -49,3 +49,24 @@ def test_mistakes_are_reported(tmp_path, monkeypatch):
     run(monkeypatch, f"--out={tmp_path}/x.png", f"A={tmp_path}")
   with pytest.raises(SystemExit, match="must be NAME=WORKDIR"):
     run(monkeypatch, one)
+
+
+def test_chosen_pictures_are_followed_by_their_explanation(tmp_path, monkeypatch):
+  one = a_run(tmp_path / "one", ["a", "b"], 97.5)
+  other = a_run(tmp_path / "other", ["a", "b"], 51.0)
+  runs = (f"FPT={one}", f"without={other}")
+  run(monkeypatch, f"--out={tmp_path}/two.png", "--names=b", *runs)
+  (one / "explain").mkdir()
+  Image.fromarray(np.full((30, 90, 3), 7, np.uint8)).save(one / "explain" / "b.png")
+  out = tmp_path / "explained.png"
+  run(monkeypatch, f"--out={out}", "--names=b", "--explain=FPT", *runs)
+  with Image.open(tmp_path / "two.png") as before, Image.open(out) as picture:
+    assert picture.width == before.width
+    assert picture.height == before.height + round(before.width * 30 / 90)
+    assert picture.getpixel((picture.width // 2, picture.height - 5)) == (7, 7, 7)
+  with pytest.raises(SystemExit, match=r"a\.png does not exist; run --mode=explain first"):
+    run(monkeypatch, f"--out={out}", "--names=a", "--explain=FPT", *runs)
+  with pytest.raises(SystemExit, match=r"not all runs have predictions/z\.png"):
+    run(monkeypatch, f"--out={out}", "--names=z", *runs)
+  with pytest.raises(SystemExit, match="--explain=BFP must be one of FPT, without"):
+    run(monkeypatch, f"--out={out}", "--explain=BFP", *runs)

@@ -15,7 +15,7 @@ from fpt_jax.configs.tables import TABLES, Row
 from fpt_jax.errors import UserError
 from fpt_jax.models.costs import Cost, count
 from fpt_jax.models.state import within
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.tasks.task import check_config, task_of
 
 FEATURES = ("backbone", "pyramid", "fpt")
@@ -277,7 +277,6 @@ def results_of(row: Row) -> tuple[float | None, ...]:
 
 def _write(workdir: str, content: dict) -> None:
   if workdir:
-    folder = run_folder(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "analysis.json").write_text(json.dumps(content, indent=2) + "\n")
-    logging.info("wrote %s", folder / "analysis.json")
+    path = run_folder(workdir) / "analysis.json"
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+    logging.info("wrote %s", path)

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax import data
 from fpt_jax.data.records.images import encode_png
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import check_writable, make_folder, run_folder, write_whole
 from fpt_jax.tasks import pictures
 from fpt_jax.tasks.task import check_config, task_of
 
@@ -26,15 +26,16 @@ def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
     num_images: number of images.
 
   Raises:
-    UserError: the data cannot be read, or do not fit the config.
+    UserError: the data cannot be read, or do not fit the config; or a file cannot be written.
   """
   check_config(config)
+  out = run_folder(workdir) / "browse"
+  check_writable(out)
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
   task.adopt_classes(config, data.info(config.data))
-  out = run_folder(workdir) / "browse"
-  out.mkdir(parents=True, exist_ok=True)
+  make_folder(out)
   drawn, titles = [], []
   with task.train_batches(config, 0) as batches:
     for image in range(num_images):
@@ -45,7 +46,7 @@ def browse(config: ConfigDict, workdir: str, num_images: int) -> None:
       image_id = batch["image_id_B"][i]
       height, width = batch["original_size_B2"][i]
       titles.append(f"step {step + 1}, image {image_id}, {height} x {width}")
-      (out / f"{image + 1:03d}_{image_id}.png").write_bytes(encode_png(drawn[-1]))
+      write_whole(out / f"{image + 1:03d}_{image_id}.png", encode_png(drawn[-1]))
   sheet = pictures.contact_sheet(drawn, SHEET_COLUMNS, titles, SHEET_CELL_WIDTH)
-  (out / "contact_sheet.png").write_bytes(encode_png(np.ascontiguousarray(sheet)))
+  write_whole(out / "contact_sheet.png", encode_png(np.ascontiguousarray(sheet)))
   logging.info("%d pictures and contact_sheet.png in %s", len(drawn), out)

@@ -8,6 +8,18 @@ class UserError(Exception):
   """
 
 
+class ResultsNotWrittenError(UserError):
+  """The files of a complete evaluation could not be written.
+
+  Attributes:
+    metrics: scores of the evaluation by name.
+  """
+
+  def __init__(self, message: object, metrics: dict[str, float]):
+    super().__init__(f"{message}; the scores are complete, see the log above")
+    self.metrics = metrics
+
+
 def one_line(error: object, limit: int | None = None) -> str:
   """Returns the text of an error without line breaks, at most its first `limit` characters."""
   return " ".join(str(error).split())[:limit]

@@ -4,6 +4,7 @@ Shapes: B = 1 image, S positions, h w rows and columns of a level, H W those of 
 """
 
 import collections
+import io
 import json
 import math
 import pathlib
@@ -23,12 +24,14 @@ from scipy import special
 
 from fpt_jax.errors import UserError
 from fpt_jax.restored import Restored
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import make_folder, run_folder, write_whole
+from fpt_jax.run.json_lines import JsonLines, lines_of
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.queries import Query
-from fpt_jax.tasks.subjects import Subject, unused_path
+from fpt_jax.tasks.subjects import LeftOut, Subject, unused_path
 from fpt_jax.tasks.task import task_of
 
+FOLDER = "explain"
 PICTURE_WIDTH = 2.4  # inches of one picture of a grid
 DPI = 100
 POINTS_PER_CALL = 8  # positions that are explained in one call of the compiled function
@@ -64,7 +67,7 @@ class Row(NamedTuple):
 
 def explain(
   restored: Restored,
-  subjects: Iterator[Subject],
+  subjects: Iterator[Subject | UserError],
   total: int,
   workdir: str,
   *,
@@ -74,64 +77,79 @@ def explain(
   """Draws what the transformers of a trained model attend to from chosen positions.
 
   Writes `explain/<name>.png` for every image: one row per position and level, one column per level that it
-  takes from. `explain/explain.json` has the numbers: the weights of the mixtures, the entropy of each map and
-  its peak. Where the ground truth says which objects tell the class of others (Context Shapes), the share of
-  the attention that is on them is logged, beside their share of the image.
+  takes from. `explain/explain.jsonl` gets the numbers of each image: the weights of the mixtures, the entropy
+  of each map and its peak. At the end, or when an error ends the work, `explain/explain.json` is made from
+  it. Where the ground truth says which objects tell the class of others (Context Shapes), the share of the
+  attention that is on them is logged, beside their share of the image.
 
   Args:
     restored: the model.
-    subjects: the images.
+    subjects: the images; an image that cannot be read is an error in its place.
     total: number of images, for the progress bar.
-    workdir: folder of the run, on a disk.
+    workdir: folder of the run, on a disk or in a bucket.
     points: (x, y) in pixels of the images; if empty, the task chooses positions from its predictions.
     min_score: lowest score of a detection that is chosen.
 
   Raises:
-    UserError: the model has no transformers, or a point is outside an image.
+    UserError: the model has no transformers; images could not be read or a point was outside them, and the
+      others are done; or a file could not be written.
   """
   config = restored.config
   task = task_of(config).QUERIES
   if task is None or not has_transformers(config.model):
     raise UserError(f"the model in {workdir} has no transformers to explain; it is a baseline")
-  out = pathlib.Path(str(run_folder(workdir) / "explain"))
-  out.mkdir(parents=True, exist_ok=True)
+  out = run_folder(workdir) / FOLDER
+  make_folder(out)
   rows_of = explainer(restored)
-  entries: list[dict[str, Any]] = []
   shares: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
   taken: set[str] = set()
-  with Progress("explain", total) as progress:
-    for subject in subjects:
-      image_HWC = subject.image_HWC
-      view = task.view(config, image_HWC)
-      size = view["size_B2"][0].tolist()
-      if points:
-        queries = [Query(f"({x:g}, {y:g})", x, y) for x, y in points]
-        check_inside(queries, image_HWC, subject.name)
-      else:
-        queries = task.queries(config, image_HWC, restored.infer(image_HWC), size, min_score)
-      rows = rows_of(view, image_HWC, queries)
-      if rows:
-        figure = draw(image_HWC, size, rows, task.level_name)
-        path = unused_path(out, pathlib.Path(subject.name).stem, taken)
-        FigureCanvasAgg(figure).print_png(path)
-      described = [entry(row, image_HWC, size, task.level_name) for row in rows]
-      entries.append({"file_name": subject.name, "rows": described})
-      if subject.truth is not None:
-        for question in task.questions(config, image_HWC, subject.truth, size):
-          for row in rows_of(view, image_HWC, [question.query]):
-            for source in row.mixtures:
-              name = transformer_name(row.level, source, task.level_name)
-              shares[name].append(share_on(row.maps[source], question.answer_HW, size))
-      progress.advance()
-  summary = {name: np.mean(pairs, axis=0).tolist() for name, pairs in shares.items()}
-  (out / "explain.json").write_text(
-    json.dumps({"images": entries, "attention_on_answers": summary}, indent=1)
-  )
-  drawn = sum(bool(e["rows"]) for e in entries)
-  if drawn < len(entries):
+  left_out = LeftOut()
+  lines = JsonLines(out / "explain.jsonl")
+  done = drawn = 0
+
+  def explain_one(subject: Subject) -> list[Row]:
+    image_HWC = subject.image_HWC
+    view = task.view(config, image_HWC)
+    size = view["size_B2"][0].tolist()
+    queries = [Query(f"({x:g}, {y:g})", x, y) for x, y in points]
+    if not points:
+      queries = task.queries(config, image_HWC, restored.infer(image_HWC), size, min_score)
+    rows = rows_of(view, image_HWC, queries)
+    if rows:
+      path = unused_path(out, pathlib.Path(subject.name).stem, taken)
+      write_whole(path, to_png(draw(image_HWC, size, rows, task.level_name)))
+    described = [entry(row, image_HWC, size, task.level_name) for row in rows]
+    lines.write([{"file_name": subject.name, "rows": described}])
+    if subject.truth is not None:
+      for question in task.questions(config, image_HWC, subject.truth, size):
+        for row in rows_of(view, image_HWC, [question.query]):
+          for source in row.mixtures:
+            name = transformer_name(row.level, source, task.level_name)
+            shares[name].append(share_on(row.maps[source], question.answer_HW, size))
+    return rows
+
+  try:
+    with lines, Progress("explain", total) as progress:
+      for subject in subjects:
+        if isinstance(subject, UserError):
+          left_out.add(subject)
+        elif error := outside(points, subject):
+          left_out.add(error)
+        else:
+          drawn += bool(explain_one(subject))
+          done += 1
+        progress.advance()
+  finally:
+    summary = {name: np.mean(pairs, axis=0).tolist() for name, pairs in shares.items()}
+    if done:
+      entries = [json.loads(line) for line in lines_of(lines.path)]
+      content = json.dumps({"images": entries, "attention_on_answers": summary}, indent=1)
+      write_whole(out / "explain.json", content)
+  left_out.check(done, out)
+  if drawn < done:
     logging.warning(
       "%d of %d images have no detection with a score of at least %g; lower --min_score",
-      *(len(entries) - drawn, len(entries), min_score),
+      *(done - drawn, done, min_score),
     )
   logging.info("%d pictures and explain.json in %s", drawn, out)
   if summary:
@@ -190,14 +208,16 @@ def parsed_points(text: str) -> list[tuple[float, float]]:
     raise UserError(f"--points={text} must have the form x,y;x,y;... in pixels") from None
 
 
-def check_inside(queries: Sequence[Query], image_HWC: np.ndarray, name: str) -> None:
-  """Raises UserError if a query is outside the image."""
-  height, width = image_HWC.shape[:2]
-  for query in queries:
-    if not (0 <= query.x < width and 0 <= query.y < height):
-      raise UserError(
-        f"--points: {query.name} is outside {name}, which is {width} pixels wide and {height} high"
+def outside(points: Sequence[tuple[float, float]], subject: Subject) -> UserError | None:
+  """Returns the error that a point is outside an image, if one is."""
+  height, width = subject.image_HWC.shape[:2]
+  for x, y in points:
+    if not (0 <= x < width and 0 <= y < height):
+      return UserError(
+        f"--points: ({x:g}, {y:g}) is outside {subject.name}, which is {width} pixels wide and {height} "
+        "high"
       )
+  return None
 
 
 def transformer_name(level: int, source: int, level_name: Callable[[int], str]) -> str:
@@ -330,6 +350,13 @@ def draw(
       else:
         axis.set_axis_off()
   return figure
+
+
+def to_png(figure: Figure) -> bytes:
+  """Returns a figure as a PNG file."""
+  png = io.BytesIO()
+  FigureCanvasAgg(figure).print_png(png)
+  return png.getvalue()
 
 
 def draw_query(axis: Axes, query: Query, ratio: float) -> None:

@@ -15,15 +15,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from fpt_jax import analyze, configs, data
+from fpt_jax import analyze, configs, data, explain, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
-from fpt_jax.explain import explain, parsed_points
-from fpt_jax.predict import predict
 from fpt_jax.restored import open_run
 from fpt_jax.run import command_line, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
 from fpt_jax.tasks.task import check_config, task_of
 from fpt_jax.train import train
@@ -120,6 +118,8 @@ def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
 
 def run_analyze(config: ConfigDict | None, workdir: str) -> None:
   """Runs --mode=analyze."""
+  if workdir:
+    check_writable(run_folder(workdir))
   if _TABLE.value is not None:
     if config is not None:
       raise UserError("--table counts the configs of all its rows; leave out --config or --table")
@@ -140,19 +140,21 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
 
 def run_predict(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=predict."""
+  check_writable(run_folder(workdir) / predict.FOLDER)
   restored = open_run(workdir, config, _STEP.value)
-  predict(restored, *chosen_images(config), workdir, min_score=_MIN_SCORE.value)
+  predict.predict(restored, *chosen_images(config), workdir, min_score=_MIN_SCORE.value)
 
 
 def run_explain(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=explain."""
-  points = parsed_points(_POINTS.value)
+  points = explain.parsed_points(_POINTS.value)
+  check_writable(run_folder(workdir) / explain.FOLDER)
   restored = open_run(workdir, config, _STEP.value)
   subjects = chosen_images(config)
-  explain(restored, *subjects, workdir, points=points, min_score=_MIN_SCORE.value)
+  explain.explain(restored, *subjects, workdir, points=points, min_score=_MIN_SCORE.value)
 
 
-def chosen_images(config: ConfigDict) -> tuple[Iterator[Subject], int]:
+def chosen_images(config: ConfigDict) -> tuple[Iterator[Subject | UserError], int]:
   """Returns the images that --images names, or those of `config.data.eval_split`, and their number."""
   if _IMAGES.value:
     files = image_files(_IMAGES.value)

@@ -1,63 +1,80 @@
 """Predictions for images: pictures and JSON."""
 
-import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
+from fpt_jax.data.records.images import encode_png
+from fpt_jax.errors import UserError
 from fpt_jax.restored import Restored
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import make_folder, run_folder, write_whole
+from fpt_jax.run.json_lines import JsonLines, lines_of
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks import pictures
-from fpt_jax.tasks.subjects import Subject, unused_path
+from fpt_jax.tasks.subjects import LeftOut, Subject, unused_path
 from fpt_jax.tasks.task import task_of
 
+FOLDER = "predictions"
 SHEET_PICTURES = 12
 SHEET_COLUMNS = 3
 
 
 def predict(
-  restored: Restored, subjects: Iterator[Subject], total: int, workdir: str, *, min_score: float
+  restored: Restored,
+  subjects: Iterator[Subject | UserError],
+  total: int,
+  workdir: str,
+  *,
+  min_score: float,
 ) -> None:
   """Makes predictions for images and draws them, next to the ground truth where there is one.
 
-  Writes `predictions/<name>.png` for every image, `predictions/contact_sheet.png` with the first of
-  them, `predictions/predictions.json` with the task's entries for all of them, and the task's other
-  files, such as `predictions/<name>_labels.png`.
+  For every image, writes `predictions/<name>.png`, the task's other files, such as
+  `predictions/<name>_labels.png`, and appends the task's entries to `predictions/predictions.jsonl`. At the
+  end, or when an error ends the work, `predictions/predictions.json` is made from it, a list of all entries,
+  and `predictions/contact_sheet.png` from the first pictures.
 
   Args:
     restored: the model.
-    subjects: the images.
+    subjects: the images; an image that cannot be read is an error in its place.
     total: number of images, for the progress bar.
-    workdir: folder of the run, on a disk.
+    workdir: folder of the run, on a disk or in a bucket.
     min_score: lowest score of a detection that is drawn; the JSON has every detection.
+
+  Raises:
+    UserError: images could not be read, and the others are done; or a file could not be written.
   """
-  out = pathlib.Path(str(run_folder(workdir) / "predictions"))
-  out.mkdir(parents=True, exist_ok=True)
+  out = run_folder(workdir) / FOLDER
+  make_folder(out)
   config = restored.config
   task = task_of(config)
-  entries: list[dict[str, Any]] = []
   taken: set[str] = set()
   sheet: list[np.ndarray] = []
+  left_out = LeftOut()
+  lines = JsonLines(out / "predictions.jsonl")
   done = 0
-  with Progress("predict", total) as progress:
-    for subject in subjects:
-      found = restored.infer(subject.image_HWC)
-      entries += task.to_entries(config, subject.name, found)
-      picture = task.draw_prediction(config, subject.image_HWC, found, subject.truth, min_score)
-      path = unused_path(out, pathlib.Path(subject.name).stem, taken)
-      Image.fromarray(picture).save(path)
-      task.write_prediction(config, workdir, path.stem, subject.name, found)
-      if len(sheet) < SHEET_PICTURES:
-        sheet.append(picture)
-      done += 1
-      progress.advance()
-  (out / "predictions.json").write_text(json.dumps(entries))
-  if sheet:
-    overview = pictures.contact_sheet(sheet, SHEET_COLUMNS)
-    Image.fromarray(overview).save(out / "contact_sheet.png")
+  try:
+    with lines, Progress("predict", total) as progress:
+      for subject in subjects:
+        if isinstance(subject, UserError):
+          left_out.add(subject)
+        else:
+          found = restored.infer(subject.image_HWC)
+          picture = task.draw_prediction(config, subject.image_HWC, found, subject.truth, min_score)
+          path = unused_path(out, pathlib.Path(subject.name).stem, taken)
+          write_whole(path, encode_png(picture))
+          task.write_prediction(config, workdir, path.stem, subject.name, found)
+          lines.write(task.to_entries(config, subject.name, found))
+          if len(sheet) < SHEET_PICTURES:
+            sheet.append(picture)
+          done += 1
+        progress.advance()
+  finally:
+    if done:
+      write_whole(out / "predictions.json", f"[{', '.join(lines_of(lines.path))}]")
+      overview = pictures.contact_sheet(sheet, SHEET_COLUMNS)
+      write_whole(out / "contact_sheet.png", encode_png(overview))
+  left_out.check(done, out)
   logging.info("%d pictures, contact_sheet.png and predictions.json in %s", done, out)

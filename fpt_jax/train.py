@@ -12,12 +12,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import data, models, optim
-from fpt_jax.errors import UserError
+from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.config_file import check_same_model, has_config, read_config, write_config
+from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.run.metrics import MetricsWriter, has_metric
 from fpt_jax.run.progress import Clock
 from fpt_jax.tasks.task import check_config, task_of
@@ -41,10 +42,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   # Data. Records are prepared by the first run.
   check_config(config)
   task = task_of(config)
+  first_host = jax.process_index() == 0
+  if first_host:
+    check_writable(run_folder(workdir))
   if not data.is_prepared(config.data):
     data.prepare(config.data)
   task.adopt_classes(config, data.info(config.data))
-  first_host = jax.process_index() == 0
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
   mesh = sharding.mesh(config.batch_size)
@@ -88,7 +91,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
   def run_evaluation(step: int) -> dict[str, float]:
     arrays = {**state["trained"], **state["rest"]}
-    results = task.evaluate(config, structure, arrays, mesh, workdir)
+    try:
+      results = task.evaluate(config, structure, arrays, mesh, workdir)
+    except ResultsNotWrittenError as error:
+      logging.error("%s", error)
+      results = error.metrics
     if metrics:
       metrics.write(step, results)
     return results

@@ -93,7 +93,7 @@ def test_predict_draws_files_folders_and_splits(run, tmp_path, rng):
   predictions = workdir / "predictions"
   names = {p.name for p in predictions.iterdir()}
   assert names == {
-    "a.png", "a_2.png", "b.png", "grey.png", "contact_sheet.png", "predictions.json",
+    "a.png", "a_2.png", "b.png", "grey.png", "contact_sheet.png", "predictions.json", "predictions.jsonl",
   }  # fmt: skip
   results = json.loads((predictions / "predictions.json").read_text())
   assert {r["file_name"] for r in results} <= {

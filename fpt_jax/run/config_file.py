@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.config_upgrade import upgrade
-from fpt_jax.run.folder import run_folder, write_whole
+from fpt_jax.run.folder import read_json, run_folder, write_whole
 
 CONFIG_FILE = "config.json"
+# groups of fields that the config of every run has
+GROUPS = ("data", "eval", "model", "model.fpt", "optim")
 SHOWN_DIFFERENCES = 4
 
 
@@ -19,7 +22,11 @@ def has_config(workdir: str) -> bool:
 
 
 def write_config(workdir: str, config: ConfigDict) -> None:
-  """Writes `config.json` atomically."""
+  """Writes `config.json` atomically.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   write_whole(run_folder(workdir) / CONFIG_FILE, config.to_json(indent=2) + "\n")
 
 
@@ -27,18 +34,36 @@ def read_config(workdir: str) -> ConfigDict:
   """Reads the config of a run, upgraded to the fields of this version.
 
   Raises:
-    UserError: the file does not exist, or is not valid JSON.
+    UserError: the file does not exist, is not valid JSON, or is not the config of a run.
   """
   path = run_folder(workdir) / CONFIG_FILE
   if not path.exists():
     raise UserError(f"{path} does not exist; {workdir} is not the folder of a run")
+  content = read_json(path)
+  if not isinstance(content, dict):
+    raise UserError(f"{path} is not a JSON object; restore the file")
+  for group in GROUPS:
+    part: Any = content
+    for name in group.split("."):
+      part = part.get(name)
+      if not isinstance(part, dict):
+        raise UserError(
+          f"{path}: {group} is {_shown(part)}, not a group of fields; restore the file"
+        )
+  name = content["model"].get("name")
+  if not isinstance(name, str):
+    raise UserError(f"{path}: model.name is {_shown(name)}, not a name; restore the file")
   try:
-    config = ConfigDict(json.loads(path.read_text()))
-  except json.JSONDecodeError as error:
+    return upgrade(ConfigDict(content))
+  # a field can have any name and any value
+  except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
     raise UserError(
-      f"{path}, line {error.lineno}: not valid JSON ({error.msg}); restore the file"
+      f"{path} is not the config of a run ({type(error).__name__}: {one_line(error, 200)}); restore the file"
     ) from error
-  return upgrade(config)
+
+
+def _shown(value: object) -> str:
+  return "missing" if value is None else f"{json.dumps(value)[:40]}"
 
 
 def config_of_run(

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 
 import tensorflow as tf
 
-from fpt_jax.run.folder import run_folder, write_whole
+from fpt_jax.errors import UserError, one_line
+from fpt_jax.run.folder import parse_json, run_folder, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -39,15 +41,41 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
-  """Reads the lines of `metrics.jsonl`; a last line that a crash left incomplete is skipped."""
+  """Reads the lines of `metrics.jsonl`; a last line that a crash left incomplete is skipped.
+
+  Raises:
+    UserError: the file cannot be read, or another line is not an object of a step and its metrics.
+  """
   path = run_folder(workdir) / METRICS_FILE
   if not path.exists():
     return []
-  entries = []
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      entries.append(json.loads(line))
+  try:
+    *lines, last = path.read_bytes().split(b"\n")
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({one_line(error.strerror or error, 200)})") from error
+  entries = [_entry(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+  if last.strip():
+    with contextlib.suppress(UserError):
+      entries.append(_entry(last, ""))
   return entries
+
+
+def _entry(line: bytes, where: str) -> dict[str, float]:
+  """Parses a line."""
+  try:
+    entry = parse_json(line, where)
+  except UserError as error:
+    raise UserError(f"{where}: not valid JSON; delete the line") from error
+  if not isinstance(entry, dict):
+    raise UserError(f"{where}: not a JSON object; delete the line")
+  for name, value in entry.items():
+    # a bool is an int; float() of a large int raises an error
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or abs(value) > sys.float_info.max or value != value:
+      raise UserError(f"{where}: {name[:80]!r} is not a finite number; correct or delete the line")
+  if not isinstance(entry.get("step"), int):
+    raise UserError(f"{where}: 'step' is not an integer; correct or delete the line")
+  return entry
 
 
 def losses_and_evaluations(workdir: str) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

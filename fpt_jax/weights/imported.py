@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
-from fpt_jax.run.folder import run_folder
+from fpt_jax.errors import UserError
+from fpt_jax.run.folder import read_json, run_folder, write_whole
 
 IMPORTED_FILE = "imported.json"
 
 
 def write_imported(workdir: str, names: Iterable[str]) -> None:
   """Writes the names of the arrays that come from a file of weights."""
-  (run_folder(workdir) / IMPORTED_FILE).write_text(json.dumps(sorted(names)) + "\n")
+  write_whole(run_folder(workdir) / IMPORTED_FILE, json.dumps(sorted(names)) + "\n")
 
 
 def pretrained_shapes(
@@ -21,9 +22,15 @@ def pretrained_shapes(
   """Returns the part of `shapes` whose arrays in `workdir` are trained.
 
   Of an import these are the arrays from the file of weights; of a run, all.
+
+  Raises:
+    UserError: the list of these arrays cannot be read.
   """
   path = run_folder(workdir) / IMPORTED_FILE
   if not path.exists():
     return dict(shapes)
-  names = set(json.loads(path.read_text()))
-  return {name: shape for name, shape in shapes.items() if name in names}
+  names = read_json(path)
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UserError(f"{path} is not a list of names; import the weights again")
+  imported = set(names)
+  return {name: shape for name, shape in shapes.items() if name in imported}

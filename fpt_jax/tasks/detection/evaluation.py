@@ -10,9 +10,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import check_writable, run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
 from fpt_jax.tasks.detection.prediction import to_original_image
@@ -41,7 +42,13 @@ def evaluate(
   Returns:
     "bbox/AP", "segm/AP50", ..., x100; with annotations that ask questions also "context/accuracy", ..., see
     `context_accuracy.evaluate`. They are the same on every host.
+
+  Raises:
+    UserError: nothing can be written to the run's folder; this is known before the evaluation.
+    ResultsNotWrittenError: the results could not be written after it.
   """
+  if jax.process_index() == 0:
+    check_writable((run_folder(workdir) / RESULTS_FILE).parent)
   detect = views.detector(config, structure, sharding.replicated(mesh))
   split = config.data.eval_split
   ground_truth = batches.coco_ground_truth(config.data, split)
@@ -75,14 +82,15 @@ def evaluate(
 
 
 def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: str) -> dict:
-  """Writes the results file, logs the metrics, and returns them."""
+  """Logs the metrics, writes the results file, and returns the metrics.
+
+  Raises:
+    ResultsNotWrittenError: the file could not be written.
+  """
   iou_types = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
   metrics = coco_ap.evaluate(ground_truth, results, iou_types)
   context = context_accuracy.evaluate(ground_truth, results)
   if jax.process_index() == 0:
-    path = run_folder(workdir) / RESULTS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results))
     logging.info(
       "%s: %d detections in %d images\n%s",
       *(config.data.eval_split, len(results), len(ground_truth["images"])),
@@ -90,4 +98,8 @@ def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: 
     )
     if context:
       logging.info("%s", context_accuracy.format_line(context))
+    try:
+      write_whole(run_folder(workdir) / RESULTS_FILE, json.dumps(results))
+    except UserError as error:
+      raise ResultsNotWrittenError(error, metrics | context) from error
   return metrics | context

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from fpt_jax import data
 from fpt_jax.data import VOID
 from fpt_jax.data.records.images import encode_png
+from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import check_writable, run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.segmentation import batches, miou
 from fpt_jax.tasks.segmentation.classes import class_table
@@ -50,8 +51,12 @@ def evaluate(
     "mIoU", "mAcc", "aAcc" and "IoU/<class>", x100; the same on every host.
 
   Raises:
-    UserError: the data do not fit the model, or the data set has no evaluation server.
+    UserError: the data do not fit the model, the data set has no evaluation server, or nothing can be written
+      to the run's folder; this is known before the evaluation.
+    ResultsNotWrittenError: the results could not be written during or after it.
   """
+  if jax.process_index() == 0:
+    check_writable((run_folder(workdir) / CONFUSION_FILE).parent)
   split, model = config.data.eval_split, config.model
   to_class = class_table(config, data.info(config.data))
   label_batch = labeller(
@@ -61,6 +66,7 @@ def evaluate(
     out_shardings=sharding.over_batch(mesh),
   )
   write_submission = submission_writer(config, workdir) if config.eval.submission else None
+  not_written: UserError | None = None
   counts_TP = np.zeros((model.num_classes,) * 2, np.int64)
   total = data.num_images(config.data, split)
   eval_batches = batches.eval_batches(
@@ -84,22 +90,34 @@ def evaluate(
         counts_TP += miou.confusion_matrix(
           truth_BHW[i, :height, :width], predicted_HW, model.num_classes, void=VOID
         )
-        if write_submission:
-          write_submission(batch["file_name_B"][i].decode(), predicted_HW)
+        if write_submission and not not_written:
+          try:
+            write_submission(batch["file_name_B"][i].decode(), predicted_HW)
+          except UserError as error:
+            not_written = error  # the scores do not need the files
       progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
   counts_TP = sharding.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
-  return score(config, counts_TP, total, workdir)
+  metrics = score(config, counts_TP, total, workdir)
+  if not_written:
+    raise ResultsNotWrittenError(not_written, metrics) from not_written
+  return metrics
 
 
 def score(config: ConfigDict, counts_TP: np.ndarray, images: int, workdir: str) -> dict:
-  """Writes the confusion matrix and its picture, logs the table, and returns the metrics."""
+  """Logs the table, writes the confusion matrix and its picture, and returns the metrics.
+
+  Raises:
+    ResultsNotWrittenError: a file could not be written.
+  """
   names = config.model.class_names
   metrics = miou.scores(counts_TP, names)
   if jax.process_index() == 0:
-    path = run_folder(workdir) / CONFUSION_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"class_names": list(names), "counts": counts_TP.tolist()}))
-    picture = draw_confusion(counts_TP, names)
-    path.with_suffix(".png").write_bytes(encode_png(picture))
     logging.info("%s, %d images:\n%s", config.data.eval_split, images, miou.format_table(metrics))
+    path = run_folder(workdir) / CONFUSION_FILE
+    confusion = {"class_names": list(names), "counts": counts_TP.tolist()}
+    try:
+      write_whole(path, json.dumps(confusion))
+      write_whole(path.with_suffix(".png"), encode_png(draw_confusion(counts_TP, names)))
+    except UserError as error:
+      raise ResultsNotWrittenError(error, metrics) from error
   return metrics

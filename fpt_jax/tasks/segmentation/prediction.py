@@ -4,10 +4,10 @@ Shapes: H W rows and columns.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from fpt_jax import data
@@ -15,7 +15,7 @@ from fpt_jax.data import transforms
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.tasks.segmentation import batches, crops, submissions
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.views import labeller
@@ -23,9 +23,7 @@ from fpt_jax.tasks.segmentation.views import labeller
 SUBMISSION_FOLDER = "eval/submission"
 
 
-def submission_writer(
-  config: ConfigDict, workdir: str
-) -> Callable[[str, np.ndarray], pathlib.Path]:
+def submission_writer(config: ConfigDict, workdir: str) -> Callable[[str, np.ndarray], epath.Path]:
   """Returns a function of file name and label map that writes the file for the evaluation server.
 
   Raises:
@@ -104,9 +102,9 @@ def write_prediction(config: ConfigDict, workdir: str, stem: str, name: str, fou
   `config.eval.submission` is set, the file for the evaluation server.
 
   Raises:
-    UserError: see `submission_writer`.
+    UserError: see `submission_writer`; or a file cannot be written.
   """
   path = run_folder(workdir) / "predictions" / f"{stem}_labels.png"
-  path.write_bytes(encode_png(found["label_map"]))
+  write_whole(path, encode_png(found["label_map"]))
   if config.eval.submission:
     submission_writer(config, workdir)(name, found["label_map"])

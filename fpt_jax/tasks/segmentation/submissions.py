@@ -3,9 +3,11 @@
 import pathlib
 
 import numpy as np
+from etils import epath
 
 from fpt_jax.data.datasets import ade20k, cityscapes
 from fpt_jax.data.records.images import encode_png
+from fpt_jax.run.folder import write_whole
 
 # numbers in the files for the classes 0, 1, ...
 _IDS = {
@@ -15,7 +17,7 @@ _IDS = {
 NUM_CLASSES = {name: len(ids) for name, ids in _IDS.items()}
 
 
-def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray) -> pathlib.Path:
+def write(name: str, folder: epath.Path, file_name: str, label_HW: np.ndarray) -> epath.Path:
   """Writes the prediction for one image.
 
   Cityscapes: label ids (road is 7) in <city>_<sequence>_<frame>_pred_labelIds.png. ADE20K: 1..150
@@ -32,6 +34,7 @@ def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray)
 
   Raises:
     ValueError: the data set has no server, or the label map has numbers that are not classes.
+    UserError: the file cannot be written.
   """
   if name not in _IDS:
     raise ValueError(f"no submission format for {name!r}; choose one of {sorted(_IDS)}")
@@ -44,7 +47,6 @@ def write(name: str, folder: pathlib.Path, file_name: str, label_HW: np.ndarray)
   stem = pathlib.PurePath(file_name).stem
   if name == "cityscapes":
     stem = stem.removesuffix("_leftImg8bit") + "_pred_labelIds"
-  folder.mkdir(parents=True, exist_ok=True)
   file = folder / f"{stem}.png"
-  file.write_bytes(encode_png(ids[label_HW]))
+  write_whole(file, encode_png(ids[label_HW]))
   return file

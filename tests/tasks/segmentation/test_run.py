@@ -81,7 +81,7 @@ def test_pictures_of_predictions(finished, tmp_path):
   stems = ["a", "a_2", "a_labels_2", "contact_sheet_2"]
   written = {f"{s}.png" for s in stems} | {f"{s}_labels.png" for s in stems}
   left = {p.name for p in (tmp_path / "predictions").iterdir()}
-  assert left == written | {"contact_sheet.png", "predictions.json"}
+  assert left == written | {"contact_sheet.png", "predictions.json", "predictions.jsonl"}
   entries = json.loads((tmp_path / "predictions" / "predictions.json").read_text())
   assert [e["file_name"] for e in entries] == names
   assert all(sum(e["shares"].values()) == pytest.approx(1, abs=1e-5) for e in entries)

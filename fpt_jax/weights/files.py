@@ -1,43 +1,34 @@
 """Reads state dicts (.pth, .safetensors, .npz) into NumPy, without torch.
 
-A .pth file is a pickle, and unpickling can run any code. The unpickler here accepts the few names that
-tensors consist of and refuses every other name.
+Files are not trusted: memory and time are bounded by the length of the file, whatever it says of itself.
 """
 
-import collections
 import io
+import math
 import os
 import pathlib
 import pickle
 import struct
 import zipfile
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
+from fpt_jax.weights.pickles import Storage, Tensor, read_pickle
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-
-_STORAGES = {
-  "DoubleStorage": np.dtype("<f8"),
-  "FloatStorage": np.dtype("<f4"),
-  "HalfStorage": np.dtype("<f2"),
-  "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-  "LongStorage": np.dtype("<i8"),
-  "IntStorage": np.dtype("<i4"),
-  "ShortStorage": np.dtype("<i2"),
-  "CharStorage": np.dtype("i1"),
-  "ByteStorage": np.dtype("u1"),
-  "BoolStorage": np.dtype("?"),
-}
 
 # First object of a file in the format before zip files (torch 1.6).
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+
+# Contents may be larger than their file: compressed, or a tensor that repeats numbers by a stride of 0.
+MAX_EXPANSION = 16
+ALWAYS_ALLOWED = 2**24  # bytes
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -50,9 +41,10 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Arrays by name in the file's dtypes (bfloat16 as ml_dtypes.bfloat16), contiguous and writable.
 
   Raises:
-    UserError: the file is missing, damaged, of another kind, or contains more than tensors.
+    UserError: the file is missing, damaged, of another kind, or contains more than tensors; or its contents
+      are much larger than the file.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(os.path.expanduser(path))
   suffix = path.suffix.lower()
   if suffix not in (*_TORCH_SUFFIXES, ".safetensors", ".npz"):
     raise UserError(
@@ -64,115 +56,123 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
   try:
     if suffix == ".safetensors":
       return {name: np.array(value) for name, value in safetensors.numpy.load_file(path).items()}
-    if suffix == ".npz":
-      with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays}
-    return _read_torch(path)
+    with path.open("rb") as file:
+      return _read_npz(file, path) if suffix == ".npz" else _read_torch(file, path)
   except UserError:
     raise
-  # Damaged bytes can raise nearly any exception in pickle, zipfile or NumPy.
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({one_line(error.strerror or error, 200)})") from error
+  # Damaged bytes can raise nearly any exception in pickletools, zipfile or NumPy.
   except Exception as error:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = f"{type(error).__name__}: {one_line(error, 200)}"
     raise UserError(
       f"{path}: damaged, truncated or not a {suffix} file ({reason}); download or save it again"
     ) from error
 
 
-class _Storage(NamedTuple):
-  """A reference to a flat array of numbers, which may not be read yet."""
-
-  key: str
-  dtype: np.dtype
-  numel: int
-
-
-class _Tensor(NamedTuple):
-  """A strided view of a storage."""
-
-  storage: _Storage
-  offset: int
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]
-
-
-class _TensorUnpickler(pickle.Unpickler):
-  """Builds descriptions of tensors; `storages` collects the storages that they refer to."""
-
-  def __init__(self, file, path: pathlib.Path):
-    super().__init__(file, encoding="utf-8")
-    self._path = path
-    self.storages: dict[str, _Storage] = {}
-
-  def find_class(self, module, name):
-    if (module, name) == ("collections", "OrderedDict"):
-      return collections.OrderedDict
-    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return self._tensor
-    if (module, name) == ("torch._utils", "_rebuild_parameter"):
-      return self._parameter
-    if module == "torch" and name in _STORAGES:
-      return name
+def _check_size(size: int, path: pathlib.Path) -> None:
+  """Raises UserError if the contents of a file are much larger than the file."""
+  length = path.stat().st_size
+  if size > max(ALWAYS_ALLOWED, MAX_EXPANSION * length):
     raise UserError(
-      f"{self._path}: contains {module}.{name}, but only tensors can be read; "
-      "save `model.state_dict()` alone with torch.save"
+      f"{path}: its contents need {size} bytes, but the file has {length}; that is more than "
+      f"{MAX_EXPANSION} times as much, and no file of weights does this; download or save it again"
     )
 
-  def persistent_load(self, pid):
-    kind, storage_class, key, _, numel, *view = pid
-    if kind != "storage" or storage_class not in _STORAGES or any(view):
-      raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-    storage = _Storage(str(key), _STORAGES[storage_class], int(numel))
-    return self.storages.setdefault(storage.key, storage)
 
-  def _tensor(self, storage, offset, shape, strides, *_):
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-      raise pickle.UnpicklingError("a tensor without storage or with mismatched strides")
-    return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
-
-  def _parameter(self, tensor, *_):
-    return tensor
+def _read_npz(file, path):
+  with zipfile.ZipFile(file) as archive:
+    _check_entries(archive, archive.namelist(), path)
+    return {
+      name.removesuffix(".npy"): _read_npy(archive.read(name), name, path)
+      for name in archive.namelist()
+    }
 
 
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-  with path.open("rb") as file:
-    if zipfile.is_zipfile(file):
-      content, storages = _read_zip(file, path)
-    else:
-      file.seek(0)
-      content, storages = _read_legacy(file, path)
+def _check_entries(archive: zipfile.ZipFile, names: list[str], path: pathlib.Path) -> None:
+  """Raises UserError unless entries of a zip file can be read in memory bounded by the file's length."""
+  if len(set(names)) != len(names):
+    raise UserError(f"{path}: has two entries of one name; save it again")
+  entries = [archive.getinfo(name) for name in names]
+  _check_size(sum(entry.file_size for entry in entries), path)
+  for entry in entries:
+    # the dictionary of other methods can be much larger than the entry
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+      raise UserError(f"{path}: compressed by another method than deflate; save it again")
+
+
+def _read_npy(data: bytes, name: str, path: pathlib.Path) -> np.ndarray:
+  file = io.BytesIO(data)
+  if not name.endswith(".npy") or not data.startswith(np.lib.format.MAGIC_PREFIX):
+    raise UserError(
+      f"{path}: entry {name[:80]!r} is not an array; save arrays of numbers with np.savez"
+    )
+  readers = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+  }
+  version = np.lib.format.read_magic(file)
+  # version 3 is for names of fields
+  if version not in readers:
+    raise ValueError(f"{name[:80]}: .npy version {version}")
+  shape, column_major, dtype = readers[version](file)
+  if dtype.kind not in "biuf":
+    raise UserError(
+      f"{path}: entry {name[:80]!r} has the dtype {str(dtype)[:80]}; save arrays of numbers with np.savez"
+    )
+  if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+    raise ValueError(f"{name[:80]}: {len(data) - file.tell()} bytes for the shape {shape}")
+  flat = np.frombuffer(data, dtype, offset=file.tell())
+  array = flat.reshape(shape, order="F" if column_major else "C")
+  return np.array(array, dtype.newbyteorder("="), order="C")
+
+
+def _read_torch(file, path: pathlib.Path) -> dict[str, np.ndarray]:
+  if zipfile.is_zipfile(file):
+    content, storages = _read_zip(file, path)
+  else:
+    file.seek(0)
+    content, storages = _read_legacy(io.BytesIO(file.read()), path)
+  return {name: _to_array(tensor, storages) for name, tensor in content.items()}
+
+
+def _check_content(content: Any, path: pathlib.Path) -> None:
+  """Raises UserError unless `content` is a dict of tensors by name."""
   if not isinstance(content, dict):
     raise UserError(
       f"{path}: contains an object of type {type(content).__name__}, not a dict of tensors"
     )
   for name, value in content.items():
-    if not isinstance(name, str) or not isinstance(value, _Tensor):
+    if not isinstance(name, str) or not isinstance(value, Tensor):
       raise UserError(
-        f"{path}: entry {name!r} is of type {type(value).__name__}, not a tensor; "
+        f"{path}: entry {str(name)[:80]!r} is of type {type(value).__name__}, not a tensor; "
         "save `model.state_dict()` alone with torch.save"
       )
-  return {name: _to_array(tensor, storages) for name, tensor in content.items()}
+  sizes = [math.prod(t.shape) * t.storage.dtype.itemsize for t in content.values()]
+  _check_size(sum(sizes), path)
 
 
 def _read_zip(file, path):
   with zipfile.ZipFile(file) as archive:
     (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     root = pickled.removesuffix("data.pkl")
-    if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
+    order = [name for name in archive.namelist() if name == root + "byteorder"]
+    _check_entries(archive, [pickled, *order], path)
+    if order and archive.read(order[0]) != b"little":
       raise UserError(
         f"{path}: written on a big-endian machine; save it again on a little-endian one"
       )
-    content = _TensorUnpickler(io.BytesIO(archive.read(pickled)), path).load()
-    data = root + "data/"
-    return content, {
-      name.removeprefix(data): archive.read(name)
-      for name in archive.namelist()
-      if name.startswith(data)
-    }
+    storages: dict[str, Storage] = {}
+    content = read_pickle(io.BytesIO(archive.read(pickled)), path, storages)
+    _check_content(content, path)
+    names = {key: f"{root}data/{key}" for key in storages}
+    _check_entries(archive, list(names.values()), path)
+    return content, {key: archive.read(name) for key, name in names.items()}
 
 
-def _read_legacy(file, path):
-  def load():
-    return _TensorUnpickler(file, path).load()
+def _read_legacy(file: io.BytesIO, path):
+  def load(storages: dict[str, Storage] | None = None):
+    return read_pickle(file, path, {} if storages is None else storages)
 
   if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
     raise pickle.UnpicklingError("no torch header")
@@ -180,16 +180,21 @@ def _read_legacy(file, path):
     raise UserError(
       f"{path}: written on a big-endian machine; save it again on a little-endian one"
     )
-  unpickler = _TensorUnpickler(file, path)
-  content = unpickler.load()
-  storages = {}
+  storages: dict[str, Storage] = {}
+  content = load(storages)
+  _check_content(content, path)
+  data = {}
   for key in load():
+    if not isinstance(key, str):
+      raise pickle.UnpicklingError("a storage without a name")
     (numel,) = struct.unpack("<q", file.read(8))
-    storages[key] = file.read(numel * unpickler.storages[key].dtype.itemsize)
-  return content, storages
+    if numel < 0:
+      raise ValueError(f"a storage of {numel} numbers")
+    data[key] = file.read(numel * storages[key].dtype.itemsize)
+  return content, data
 
 
-def _to_array(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
+def _to_array(tensor: Tensor, storages: Mapping[str, bytes]) -> np.ndarray:
   numel, dtype = tensor.storage.numel, tensor.storage.dtype
   flat = np.frombuffer(storages[tensor.storage.key], dtype, count=numel)
   if 0 in tensor.shape:
@@ -197,7 +202,7 @@ def _to_array(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
   reach = sum(
     (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
   )
-  if min(tensor.offset, *tensor.strides, 0) < 0 or tensor.offset + reach >= numel:
+  if tensor.offset + reach >= numel:
     raise ValueError(f"a tensor exceeds its storage of {numel} numbers")
   strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
   view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides)

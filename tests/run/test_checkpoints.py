@@ -66,8 +66,6 @@ def damages():
     yield f"bit at {share}", lambda data, share=share: flip(data, int(share * len(data)))
 
 
-# TensorStore warns about other reads of an array that could not be read
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
   ("name", "damage"), damages(), ids=lambda x: x if isinstance(x, str) else ""
 )

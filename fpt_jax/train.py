@@ -26,6 +26,7 @@ from fpt_jax.run.config_file import (
   record_changes,
   write_config,
 )
+from fpt_jax.run.lock import locked_by_first_host
 from fpt_jax.run.metrics import MetricsWriter, has_metric
 from fpt_jax.run.progress import Clock
 from fpt_jax.tasks.task import check_config, task_of
@@ -34,7 +35,11 @@ from fpt_jax.weights.imported import pretrained_shapes
 
 
 def train(
-  config: ConfigDict, workdir: str, *, allow_config_changes: bool = False
+  config: ConfigDict,
+  workdir: str,
+  *,
+  allow_config_changes: bool = False,
+  take_over: bool = False,
 ) -> dict[str, float]:
   """Trains from the newest checkpoint of `workdir`, or from the start, to the config's last step.
 
@@ -43,6 +48,7 @@ def train(
     workdir: folder of the run, on a disk or in a bucket.
     allow_config_changes: whether a run is resumed even if its config has changed in a way that changes the
       training; see `run.config_file.FREE_TO_CHANGE` for what may change in any case.
+    take_over: whether to take the folder over from a process that is training in it.
 
   Returns:
     The metrics of the last evaluation.
@@ -50,8 +56,15 @@ def train(
   Raises:
     UserError: a mistake that the user can fix; nothing that was saved is lost.
   """
-  # Data. Records are prepared by the first run.
   check_config(config)
+  with locked_by_first_host(workdir, take_over=take_over) as check_lock:
+    return _train(config, workdir, check_lock, allow_config_changes)
+
+
+def _train(
+  config: ConfigDict, workdir: str, check_lock: Callable[[], None], allow_config_changes: bool
+) -> dict[str, float]:
+  # Data. Records are prepared by the first run.
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
@@ -149,6 +162,7 @@ def train(
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
         pending = []
+        check_lock()
       if log_due and metrics:
         speeds = clock.speeds(done)
         health = jax.device_get(figures) if logged(done) else {}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,7 @@ def check_writable(folder: epath.Path) -> None:
   """
   with writing(folder):
     if is_remote(folder):
-      probe = folder / f".check.{os.getpid()}"
+      probe = folder / f".check.{uuid.uuid4().hex}"
       probe.write_bytes(b" ")
       probe.unlink()
       return

@@ -47,8 +47,7 @@ def evaluate(
     UserError: nothing can be written to the run's folder; this is known before the evaluation.
     ResultsNotWrittenError: the results could not be written after it.
   """
-  if jax.process_index() == 0:
-    check_writable((run_folder(workdir) / RESULTS_FILE).parent)
+  check_writable((run_folder(workdir) / RESULTS_FILE).parent)
   detect = views.detector(config, structure, sharding.replicated(mesh))
   split = config.data.eval_split
   ground_truth = batches.coco_ground_truth(config.data, split)

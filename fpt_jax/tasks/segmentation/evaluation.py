@@ -55,8 +55,7 @@ def evaluate(
       to the run's folder; this is known before the evaluation.
     ResultsNotWrittenError: the results could not be written during or after it.
   """
-  if jax.process_index() == 0:
-    check_writable((run_folder(workdir) / CONFUSION_FILE).parent)
+  check_writable((run_folder(workdir) / CONFUSION_FILE).parent)
   split, model = config.data.eval_split, config.model
   to_class = class_table(config, data.info(config.data))
   label_batch = labeller(

@@ -71,6 +71,7 @@ def _train(
   if not data.is_prepared(config.data):
     data.prepare(config.data)
   task.adopt_classes(config, data.info(config.data))
+  first_host = jax.process_index() == 0
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
   mesh = sharding.mesh(config.batch_size)

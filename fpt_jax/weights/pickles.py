@@ -1,8 +1,8 @@
 """Reads the pickles of .pth files without `pickle`, which runs any code and which files can crash.
 
 The opcodes that plain values and tensors consist of are carried out here; all others are refused. Keys of
-dictionaries are strings and numbers, so nothing recurses into what a file nests. A limit on opcodes bounds the
-time and, with the length of the file, the memory.
+dictionaries are strings and numbers, so nothing recurses into what a file nests. A limit on opcodes bounds
+the time and, with the length of the file, the memory.
 """
 
 import collections

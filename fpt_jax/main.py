@@ -147,6 +147,7 @@ def run_analyze(config: ConfigDict | None, workdir: str) -> None:
 
 def run_eval(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=eval."""
+  check_writable(run_folder(workdir) / "eval")
   restored = open_run(workdir, config, _STEP.value)
   mesh = sharding.mesh(config.eval.batch_size)
   arrays = sharding.replicate(restored.arrays, mesh)

@@ -6,8 +6,10 @@ Environment variables:
   FPT_TEST_CACHE: folder of the compilation cache, by default in the system's temporary folder.
 """
 
+import contextlib
 import os
 import pathlib
+import resource
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 pytest_plugins = ["tests.data_sets"]
 
@@ -57,3 +60,49 @@ def real_data() -> pathlib.Path:
   if not os.path.isdir(folder):
     pytest.fail(f"FPT_REAL_DATA={folder} is not a folder")
   return pathlib.Path(folder)
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path) -> pathlib.Path:
+  """A local folder that stands for all buckets: gs://name/file is the file name/file in it."""
+  root = tmp_path / "buckets"
+
+  def local(path) -> str:
+    path = str(path)
+    assert path.startswith("gs://"), path
+    return path.replace("gs://", f"{root}/", 1)
+
+  class Gfile:
+    def __getattr__(self, name):
+      function = getattr(epath.backend.tf_backend.tf.io.gfile, name)
+      two_paths = name in ("rename", "copy")
+
+      def call(path, *args, **options):
+        if name == "GFile":  # buckets have no folders
+          pathlib.Path(local(path)).parent.mkdir(parents=True, exist_ok=True)
+        rest = (local(args[0]), *args[1:]) if two_paths else args
+        return function(local(path), *rest, **options)
+
+      return call
+
+  class Bucket(type(epath.backend.tf_backend)):
+    gfile = Gfile()
+
+  monkeypatch.setattr(epath.backend, "tf_backend", Bucket())
+  return root
+
+
+@pytest.fixture
+def full_disk():
+  """A context in which files cannot grow beyond a number of bytes, as on a disk that becomes full."""
+
+  @contextlib.contextmanager
+  def limited(size: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+      yield
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+  return limited

@@ -36,7 +36,11 @@ def untrained(config):
 
 
 def explained(folder):
-  return json.loads((folder / "explain" / "explain.json").read_text())
+  """Returns the content of explain.json, whose images are those of explain.jsonl."""
+  content = json.loads((folder / "explain" / "explain.json").read_text())
+  lines = (folder / "explain" / "explain.jsonl").read_text().splitlines()
+  assert content["images"] == [json.loads(line) for line in lines]
+  return content
 
 
 def test_a_detector_is_explained_at_its_detections_and_measured_on_beacons(tmp_path):
@@ -72,7 +76,12 @@ def test_a_segmenter_is_explained_at_points_and_in_its_largest_classes(tmp_path,
   restored = untrained(tiny_segmentation_config())
   image = rng.integers(0, 255, (50, 70, 3), np.uint8)
   subject = Subject("a/b.png", image, None)
-  explain(restored, iter([subject]), 1, str(tmp_path), points=[(69, 0.5)], min_score=0.5)
+  # images that cannot be read, or that a point is outside of, are left out
+  subjects = [UserError("x.jpg is bad"), subject, Subject("y.png", image[:, :69], None)]
+  with pytest.raises(
+    UserError, match=r"^bad images: 2 of 3; .*explain; the first is: x\.jpg is bad"
+  ):
+    explain(restored, iter(subjects), 3, str(tmp_path), points=[(69, 0.5)], min_score=0.5)
   (explanation,) = explained(tmp_path)["images"]
   assert [row["level"] for row in explanation["rows"]] == [f"level {i}" for i in range(4)]
   assert {(row["x"], row["y"]) for row in explanation["rows"]} == {(69, 0.5)}
@@ -87,6 +96,14 @@ def test_a_segmenter_is_explained_at_points_and_in_its_largest_classes(tmp_path,
   for row in explanation["rows"]:
     k = restored.config.model.class_names.index(row["name"])
     assert label_HW[int(row["y"]), int(row["x"])] == k
+
+
+def test_explanations_in_a_bucket(bucket, rng):
+  restored = untrained(tiny_segmentation_config())
+  subject = Subject("a/b.png", rng.integers(0, 255, (50, 70, 3), np.uint8), None)
+  explain(restored, iter([subject]), 1, "gs://b/run", points=[(69, 0.5)], min_score=0.5)
+  assert len(explained(bucket / "b" / "run")["images"]) == 1
+  Image.open(bucket / "b" / "run" / "explain" / "b.png").load()
 
 
 def test_points_outside_an_image_and_baselines_are_reported(tmp_path):

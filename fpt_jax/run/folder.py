@@ -78,27 +78,27 @@ def writing(path: epath.Path) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except OSError as error:
-    raise UserError(_cannot_write(path, error)) from error
-  except Exception as error:  # each kind of bucket has its own exceptions
-    if not is_remote(path):
+  except Exception as error:
+    # each kind of bucket has its own exceptions
+    if not isinstance(error, OSError) and not is_remote(path):
       raise
-    raise UserError(
-      f"{path} cannot be written ({type(error).__name__}: {one_line(error, 200)}); check the bucket's "
-      "name and your permissions, and run the same command again"
-    ) from error
+    raise UserError(_cannot_write(path, error)) from error
 
 
-def _cannot_write(path: epath.Path, error: OSError) -> str:
-  if error.errno in _FULL:
+def _cannot_write(path: epath.Path, error: Exception) -> str:
+  number = getattr(error, "errno", None)
+  reason = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}", 200)
+  if is_remote(path):
+    advice = "check the bucket's name and your permissions, and run the same command again"
+  elif number in _FULL:
     advice = "free some space and run the same command again"
-  elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+  elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
     advice = "change its permissions, or choose another folder"
-  elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+  elif number in (errno.ENOTDIR, errno.EEXIST):
     advice = "a file is in the place of a folder; move it, or choose another folder"
   else:
     advice = "check the path and its disk"
-  return f"{path} cannot be written ({one_line(error.strerror or error, 200)}); {advice}"
+  return f"{path} cannot be written ({reason}); {advice}"
 
 
 def make_folder(folder: epath.Path) -> None:
@@ -129,7 +129,7 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
     if is_remote(path):
       path.write_bytes(data)
       return
-    temporary = path.parent / f"{path.name}.tmp"
+    temporary = path.parent / f"{path.name[:60]}.tmp"  # names are limited in bytes
     try:
       temporary.write_bytes(data)
       temporary.replace(path)

@@ -86,7 +86,7 @@ class LeftOut:
       bad = len(self._errors)
       rest = f"the results of the others are in {out}" if done else "nothing was written"
       first = f"the first is: {self._errors[0]}"
-      raise UserError(f"{bad} of {bad + done} images are bad; {rest}; {first}")
+      raise UserError(f"bad images: {bad} of {bad + done}; {rest}; {first}")
 
 
 def subjects_of_split(config: ConfigDict) -> Iterator[Subject]:

@@ -31,7 +31,7 @@ _STORAGES = {
 }
 
 # A state dict has about 40 opcodes per tensor, and pickle adds to a container after 1,000 values.
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 500_000
 MAX_STACK = 100_000
 MAX_MARKS = 100
 MAX_ARGUMENTS = 16

@@ -1,7 +1,10 @@
 """State dicts saved by torch, and malicious or damaged files."""
 
 import collections
+import io
 import pickle
+import time
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -162,3 +165,220 @@ def test_big_endian_is_refused(tmp_path):
   path = _save(tmp_path / "b.pth", content, [("data/0", numbers)], byteorder=b"big")
   with pytest.raises(UserError, match="big-endian"):
     read_state_dict(path)
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  np.savez(tmp_path / "x.npz", a=BASE)
+  np.testing.assert_array_equal(read_state_dict("~/x.npz")["a"], BASE)
+
+
+# Hostile files. Each is refused at once, with little memory.
+
+
+def _refused(path, message, *, seconds=4.0):
+  """Checks that a file is refused in one line and in little time."""
+  begun = time.process_time()
+  with pytest.raises(UserError, match=message) as error:
+    read_state_dict(path)
+  assert time.process_time() - begun < seconds
+  assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def _refused_without_reading(path, message):
+  """Checks that a file is refused with little memory."""
+  tracemalloc.start()
+  try:
+    _refused(path, message)
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert peak < 2**23
+
+
+def _legacy(path, content, keys=(b"]",)):
+  """Writes a file in torch's older layout around a pickle."""
+  header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+  path.write_bytes(b"".join(pickle.dumps(h, 2) for h in header) + content + b"".join(keys))
+  return path
+
+
+NESTED = b")" + b"\x85" * 100  # a tuple in a tuple in a tuple ...
+
+
+@pytest.mark.parametrize("save", [_save, _legacy])
+def test_hashing_of_nested_tuples_cannot_crash_python(tmp_path, save):
+  content = b"})" + b"\x85" * 300_000 + b"Ns."
+  _refused(save(tmp_path / "bad.pth", content), r"bad\.pth: damaged.* a key of type tuple")
+
+
+def test_names_of_storages_are_text(tmp_path):
+  path = _legacy(tmp_path / "bad.pth", _tensor_pickle(0, (4,), (1,)), [b"](" + NESTED + b"e."])
+  _refused(path, r"bad\.pth: damaged.* a storage without a name")
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"}" + NESTED + b"Ns.", "a key of type tuple"),
+    (b"(" + NESTED + b"Nd.", "a key of type tuple"),
+    (b"ccollections\nOrderedDict\n(](" + NESTED + b"NlatR.", "a key of type tuple"),
+    (b"(" + NESTED + b"N\x91.", "the opcode FROZENSET"),
+    (b"(S'storage'\n" + NESTED + b"S'0'\nS'cpu'\nK\x01tQ.", "an unknown storage"),
+    (b"ctorch._utils\n_rebuild_tensor_v2\n(K\x00K\x00" + NESTED + b")tR.", "a tensor without"),
+    (NESTED + b".", "contains an object of type tuple"),
+    # dictionaries are slow with keys of one hash
+    (b"(" + b"".join(b"L%dL\nN" % (k * (2**61 - 1)) for k in range(1, 99)) + b"d.", "a key of type int"),
+    (b"N" + b"r\x00\x00\x00\x08" + b".", "an object of type NoneType"),  # memo index 2**27
+    (b"Np99999999999999999999999\n.", "a memo index out of range"),
+    (b"]" * 3_000_000 + b"a" * 2_999_999 + b".", "too many values"),
+    (b"(" * 3_000_000 + b"l" * 3_000_000 + b".", "too many values"),
+    (b"]" + b"Na" * 3_000_000 + b".", "too many values"),
+    (b"X\xff\xff\xff\x7fabc.", "damaged"),  # a text of 2 GB
+    (b"\x8d" + b"\xff" * 7 + b"\x7fabc.", "damaged"),
+    (b"I" + b"9" * 5000 + b"\n.", "damaged"),
+    (b"c" + b"x" * 100_000 + b"\ny\n.", "contains xxx"),
+    (b"}X\xa0\x86\x01\x00" + b"x" * 100_000 + b"Ns.", "entry 'xxx"),
+    (b"0.", "a value is missing"),
+    (b"(0.", "a value is missing"),
+    (b"t.", "damaged"),
+    (b"}K\x01a.", "values for something else than a list"),
+    (b"]K\x01K\x01s.", "items for something else than a dict"),
+    (b"]K\x01\x85R.", "a call of something else than a function"),
+    (b"ctorch\nFloatStorage\n)\x81.", "the opcode NEWOBJ"),
+    (b"(i__main__\nX\n.", "the opcode INST"),
+    (b"\x82\x01.", "the opcode EXT1"),
+    (b"\x97.", "the opcode NEXT_BUFFER"),
+  ],
+)  # fmt: skip
+def test_hostile_pickles(tmp_path, content, message):
+  _refused(_save(tmp_path / "bad.pth", content), rf"bad\.pth.*({message})")
+
+
+def test_one_list_that_is_read_many_times(tmp_path):
+  items = b"(" + b"".join(b"(I%d\nNl" % i for i in range(5_000)) + b"l\x85q\x00"
+  content = items + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00R0" * 100_000 + b"."
+  _refused(_save(tmp_path / "bad.pth", content), "too many values")
+
+
+def test_other_forms_of_pickles_are_read(tmp_path):
+  tensor = _tensor_pickle(0, (2,), (1,))[5:-2].replace(b"dS'w'\n", b"")  # without its dict
+  tensor = tensor[tensor.index(b"ctorch._utils") :]
+  numbers = np.arange(4, dtype=np.float32).tobytes()
+  for content in (
+    b"}(S'w'\n" + tensor + b"u.",
+    b"ccollections\nOrderedDict\n(](S'w'\n" + tensor + b"latR.",  # of Python 2
+    b"ccollections\nOrderedDict\n)RS'w'\n" + tensor + b"s}S'_metadata'\nNsb.",
+    b"\x80\x04}U\x01wq\x05" + tensor + b"s\x94.",
+  ):
+    (array,) = read_state_dict(_save(tmp_path / "x.pth", content, [("data/0", numbers)])).values()
+    np.testing.assert_array_equal(array, [0, 1])
+
+
+@pytest.mark.parametrize(
+  ("shape", "strides"),
+  [((500_000_000,), (0,)), ((1, 2**40), (1, 0)), ((2**62, 2**62), (0, 0)), ((5_000, 5_000), (0, 0))]
+  + [((2**64,), (0,)), ((1,) * 100, (1,) * 100)],
+)
+def test_tensors_are_not_much_larger_than_their_file(tmp_path, shape, strides):
+  content = _tensor_pickle(0, shape, strides)
+  _refused_without_reading(
+    _save(tmp_path / "b.pth", content, [("data/0", bytes(16))]), "its contents need|damaged"
+  )
+
+
+def test_many_views_are_not_much_larger_than_their_file(tmp_path):
+  size = 2**18
+  tensor = _tensor_pickle(0, (size,), (1,), size)
+  tensor = tensor[tensor.index(b"ctorch._utils") : -2]
+  content = b"(" + b"".join(b"S'%d'\n" % i + tensor for i in range(100)) + b"d."
+  path = _save(tmp_path / "b.pth", content, [("data/0", bytes(4 * size))])
+  _refused_without_reading(path, "its contents need 104857600 bytes")
+
+
+@pytest.mark.parametrize("name", ["b.pth", "b.npz"])
+def test_zip_bombs(tmp_path, name):
+  path = tmp_path / name
+  content = _tensor_pickle(0, (4,), (1,), 2**28)
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    archive.writestr("x/data.pkl", content)
+    with archive.open("x/data/0", "w") as file:
+      for _ in range(100):
+        file.write(bytes(2**20))
+  _refused_without_reading(path, "its contents need")
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    archive.writestr("x/data.pkl", bytes(2**25))
+  _refused_without_reading(path, "its contents need")
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+    archive.writestr("x/data.pkl", content)
+  _refused_without_reading(path, "another method than deflate")
+  with pytest.warns(UserWarning), zipfile.ZipFile(path, "w") as archive:
+    for _ in range(2):
+      archive.writestr("x/byteorder" if name == "b.pth" else "a.npy", b"little")
+    archive.writestr("x/data.pkl", content)
+  _refused_without_reading(path, "two entries of one name")
+
+
+def test_compressed_files_are_read(tmp_path):
+  np.savez_compressed(tmp_path / "x.npz", zeros=np.zeros((1000, 1000), np.float32), column=BASE.T)
+  state = read_state_dict(tmp_path / "x.npz")
+  assert state["zeros"].shape == (1000, 1000)
+  np.testing.assert_array_equal(state["column"], BASE.T)
+  assert state["column"].flags.c_contiguous and state["column"].flags.writeable
+
+
+@pytest.mark.parametrize(
+  ("members", "message"),
+  [
+    ({"a.npy": b"not an array"}, "entry 'a.npy' is not an array"),
+    ({"a": b"bytes"}, "entry 'a' is not an array"),
+    ({"a.npy": np.array(["text"])}, "entry 'a.npy' has the dtype"),
+    ({"a.npy": np.array([None])}, "entry 'a.npy' has the dtype object"),
+    ({"a.npy": np.zeros(2, [("x", "f4")])}, "entry 'a.npy' has the dtype"),
+    ({"a.npy": np.array(["2020-01-01"], "M8[D]")}, "entry 'a.npy' has the dtype"),
+    ({"a.npy": ("(1099511627776,)", bytes(8))}, "damaged"),
+    ({"a.npy": ("(-1,)", bytes(8))}, "damaged"),
+    ({"a.npy": ("(0, 4611686018427387904)", b"")}, "damaged"),
+    ({"a.npy": ("(" * 3000 + ")" * 3000, bytes(8))}, "damaged"),
+    ({"a.npy": ("(1,)", bytes(9))}, "damaged"),
+  ],
+)
+def test_other_contents_of_npz_files_are_refused(tmp_path, members, message):
+  path = tmp_path / "x.npz"
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, content in members.items():
+      if isinstance(content, np.ndarray):
+        stream = io.BytesIO()
+        np.save(stream, content)
+        content = stream.getvalue()
+      elif isinstance(content, tuple):
+        shape, data = content
+        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+      archive.writestr(name, content)
+  _refused(path, rf"x\.npz.*{message}")
+
+
+def test_big_endian_arrays_are_converted(tmp_path):
+  np.savez(tmp_path / "x.npz", a=BASE.astype(">f4"))
+  array = read_state_dict(tmp_path / "x.npz")["a"]
+  assert array.dtype == np.float32 and array.dtype.isnative
+  np.testing.assert_array_equal(array, BASE)
+
+
+@pytest.mark.parametrize(
+  "header",
+  [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4000000000]}}',
+  ],
+)
+@pytest.mark.parametrize("length", [None, 2**63, 99_999_999, 2**32])
+def test_hostile_safetensors(tmp_path, header, length):
+  path = tmp_path / "x.safetensors"
+  path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header)
+  _refused(path, r"x\.safetensors: damaged")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import check_writable, run_folder, write_whole
+from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
 from fpt_jax.tasks.detection.prediction import to_original_image
@@ -44,10 +44,8 @@ def evaluate(
     `context_accuracy.evaluate`. They are the same on every host.
 
   Raises:
-    UserError: nothing can be written to the run's folder; this is known before the evaluation.
-    ResultsNotWrittenError: the results could not be written after it.
+    ResultsNotWrittenError: the results could not be written after the evaluation.
   """
-  check_writable((run_folder(workdir) / RESULTS_FILE).parent)
   detect = views.detector(config, structure, sharding.replicated(mesh))
   split = config.data.eval_split
   ground_truth = batches.coco_ground_truth(config.data, split)

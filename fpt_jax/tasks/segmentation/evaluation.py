@@ -17,7 +17,7 @@ from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import check_writable, run_folder, write_whole
+from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.segmentation import batches, miou
 from fpt_jax.tasks.segmentation.classes import class_table
@@ -51,11 +51,9 @@ def evaluate(
     "mIoU", "mAcc", "aAcc" and "IoU/<class>", x100; the same on every host.
 
   Raises:
-    UserError: the data do not fit the model, the data set has no evaluation server, or nothing can be written
-      to the run's folder; this is known before the evaluation.
-    ResultsNotWrittenError: the results could not be written during or after it.
+    UserError: the data do not fit the model, or the data set has no evaluation server.
+    ResultsNotWrittenError: the results could not be written; the evaluation is complete.
   """
-  check_writable((run_folder(workdir) / CONFUSION_FILE).parent)
   split, model = config.data.eval_split, config.model
   to_class = class_table(config, data.info(config.data))
   label_batch = labeller(

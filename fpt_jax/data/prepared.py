@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from etils import epath
 
 from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS
 from fpt_jax.data.datasets.checks import absolute
@@ -16,6 +17,7 @@ from fpt_jax.data.records import instances, label_map
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError, one_line
+from fpt_jax.run.folder import check_writable, is_full_disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def prepare(data: ml_collections.ConfigDict) -> None:
     data: the config's `data`.
 
   Raises:
-    UserError: something in the source is missing or bad; no files are left behind.
+    UserError: something in the source is missing or bad, or the records cannot be written; no files are left
+      behind.
   """
   builder = _builder(data)
   if builder.is_prepared():
@@ -62,10 +65,19 @@ def prepare(data: ml_collections.ConfigDict) -> None:
     return
   if os.path.exists(builder.data_dir):
     raise UserError(f"data.data_dir: {builder.data_dir} is incomplete; delete it and prepare again")
+  check_writable(epath.Path(builder.data_dir))
   tfds.disable_progress_bar()
   logging.info("preparing %s in %s", data.name, builder.data_dir)
-  with contextlib.redirect_stdout(io.StringIO()):  # the log says the same
-    builder.download_and_prepare()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):  # the log says the same
+      builder.download_and_prepare()
+  except (OSError, RuntimeError) as error:
+    if not is_full_disk(error):
+      raise
+    raise UserError(
+      f"data.data_dir: {builder.data_dir} cannot be written (the disk is full); free some space, or choose "
+      "another data.data_dir"
+    ) from error
   for split in builder.info.splits.values():
     logging.info("prepared %s: %d images", split.name, split.num_examples)
 

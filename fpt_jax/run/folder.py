@@ -101,6 +101,13 @@ def _cannot_write(path: epath.Path, error: Exception) -> str:
   return f"{path} cannot be written ({reason}); {advice}"
 
 
+def is_full_disk(error: Exception) -> bool:
+  """Whether an error, or the text that a library has made of it, says that a disk is full."""
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return True
+  return any(os.strerror(number) in str(error) for number in _FULL)
+
+
 def make_folder(folder: epath.Path) -> None:
   """Creates a folder and those above it, unless they exist.
 

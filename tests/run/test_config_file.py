@@ -1,4 +1,4 @@
-"""What a resumed run may change, and how changes are kept."""
+"""What a resumed run may change, how changes are kept, and damaged configs."""
 
 import json
 
@@ -6,7 +6,13 @@ import pytest
 
 from fpt_jax.configs import coco_mask
 from fpt_jax.errors import UserError
-from fpt_jax.run.config_file import changes, check_resumable, record_changes
+from fpt_jax.run.config_file import (
+  changes,
+  check_resumable,
+  read_config,
+  record_changes,
+  write_config,
+)
 
 
 def changed(**fields):
@@ -88,3 +94,43 @@ def test_changes_are_appended_to_the_history(tmp_path):
   first, second = map(json.loads, lines)
   assert first["step"] == 5 and first["changed"] == {"seed": {"from": 0, "to": 3}}
   assert second["step"] == 9 and set(second["changed"]) == {"log_every", "eval.flip"}
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "line 1: not valid JSON"),
+    (b"\xff", "byte 0 is not text"),
+    (b"[]", "is not a JSON object"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b"{}", "data is missing, not a group of fields"),
+    ({"model": 3}, "model is 3, not a group of fields"),
+    ({"model.fpt": None}, "model.fpt is missing, not a group"),
+    ({"model.name": None}, "model.name is missing, not a name"),
+    ({"model.name": ["rcnn"]}, 'model.name is \\["rcnn"\\], not a name'),
+    ({"a": {"b.c": 1}}, "is not the config of a run"),
+  ],
+)
+def test_damaged_configs_are_reported_in_one_line(content, message, tmp_path):
+  if isinstance(content, dict):
+    config = json.loads(coco_mask.get_config().to_json())
+    for path, value in content.items():
+      *groups, field = path.split(".")
+      group = config
+      for name in groups:
+        group = group[name]
+      group[field] = value
+    content = json.dumps(config).encode()
+  (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(UserError, match=rf"config\.json.*{message}.*; restore the file") as error:
+    read_config(str(tmp_path))
+  assert "\n" not in str(error.value)
+  assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_a_full_disk_keeps_the_config(tmp_path, full_disk):
+  write_config(str(tmp_path), coco_mask.get_config())
+  before = (tmp_path / "config.json").read_bytes()
+  with full_disk(100), pytest.raises(UserError, match=r"config\.json cannot be written"):
+    write_config(str(tmp_path), coco_mask.get_config())
+  assert (tmp_path / "config.json").read_bytes() == before

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from fpt_jax.errors import UserError
 from fpt_jax.run.metrics import MetricsWriter, read_metrics
 from fpt_jax.run.progress import Clock
 
@@ -27,6 +28,34 @@ def test_lines_after_the_resumed_step_are_removed(tmp_path):
     {"step": 3, "total_loss": 7.0},
   ]
   assert read_metrics(str(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    (b"{", "not valid JSON; delete the line"),
+    (b"\xff", "not valid JSON; delete the line"),
+    (b"[" * 100_000, "not valid JSON; delete the line"),
+    (b'{"step": 2, "a": ' + b"9" * 4400 + b"}", "not valid JSON; delete the line"),
+    (b"3", "not a JSON object"),
+    (b'{"total_loss": 1}', "'step' is not an integer"),
+    (b'{"step": 1.5}', "'step' is not an integer"),
+    (b'{"step": true}', "'step' is not a finite number"),
+    (b'{"step": 2, "a": "1"}', "'a' is not a finite number"),
+    (b'{"step": 2, "a": NaN}', "'a' is not a finite number"),
+    (b'{"step": 2, "a": 1e999}', "'a' is not a finite number"),
+    (b'{"step": 2, "a": 1' + b"0" * 400 + b"}", "'a' is not a finite number"),
+  ],
+)
+def test_damaged_lines_are_named(line, message, tmp_path):
+  good = b'{"step": 1}\n'
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(good + line + b"\n" + good)
+  with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {message}") as error:
+    read_metrics(str(tmp_path))
+  assert "\n" not in str(error.value)
+  path.write_bytes(good + line)  # a crash in the middle of the line
+  assert read_metrics(str(tmp_path)) == [{"step": 1}]
 
 
 def test_clock_counts_training_only():

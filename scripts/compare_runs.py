@@ -16,11 +16,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}  # as fpt_jax.main
 
 import argparse
+import io
 
 import numpy as np
 import rich.table
+from etils import epath
 from PIL import Image
 
+from fpt_jax.errors import UserError
+from fpt_jax.run.folder import run_folder
 from fpt_jax.run.metrics import losses_and_evaluations
 from fpt_jax.tasks.pictures import contact_sheet
 
@@ -43,9 +47,9 @@ def last_evaluation(workdir: str) -> dict[str, float]:
   return {name: value for name, value in evaluations[-1].items() if name.startswith(SHOWN)}
 
 
-def pictures(workdir: str) -> dict[str, pathlib.Path]:
+def pictures(workdir: str) -> dict[str, epath.Path]:
   """The pictures of a run's predictions by name."""
-  files = sorted((pathlib.Path(workdir) / "predictions").glob("*.png"))
+  files = sorted((run_folder(workdir) / "predictions").glob("*.png"))
   found = {f.name: f for f in files if f.stem != "contact_sheet" and not f.stem.endswith("_labels")}
   if not found:
     raise SystemExit(f"error: {workdir}/predictions has no pictures; run --mode=predict first")
@@ -68,18 +72,23 @@ def side_by_side(runs: dict[str, str], names: list[str], explained: str = "") ->
   for file in [f"{name}.png" for name in names] or shared[:MOST_ROWS]:
     if file not in shared:
       raise SystemExit(f"error: not all runs have predictions/{file}; predict the same images")
-    images = [np.asarray(Image.open(files[file])) for files in found.values()]
+    images = [read_picture(files[file]) for files in found.values()]
     rows.append(contact_sheet(images, len(runs), list(runs)))
     if explained:
-      rows.append(explanation(pathlib.Path(runs[explained]) / "explain" / file, rows[0].shape[1]))
+      rows.append(explanation(run_folder(runs[explained]) / "explain" / file, rows[0].shape[1]))
   return np.concatenate(rows)
 
 
-def explanation(path: pathlib.Path, width: int) -> np.ndarray:
+def read_picture(path: epath.Path) -> np.ndarray:
+  """uint8 RGB."""
+  return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+
+
+def explanation(path: epath.Path, width: int) -> np.ndarray:
   """uint8 RGB: a picture of --mode=explain, scaled to a width in pixels."""
   if not path.exists():
     raise SystemExit(f"error: {path} does not exist; run --mode=explain first")
-  picture = Image.open(path).convert("RGB")
+  picture = Image.fromarray(read_picture(path))
   height = round(picture.height * width / picture.width)
   return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
 
@@ -109,9 +118,13 @@ def main() -> None:
   if arguments.explain and arguments.explain not in runs:
     raise SystemExit(f"error: --explain={arguments.explain} must be one of {', '.join(runs)}")
   names = [name for name in arguments.names.split(",") if name]
-  Image.fromarray(side_by_side(runs, names, arguments.explain)).save(arguments.out)
-  rich.print(table(runs))
-  print(f"side by side: {arguments.out}")
+  out = pathlib.Path(arguments.out).expanduser()
+  try:
+    Image.fromarray(side_by_side(runs, names, arguments.explain)).save(out)
+    rich.print(table(runs))
+  except UserError as error:
+    raise SystemExit(f"error: {error}") from error
+  print(f"side by side: {out}")
 
 
 if __name__ == "__main__":

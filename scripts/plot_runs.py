@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fpt_jax.errors import UserError
 from fpt_jax.run.metrics import losses_and_evaluations
 
 SMOOTHED = 9  # losses per running mean
@@ -78,10 +79,14 @@ def main() -> None:
   options = parser.parse_args()
   if any("=" not in run for run in options.runs):
     parser.error("each run is NAME=WORKDIR")
-  figure = draw(dict(run.split("=", 1) for run in options.runs))
-  pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-  FigureCanvasAgg(figure).print_png(options.out)
-  print(options.out)
+  out = pathlib.Path(options.out).expanduser()
+  try:
+    figure = draw(dict(run.split("=", 1) for run in options.runs))
+  except UserError as error:
+    raise SystemExit(f"error: {error}") from error
+  out.parent.mkdir(parents=True, exist_ok=True)
+  FigureCanvasAgg(figure).print_png(out)
+  print(out)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fpt_jax import models
+from fpt_jax import data, models
 from fpt_jax.browse import browse
+from fpt_jax.errors import UserError
 from fpt_jax.models.heads.rpn import anchors_of_canvas
 from fpt_jax.tasks import detection, pictures
 from fpt_jax.tasks.detection.draw import draw_anchors
@@ -29,6 +30,15 @@ def test_pictures_are_written_in_the_order_of_training(tmp_path):
   with PIL.Image.open(tmp_path / "browse" / "contact_sheet.png") as sheet:
     assert sheet.mode == "RGB" and sheet.width > 2 * 800
   assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_reported_first(tmp_path, monkeypatch):
+  config = tiny_config(data__data_dir=str(tmp_path / "data"))
+  monkeypatch.setattr(data, "is_prepared", lambda _: pytest.fail("the data were looked at"))
+  (tmp_path / "browse").write_text("kept")
+  with pytest.raises(UserError, match="browse cannot be written"):
+    browse(config, str(tmp_path), num_images=1)
+  assert (tmp_path / "browse").read_text() == "kept"
 
 
 @pytest.mark.parametrize("canvas", [(64, 64), (96, 160), (100, 75)])

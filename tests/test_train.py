@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+import shutil
 import signal
 import time
 
@@ -67,6 +68,21 @@ def test_files_that_a_run_writes(finished):
   assert all(
     {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(r) for r in results
   )
+
+
+def test_scores_are_kept_if_their_file_cannot_be_written(finished, tmp_path, caplog):
+  workdir, metrics, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  file = tmp_path / "run" / "metrics.jsonl"
+  lines = file.read_text().splitlines(keepends=True)
+  file.write_text("".join(lines[:-1]))  # the evaluation of the last step runs again
+  results = tmp_path / "run" / "eval" / "coco_instances_results.json"
+  results.unlink()
+  results.mkdir()
+  with caplog.at_level(logging.ERROR):
+    assert train(tiny_config(steps=6, data__flip=False), str(tmp_path / "run")) == metrics
+  assert "coco_instances_results.json cannot be written" in caplog.text
+  assert file.read_text().splitlines(keepends=True) == lines
 
 
 def test_one_compilation_per_input_shape(finished):

@@ -27,7 +27,7 @@ def run_folder(workdir: str) -> epath.Path:
   if not workdir:
     raise UserError("--workdir is missing; set it to the folder of the run")
   # one slash as well: a mistyped gs:/bucket must not become a local folder
-  url = re.match(r"([A-Za-z][\w+.-]+):/(/?)", workdir)
+  url = re.match(r"([A-Za-z][\w+.-]+):/(/[^/])?", workdir)
   if url and (url[1] not in REMOTE_SCHEMES or not url[2]):
     known = ", ".join(f"{scheme}://" for scheme in REMOTE_SCHEMES)
     raise UserError(f"--workdir={workdir} must be a local path or begin with one of {known}")

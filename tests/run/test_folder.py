@@ -35,7 +35,15 @@ def test_buckets_keep_their_url(workdir):
 
 
 @pytest.mark.parametrize(
-  "workdir", ["gs:/bucket/run", "https://x.org/run", "file:///tmp/run", "GS://bucket/run"]
+  "workdir",
+  [
+    "gs:/bucket/run",
+    "gs://",
+    "gs:///run",
+    "https://x.org/run",
+    "file:///tmp/run",
+    "GS://bucket/run",
+  ],
 )
 def test_other_urls_are_refused_and_make_no_local_folder(workdir, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from fpt_jax.data.records.images import Picture
 from fpt_jax.errors import UserError
 
+_PIXELS = {"apply": "upright", "ignore": "stored"}  # that annotations are of, by data.exif
 _NAMED = 10  # bad records of a kind that the log names; all of them are counted
 
 
@@ -39,6 +41,45 @@ def check_split_name(split: str) -> None:
       f"data.builder.splits: {split!r} cannot name a split; use letters, digits and _, and not "
       "'all'"
     )
+
+
+class ExifChoice:
+  """What `data.exif` does to a data set whose images have EXIF orientations.
+
+  Args:
+    exif: "apply" or "ignore".
+
+  Attributes:
+    exif: the same.
+    other: the other value.
+  """
+
+  def __init__(self, exif: str):
+    self.exif = exif
+    self.other = "ignore" if exif == "apply" else "apply"
+    self._logged = False
+
+  def hint(self, picture: Picture, file: pathlib.Path) -> str:
+    """Returns what to do if annotations fit a picture with the other value only."""
+    return (
+      f"{file} has EXIF orientation {picture.orientation}; if all annotations are of the "
+      f"{_PIXELS[self.other]} pixels, set data.exif={self.other!r}"
+    )
+
+  def log_assumption(self, picture: Picture, file: pathlib.Path) -> None:
+    """Logs once that annotations that fit a picture with either value are taken to fit with this one."""
+    if not self._logged:
+      self._logged = True
+      logging.warning(
+        "%s has EXIF orientation %d, and the sizes do not show whether its annotations are of the "
+        "upright or of the stored pixels; the %s pixels are assumed for all such images "
+        "(data.exif=%r; else set data.exif=%r)",
+        file,
+        picture.orientation,
+        _PIXELS[self.exif],
+        self.exif,
+        self.other,
+      )
 
 
 class BadRecordError(Exception):

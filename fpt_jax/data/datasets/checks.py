@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from fpt_jax.data.records.images import Picture
 from fpt_jax.errors import UserError
 
 _PIXELS = {"apply": "upright", "ignore": "stored"}  # that annotations are of, by data.exif
@@ -51,23 +50,35 @@ class ExifChoice:
 
   Attributes:
     exif: the same.
+    pixels: the pixels that annotations are of with this value, "upright" or "stored".
     other: the other value.
+
+  Raises:
+    UserError: `exif` is something else.
   """
 
   def __init__(self, exif: str):
+    if exif not in _PIXELS:
+      raise UserError(f"data.exif={exif!r} must be one of {', '.join(_PIXELS)}")
     self.exif = exif
+    self.pixels = _PIXELS[exif]
     self.other = "ignore" if exif == "apply" else "apply"
     self._logged = False
 
-  def hint(self, picture: Picture, file: pathlib.Path) -> str:
-    """Returns what to do if annotations fit a picture with the other value only."""
+  def hint(self, orientation: int, file: pathlib.Path) -> str:
+    """Returns what to do if annotations fit an image with the other value only.
+
+    Args:
+      orientation: the EXIF orientation that the two values treat differently.
+      file: the file that has it.
+    """
     return (
-      f"{file} has EXIF orientation {picture.orientation}; if all annotations are of the "
+      f"{file} has EXIF orientation {orientation}; if all annotations are of the "
       f"{_PIXELS[self.other]} pixels, set data.exif={self.other!r}"
     )
 
-  def log_assumption(self, picture: Picture, file: pathlib.Path) -> None:
-    """Logs once that annotations that fit a picture with either value are taken to fit with this one."""
+  def log_assumption(self, orientation: int, file: pathlib.Path) -> None:
+    """Logs once that annotations that fit an image with either value are read with this one."""
     if not self._logged:
       self._logged = True
       logging.warning(
@@ -75,8 +86,8 @@ class ExifChoice:
         "upright or of the stored pixels; the %s pixels are assumed for all such images "
         "(data.exif=%r; else set data.exif=%r)",
         file,
-        picture.orientation,
-        _PIXELS[self.exif],
+        orientation,
+        self.pixels,
         self.exif,
         self.other,
       )

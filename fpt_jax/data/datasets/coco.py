@@ -198,15 +198,15 @@ def _encode_image(image: dict, folder: pathlib.Path, exif: ExifChoice) -> dict:
   height, width = picture.size
   stated = image["height"], image["width"]
   if stated != picture.size:
-    detail = f"{stated[0]}x{stated[1]} in the record, {height}x{width} in {file}"
+    detail = f"{stated[0]}x{stated[1]} in the record, {height}x{width} in"
     if stated == picture.other_size:
       raise BadRecordError(
         f"fields height and width fit data.exif={exif.other!r} only",
-        f"{detail}; {exif.hint(picture, file)}",
+        f"{detail} the {exif.pixels} pixels; {exif.hint(picture.orientation, file)}",
       )
-    raise BadRecordError("fields height and width are not those of the file", detail)
+    raise BadRecordError("fields height and width are not those of the file", f"{detail} {file}")
   if picture.orientation != 1 and stated == picture.other_size:
-    exif.log_assumption(picture, file)
+    exif.log_assumption(picture.orientation, file)
   return {
     "image": bytes_for_record(data, picture),
     "image_id": image["id"],

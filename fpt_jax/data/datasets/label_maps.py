@@ -24,6 +24,7 @@ from fpt_jax.data.records.images import (
   decode_picture,
   encode_png,
   list_images,
+  other_size,
   read_bytes,
 )
 from fpt_jax.data.records.label_map import VOID
@@ -166,22 +167,23 @@ def _read_ids(
   """Returns the numbers in the label file of a picture, uint8."""
   png = _read(file, "labels cannot be read")
   try:
-    ids_HW = label_map.decode_ids(png, exif=exif.exif)
-    other_HW = label_map.decode_ids(png, exif=exif.other) if picture.orientation != 1 else ids_HW
+    ids_HW, orientation = label_map.decode_turned_ids(png, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("labels are unusable", str(error), file) from error
-  fits, fits_other = ids_HW.shape == picture.size, other_HW.shape == picture.other_size
-  if not fits:
-    detail = "{}x{} (height x width), but the image is {}x{}".format(*ids_HW.shape, *picture.size)
-    if picture.orientation != 1 and fits_other:
+  size = ids_HW.shape[0], ids_HW.shape[1]
+  fits_other = other_size(size, orientation) == picture.other_size
+  turned = (orientation, file) if picture.orientation == 1 else (picture.orientation, image_file)
+  if size != picture.size:
+    detail = "{}x{} (height x width), but the image is {}x{}".format(*size, *picture.size)
+    if fits_other:
       raise BadRecordError(
         f"labels have the size of their image with data.exif={exif.other!r} only",
-        f"{detail}; {exif.hint(picture, image_file)}",
+        f"{detail}; {exif.hint(*turned)}",
         file,
       )
     raise BadRecordError("labels are not of the size of their image", detail, file)
-  if picture.orientation != 1 and fits_other:
-    exif.log_assumption(picture, image_file)
+  if fits_other and picture.orientation != orientation:
+    exif.log_assumption(*turned)
   return ids_HW
 
 

@@ -70,7 +70,12 @@ class Picture:
   @property
   def other_size(self) -> tuple[int, int]:
     """(height, width) with the other value of `exif`."""
-    return self.size[::-1] if self.orientation in _SIDEWAYS else self.size
+    return other_size(self.size, self.orientation)
+
+
+def other_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+  """Returns the (height, width) of an image of `size` with the other value of `exif`."""
+  return size[::-1] if orientation in _SIDEWAYS else size
 
 
 def decode_picture(data: bytes, *, exif: str = "apply") -> Picture:

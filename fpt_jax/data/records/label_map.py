@@ -56,7 +56,12 @@ def parse(serialized: bytes) -> LabelRecord:
   return LabelRecord(**values)
 
 
-def decode_ids(png: bytes, *, exif: str = "apply") -> np.ndarray:
+def decode_ids(png: bytes) -> np.ndarray:
+  """Returns the numbers in a PNG of labels, uint8 [H, W]; see `decode_turned_ids`."""
+  return decode_turned_ids(png, exif="apply")[0]
+
+
+def decode_turned_ids(png: bytes, *, exif: str) -> tuple[np.ndarray, int]:
   """Reads the numbers in a PNG of labels; a palette is ignored.
 
   Args:
@@ -64,7 +69,7 @@ def decode_ids(png: bytes, *, exif: str = "apply") -> np.ndarray:
     exif: "apply" to turn the labels as their EXIF data say, or "ignore".
 
   Returns:
-    uint8 [H, W].
+    uint8 [H, W], and EXIF's orientation of the stored labels, 1 (upright) to 8.
 
   Raises:
     ValueError: the bytes are not a complete PNG, or have several channels or more than 8 bits per
@@ -74,9 +79,12 @@ def decode_ids(png: bytes, *, exif: str = "apply") -> np.ndarray:
     with PIL.Image.open(io.BytesIO(png), formats=FORMATS) as image:
       problem = _problem(image, png)
       if not problem:
-        ids_HW = np.array(load_turned(image, exif)[0], np.uint8)
-        # Pillow stretches greys of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
-        return ids_HW // (255 // (2 ** png[24] - 1)) if image.mode == "L" else ids_HW
+        turned, orientation = load_turned(image, exif)
+        ids_HW = np.array(turned, np.uint8)
+        if image.mode == "L":
+          # Pillow stretches greys of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
+          ids_HW //= 255 // (2 ** png[24] - 1)
+        return ids_HW, orientation
   except Exception as error:  # Pillow raises many classes for damaged files
     raise ValueError(f"undecodable: {describe(error)}") from error
   raise ValueError(problem)

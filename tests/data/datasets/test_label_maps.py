@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pathlib
 import struct
 import zlib
@@ -191,13 +192,15 @@ def folder(tmp_path):
   )
 
 
-def test_folders_of_the_user(folder):
+def test_folders_of_the_user(folder, caplog):
   data.prepare(folder)
   info = data.info(folder)
   assert info.class_names == ("sky", "road", "car") and info.num_classes == 3
   assert info.num_images == {"train": 4, "val": 4}
   assert info.category_names == () and info.swaps == ()
   assert info.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+  folder_of_images = pathlib.Path(folder.source) / "images" / "train"
+  assert f"{folder_of_images}: 4 images; passed over: 1 .txt, 1 hidden" in caplog.messages
   found = list(images(folder, "train"))
   assert [name for name, _, _ in found] == ["0.jpg", "1.png", "2.JPEG", "3.jpg"]
   for i, (_, _, label_HW) in enumerate(found):
@@ -293,6 +296,15 @@ def test_bad_images_raise(folder):
   with pytest.raises(UserError, match=rf"{image}: image is broken: undecodable image"):
     data.prepare(folder)
   assert not data.is_prepared(folder)
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_named_pipes_are_not_opened(kind, folder):
+  file = pathlib.Path(folder.source) / kind / "val" / "1.png"
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(UserError, match=rf"{file}: {kind[:5]}.* cannot be read: not a regular file"):
+    data.prepare(folder)
 
 
 def test_a_split_without_a_good_image_raises(folder):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
@@ -207,14 +208,19 @@ def _read(file: pathlib.Path, kind: str) -> bytes:
 def pair_folders(images: pathlib.Path, labels: pathlib.Path) -> Pairs:
   """Pairs each image in one folder with the PNG of the same name in another, sorted by name.
 
-  The log counts the files that are passed over, see `list_images`.
+  The log counts the files that are passed over, see `list_images`, and the PNGs without an image.
 
   Raises:
     UserError: a folder is missing.
   """
   _check_folder(images)
   _check_folder(labels)
-  return [(file, labels / f"{file.stem}.png") for file in list_images(images)]
+  pairs = [(file, labels / f"{file.stem}.png") for file in list_images(images)]
+  pngs = {file for file in list_folder(labels) if file.suffix == ".png"}
+  alone = sorted(pngs - {label for _, label in pairs})
+  if alone:
+    logging.warning("%s: %d label files have no image, such as %s", labels, len(alone), alone[0])
+  return pairs
 
 
 def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:

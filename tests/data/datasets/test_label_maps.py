@@ -211,6 +211,15 @@ def test_folders_of_the_user(folder, caplog):
   assert ids == list(range(1, 9))
 
 
+def test_label_files_without_an_image_are_counted(folder, caplog):
+  labels = pathlib.Path(folder.source) / "labels" / "train"
+  for name in ("8.png", "7.png"):
+    (labels / name).write_bytes(b"")
+  data.prepare(folder)
+  line = f"{labels}: 2 label files have no image, such as {labels / '7.png'}"
+  assert [message for message in caplog.messages if "have no image" in message] == [line]
+
+
 def test_classes_without_names_are_numbered(folder):
   folder.builder = {"num_classes": 10, "void": -1, "splits": None}
   data.prepare(folder)

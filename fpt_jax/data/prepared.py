@@ -136,6 +136,7 @@ class Reader:
       ) from error
     self._parse = label_map.parse if data.name in LABEL_MAPS else instances.parse
     self._folder = builder.data_dir
+    self._exif = data.exif
     # the split and the place in it of each record, for messages
     self._places = [
       (part.splitname, i)
@@ -165,7 +166,10 @@ class Reader:
   def decode(self, index: int, record: instances.Record | LabelRecord) -> np.ndarray:
     """Returns the record's image, uint8 RGB [height, width, 3]."""
     try:
-      return decode_image(record.image)
+      image_HWC = decode_image(record.image, exif=self._exif)
+      if image_HWC.shape[:2] != tuple(record.size):  # prepared by a version that ignored EXIF data
+        raise ValueError(f"its size is {image_HWC.shape[:2]}, not {record.size} as in the record")
+      return image_HWC
     except ValueError as error:
       raise UserError(
         f"{self.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
@@ -188,7 +192,7 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
     )
   arguments = {name: value for name, value in data.builder.to_dict().items() if value is not None}
   if data.name != "context_shapes":  # it is drawn, not read
-    arguments |= {"source": data.source, "skip_bad": data.skip_bad}
+    arguments |= {"source": data.source, "skip_bad": data.skip_bad, "exif": data.exif}
   if "annotations" in data:
     paths = {field: data[field] for field in ("annotations", "images") if data[field]}
     if paths and data.name != "coco":
@@ -220,4 +224,10 @@ def _check_source(
     raise UserError(
       f"data.data_dir: {builder.data_dir} was prepared from {made_from}, not from "
       f"data.source={source}; choose another data.data_dir"
+    )
+  exif = builder.info.metadata.get("exif", data.exif)
+  if exif != data.exif:
+    raise UserError(
+      f"data.data_dir: {builder.data_dir} was prepared with data.exif={exif!r}, not "
+      f"{data.exif!r}; choose another data.data_dir, or delete the folder to prepare it again"
     )

@@ -10,6 +10,7 @@ from absl import logging
 
 from fpt_jax.errors import UserError
 
+_PIXELS = {"apply": "upright", "ignore": "stored"}  # that annotations are of, by data.exif
 _NAMED = 10  # bad records of a kind that the log names; all of them are counted
 
 
@@ -39,6 +40,57 @@ def check_split_name(split: str) -> None:
       f"data.builder.splits: {split!r} cannot name a split; use letters, digits and _, and not "
       "'all'"
     )
+
+
+class ExifChoice:
+  """What `data.exif` does to a data set whose images have EXIF orientations.
+
+  Args:
+    exif: "apply" or "ignore".
+
+  Attributes:
+    exif: the same.
+    pixels: the pixels that annotations are of with this value, "upright" or "stored".
+    other: the other value.
+
+  Raises:
+    UserError: `exif` is something else.
+  """
+
+  def __init__(self, exif: str):
+    if exif not in _PIXELS:
+      raise UserError(f"data.exif={exif!r} must be one of {', '.join(_PIXELS)}")
+    self.exif = exif
+    self.pixels = _PIXELS[exif]
+    self.other = "ignore" if exif == "apply" else "apply"
+    self._logged = False
+
+  def hint(self, orientation: int, file: pathlib.Path) -> str:
+    """Returns what to do if annotations fit an image with the other value only.
+
+    Args:
+      orientation: the EXIF orientation that the two values treat differently.
+      file: the file that has it.
+    """
+    return (
+      f"{file} has EXIF orientation {orientation}; if all annotations are of the "
+      f"{_PIXELS[self.other]} pixels, set data.exif={self.other!r}"
+    )
+
+  def log_assumption(self, orientation: int, file: pathlib.Path) -> None:
+    """Logs once that annotations that fit an image with either value are read with this one."""
+    if not self._logged:
+      self._logged = True
+      logging.warning(
+        "%s has EXIF orientation %d, and the sizes do not show whether its annotations are of the "
+        "upright or of the stored pixels; the %s pixels are assumed for all such images "
+        "(data.exif=%r; else set data.exif=%r)",
+        file,
+        orientation,
+        self.pixels,
+        self.exif,
+        self.other,
+      )
 
 
 class BadRecordError(Exception):

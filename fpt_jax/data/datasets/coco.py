@@ -11,13 +11,14 @@ from absl import logging
 from fpt_jax.data.datasets import coco_json
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
+  ExifChoice,
   absolute,
   check_split_name,
   source_folder,
 )
 from fpt_jax.data.records import instances
 from fpt_jax.data.records.examples import ordered_key
-from fpt_jax.data.records.images import decode_image
+from fpt_jax.data.records.images import bytes_for_record, decode_picture, read_bytes
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from fpt_jax.run.progress import Progress
@@ -42,6 +43,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       records lie in a separate folder inside `data_dir`.
     images: the image folder of `annotations`.
     skip_bad: whether to leave out bad images and annotations, and to name them in the log.
+    exif: "apply" if the annotations are of upright images, "ignore" if of the pixels as they are stored.
 
   Raises:
     UserError: the paths exclude each other.
@@ -58,8 +60,10 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     annotations: str = "",
     images: str = "",
     skip_bad: bool = False,
+    exif: str = "apply",
   ):
     self._source = absolute(source)
+    self._exif = ExifChoice(exif)
     self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
     if self._is_single:
@@ -79,7 +83,9 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       description="Images with instances: boxes, categories and masks.",
       features=instances.features(),
       # the rest is added while the annotation files are read
-      metadata=tfds.core.MetadataDict({"source": self._source, "sizes": {}}),
+      metadata=tfds.core.MetadataDict(
+        {"source": self._source, "exif": self._exif.exif, "sizes": {}}
+      ),
       disable_shuffling=True,
     )
 
@@ -118,7 +124,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
         with bad.image(image):
-          example = _encode_image(image, image_folder)
+          example = _encode_image(image, image_folder, self._exif)
           for annotation in annotations_of[image["id"]]:
             with bad.annotation(annotation):
               label = label_of[annotation["category_id"]]
@@ -177,25 +183,32 @@ def _check_single_file(source: str, splits: object, annotations: str, images: st
       )
 
 
-def _encode_image(image: dict, folder: pathlib.Path) -> dict:
+def _encode_image(image: dict, folder: pathlib.Path, exif: ExifChoice) -> dict:
   """Returns the record of an image, without objects."""
   coco_json.check_image(image)
   file = folder / image["file_name"]
   try:
-    data = file.read_bytes()
+    data = read_bytes(file)
   except OSError as error:
     raise BadRecordError("file cannot be read", f"{file} ({error.strerror})") from error
   try:
-    height, width, _ = decode_image(data).shape
+    picture = decode_picture(data, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("file is broken", f"{file} ({error})") from error
-  if (height, width) != (image["height"], image["width"]):
-    raise BadRecordError(
-      "fields height and width are not those of the file",
-      f"{image['height']}x{image['width']} in the record, {height}x{width} in {file}",
-    )
+  height, width = picture.size
+  stated = image["height"], image["width"]
+  if stated != picture.size:
+    detail = f"{stated[0]}x{stated[1]} in the record, {height}x{width} in"
+    if stated == picture.other_size:
+      raise BadRecordError(
+        f"fields height and width fit data.exif={exif.other!r} only",
+        f"{detail} the {exif.pixels} pixels; {exif.hint(picture.orientation, file)}",
+      )
+    raise BadRecordError("fields height and width are not those of the file", f"{detail} {file}")
+  if picture.orientation != 1 and stated == picture.other_size:
+    exif.log_assumption(picture.orientation, file)
   return {
-    "image": data,
+    "image": bytes_for_record(data, picture),
     "image_id": image["id"],
     "file_name": image["file_name"],
     "height": height,

@@ -7,17 +7,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   BadRecords,
+  ExifChoice,
   absolute,
   check_split_name,
   source_folder,
 )
 from fpt_jax.data.records import label_map
 from fpt_jax.data.records.examples import ordered_key
-from fpt_jax.data.records.images import DATASET_ENDINGS, decode_image, encode_png
+from fpt_jax.data.records.images import (
+  Picture,
+  bytes_for_record,
+  decode_picture,
+  encode_png,
+  list_images,
+  other_size,
+  read_bytes,
+)
 from fpt_jax.data.records.label_map import VOID
 from fpt_jax.errors import UserError
 from fpt_jax.run.progress import Progress
@@ -59,6 +69,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     source: folder of the official layout; only preparing needs it.
     splits: splits to prepare; () for those of the layout.
     skip_bad: whether to leave out bad images and label maps, and to name them in the log.
+    exif: "apply" if the label maps are of upright images, "ignore" if of the pixels as they are stored.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -71,8 +82,10 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     source: str = "",
     splits: Sequence[str] = (),
     skip_bad: bool = False,
+    exif: str = "apply",
   ):
     self._layout = layout
+    self._exif = ExifChoice(exif)
     self._source = absolute(source)
     if isinstance(splits, str) or not all(isinstance(split, str) for split in splits):
       raise UserError(f"data.builder.splits={splits!r} must be names, such as ('train', 'val')")
@@ -84,6 +97,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     metadata = {
       "source": self._source,
+      "exif": self._exif.exif,
       "class_names": self._layout.class_names,
       "palette": self._layout.palette,
       "swaps": self._layout.swaps,
@@ -115,7 +129,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
       for image_file, label_file in pairs:
         self._images += 1
         with bad.record():
-          example = _encode(image_file, label_file, self._images, self._layout.class_of_id)
+          example = _encode(image_file, label_file, self._images, self._layout, self._exif)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
         progress.advance()
@@ -128,39 +142,54 @@ def _encode(
   image_file: pathlib.Path,
   label_file: pathlib.Path,
   image_id: int,
-  class_of_id: Mapping[int, int],
+  layout: Layout,
+  exif: ExifChoice,
 ) -> dict:
   """Returns an image and its label map in the form of `label_map.features()`."""
   image = _read(image_file, "image cannot be read")
   try:
-    size = decode_image(image).shape[:2]
+    picture = decode_picture(image, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("image is broken", str(error), image_file) from error
+  ids_HW = _read_ids(label_file, picture, image_file, exif)
   return {
-    "image": image,
+    "image": bytes_for_record(image, picture),
     "image_id": image_id,
     "file_name": image_file.name,
-    "height": size[0],
-    "width": size[1],
-    "label": encode_png(_read_classes(label_file, size, class_of_id)),
+    "height": picture.size[0],
+    "width": picture.size[1],
+    "label": encode_png(_classes(ids_HW, layout.class_of_id, label_file)),
   }
 
 
-def _read_classes(
-  file: pathlib.Path, size: tuple[int, ...], class_of_id: Mapping[int, int]
+def _read_ids(
+  file: pathlib.Path, picture: Picture, image_file: pathlib.Path, exif: ExifChoice
 ) -> np.ndarray:
-  """Returns the label map of an image of `size` in classes and `VOID`, uint8."""
+  """Returns the numbers in the label file of a picture, uint8."""
   png = _read(file, "labels cannot be read")
   try:
-    ids_HW = label_map.decode_ids(png)
+    ids_HW, orientation = label_map.decode_turned_ids(png, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("labels are unusable", str(error), file) from error
-  if ids_HW.shape != size:
-    raise BadRecordError(
-      "labels are not of the size of their image",
-      "{}x{} (height x width), but the image is {}x{}".format(*ids_HW.shape, *size),
-      file,
-    )
+  size = ids_HW.shape[0], ids_HW.shape[1]
+  fits_other = other_size(size, orientation) == picture.other_size
+  turned = (orientation, file) if picture.orientation == 1 else (picture.orientation, image_file)
+  if size != picture.size:
+    detail = "{}x{} (height x width), but the image is {}x{}".format(*size, *picture.size)
+    if fits_other:
+      raise BadRecordError(
+        f"labels have the size of their image with data.exif={exif.other!r} only",
+        f"{detail}; {exif.hint(*turned)}",
+        file,
+      )
+    raise BadRecordError("labels are not of the size of their image", detail, file)
+  if fits_other and picture.orientation != orientation:
+    exif.log_assumption(*turned)
+  return ids_HW
+
+
+def _classes(ids_HW: np.ndarray, class_of_id: Mapping[int, int], file: pathlib.Path) -> np.ndarray:
+  """Returns the numbers of a label file as classes and `VOID`, uint8 [H, W]."""
   unknown = sorted(set(np.unique(ids_HW).tolist()) - set(class_of_id))
   if unknown:
     raise BadRecordError("labels are out of range", f"{unknown[:8]} belong to no class", file)
@@ -171,7 +200,7 @@ def _read_classes(
 
 def _read(file: pathlib.Path, kind: str) -> bytes:
   try:
-    return file.read_bytes()
+    return read_bytes(file)
   except OSError as error:
     raise BadRecordError(kind, error.strerror or str(error), file) from error
 
@@ -179,14 +208,19 @@ def _read(file: pathlib.Path, kind: str) -> bytes:
 def pair_folders(images: pathlib.Path, labels: pathlib.Path) -> Pairs:
   """Pairs each image in one folder with the PNG of the same name in another, sorted by name.
 
-  Files without one of `DATASET_ENDINGS` are ignored.
+  The log counts the files that are passed over, see `list_images`, and the PNGs without an image.
 
   Raises:
     UserError: a folder is missing.
   """
-  files = [file for file in list_folder(images) if file.suffix.lower() in DATASET_ENDINGS]
-  list_folder(labels)
-  return [(file, labels / f"{file.stem}.png") for file in files]
+  _check_folder(images)
+  _check_folder(labels)
+  pairs = [(file, labels / f"{file.stem}.png") for file in list_images(images)]
+  pngs = {file for file in list_folder(labels) if file.suffix == ".png"}
+  alone = sorted(pngs - {label for _, label in pairs})
+  if alone:
+    logging.warning("%s: %d label files have no image, such as %s", labels, len(alone), alone[0])
+  return pairs
 
 
 def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -195,9 +229,13 @@ def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: the folder does not exist.
   """
+  _check_folder(folder)
+  return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def _check_folder(folder: pathlib.Path) -> None:
   if not folder.is_dir():
     raise UserError(f"{folder}: no such folder; see data.source, data.builder.splits")
-  return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -1,8 +1,11 @@
 """Bad input in COCO's format is reported with its file, record and field."""
 
 import json
+import os
 import re
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from fpt_jax import data
@@ -27,6 +30,16 @@ def _file(name, change):
   return write
 
 
+def _named_pipe(root, content):
+  (root / "train2017" / "grey.jpg").unlink()
+  os.mkfifo(root / "train2017" / "grey.jpg")
+
+
+def _grey_of_16_bits(root, content):
+  pixels = np.zeros((WIDTH, HEIGHT), np.uint16)
+  PIL.Image.fromarray(pixels).save(root / "train2017" / "tall.png")
+
+
 def _drop(kind, i, field):
   return lambda root, content: content[kind][i].pop(field)
 
@@ -47,6 +60,16 @@ BAD = {
   "not an image": (
     _file("tall.png", lambda b: b"hello"),
     ("image id 9", "tall.png", "undecodable image"),
+    (3, 3),
+  ),
+  "named pipe": (
+    _named_pipe,
+    ("image id 5", "train2017/grey.jpg", "not a regular file"),
+    (3, 3),
+  ),
+  "grey of 16 bits": (
+    _grey_of_16_bits,
+    ("image id 9", "tall.png", "8 bits per channel are needed; convert the file"),
     (3, 3),
   ),
   "duplicate image id": (_image(1, id=70), ("image id 70", "field id", "twice"), (3, 3)),

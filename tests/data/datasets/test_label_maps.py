@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pathlib
 import struct
 import zlib
@@ -191,13 +192,15 @@ def folder(tmp_path):
   )
 
 
-def test_folders_of_the_user(folder):
+def test_folders_of_the_user(folder, caplog):
   data.prepare(folder)
   info = data.info(folder)
   assert info.class_names == ("sky", "road", "car") and info.num_classes == 3
   assert info.num_images == {"train": 4, "val": 4}
   assert info.category_names == () and info.swaps == ()
   assert info.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+  folder_of_images = pathlib.Path(folder.source) / "images" / "train"
+  assert f"{folder_of_images}: 4 images; passed over: 1 .txt, 1 hidden" in caplog.messages
   found = list(images(folder, "train"))
   assert [name for name, _, _ in found] == ["0.jpg", "1.png", "2.JPEG", "3.jpg"]
   for i, (_, _, label_HW) in enumerate(found):
@@ -206,6 +209,15 @@ def test_folders_of_the_user(folder):
     np.testing.assert_array_equal(label_HW, np.where(ids_HW == 9, 255, ids_HW))
   ids = [Reader(folder, split).read(i).image_id for split in ("train", "val") for i in range(4)]
   assert ids == list(range(1, 9))
+
+
+def test_label_files_without_an_image_are_counted(folder, caplog):
+  labels = pathlib.Path(folder.source) / "labels" / "train"
+  for name in ("8.png", "7.png"):
+    (labels / name).write_bytes(b"")
+  data.prepare(folder)
+  line = f"{labels}: 2 label files have no image, such as {labels / '7.png'}"
+  assert [message for message in caplog.messages if "have no image" in message] == [line]
 
 
 def test_classes_without_names_are_numbered(folder):
@@ -293,6 +305,15 @@ def test_bad_images_raise(folder):
   with pytest.raises(UserError, match=rf"{image}: image is broken: undecodable image"):
     data.prepare(folder)
   assert not data.is_prepared(folder)
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_named_pipes_are_not_opened(kind, folder):
+  file = pathlib.Path(folder.source) / kind / "val" / "1.png"
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(UserError, match=rf"{file}: {kind[:5]}.* cannot be read: not a regular file"):
+    data.prepare(folder)
 
 
 def test_a_split_without_a_good_image_raises(folder):

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   BadRecords,
   absolute,
   check_split_name,
+  is_storable_text,
+  listed,
+  quoted,
   source_folder,
 )
 from fpt_jax.data.records import label_map
@@ -88,6 +92,8 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
       "palette": self._layout.palette,
       "swaps": self._layout.swaps,
       "sizes": {},
+      # of each class, and of pixels without one
+      "class_pixels": {},
     }
     return tfds.core.DatasetInfo(
       builder=self,
@@ -110,18 +116,67 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, split: str, pairs: Pairs) -> Iterator[tuple[int, dict]]:
     sizes: list[list[int]] = []
     self.info.metadata["sizes"][split] = sizes
+    pixels_256 = np.zeros(256, np.int64)
     bad = BadRecords(skip=self._skip_bad)
     with Progress(f"prepare {split}", len(pairs)) as progress:
       for image_file, label_file in pairs:
         self._images += 1
         with bad.record():
-          example = _encode(image_file, label_file, self._images, self._layout.class_of_id)
+          example, label_HW = _encode(
+            image_file, label_file, self._images, self._layout.class_of_id
+          )
+          pixels_256 += np.bincount(label_HW.ravel(), minlength=256)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
         progress.advance()
     bad.report(split)
     if not sizes:
       raise UserError(f"{self._source}: split {split} has no good image; add some")
+    count = len(self._layout.class_names)
+    self.info.metadata["class_pixels"][split] = [
+      *pixels_256[:count].tolist(),
+      int(pixels_256[VOID]),
+    ]
+    self._check_classes(split)
+
+  def _check_classes(self, split: str) -> None:
+    """Warns of classes without a pixel in a split.
+
+    Raises:
+      UserError: one class is left beside the pixels without a class in a split of two classes, or in all
+        splits together, once the last is written.
+    """
+    names, pixels = self._layout.class_names, self.info.metadata["class_pixels"]
+    absent = [names[i] for i, number in enumerate(pixels[split][:-1]) if not number]
+    if len(absent) == len(names):
+      logging.warning("prepare %s: no pixel of the label files has a class", split)
+    elif absent:
+      logging.warning(
+        "prepare %s: no label file has a pixel of %d of %d classes: %s",
+        *(split, len(absent), len(names), listed(absent)),
+      )
+    total = np.sum(list(pixels.values()), axis=0)
+    if len(names) <= 2:
+      self._check_two_values(f"split {split}", np.array(pixels[split]))
+    if set(pixels) == set(self._splits):
+      self._check_two_values(f"the splits {', '.join(pixels)}", total)
+
+  def _check_two_values(self, where: str, pixels: np.ndarray) -> None:
+    """Raises UserError if no pixel has a class, or all that have one have the same and there are others."""
+    present = np.flatnonzero(pixels[:-1])
+    void = [number for number, class_ in self._layout.class_of_id.items() if class_ == VOID]
+    if len(present) == 1 and pixels[-1]:
+      number = next(n for n, class_ in self._layout.class_of_id.items() if class_ == present[0])
+      raise UserError(
+        f"{self._source}: the label files of {where} have no class but {number} "
+        f"({quoted(self._layout.class_names[present[0]])}); their other pixels, "
+        f"{100 * pixels[-1] / pixels.sum():.0f}%, are void ({_numbers(void)}) and would be ignored; in "
+        "binary masks, write 0 and 1 instead of 0 and 255"
+      )
+
+
+def _numbers(values: list[int]) -> str:
+  return listed([str(value) for value in values])
 
 
 def _encode(
@@ -129,21 +184,25 @@ def _encode(
   label_file: pathlib.Path,
   image_id: int,
   class_of_id: Mapping[int, int],
-) -> dict:
-  """Returns an image and its label map in the form of `label_map.features()`."""
+) -> tuple[dict, np.ndarray]:
+  """Returns an image in the form of `label_map.features()`, and its label map, uint8 [H, W]."""
+  if not is_storable_text(image_file.name):
+    raise BadRecordError("file name is not UTF-8", quoted(image_file.name), image_file.parent)
   image = _read(image_file, "image cannot be read")
   try:
     size = decode_image(image).shape[:2]
   except ValueError as error:
     raise BadRecordError("image is broken", str(error), image_file) from error
-  return {
+  label_HW = _read_classes(label_file, size, class_of_id)
+  example = {
     "image": image,
     "image_id": image_id,
     "file_name": image_file.name,
     "height": size[0],
     "width": size[1],
-    "label": encode_png(_read_classes(label_file, size, class_of_id)),
+    "label": encode_png(label_HW),
   }
+  return example, label_HW
 
 
 def _read_classes(

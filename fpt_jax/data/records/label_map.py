@@ -82,5 +82,8 @@ def decode_ids(png: bytes) -> np.ndarray:
       ids_HW = np.array(image, np.uint8)
       # Pillow stretches greys of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
       return ids_HW // (255 // (2 ** png[24] - 1)) if image.mode == "L" else ids_HW
+  except PIL.UnidentifiedImageError as error:
+    # Pillow's message names the buffer, not the file
+    raise ValueError("undecodable: not the header of an image file") from error
   except (OSError, SyntaxError, IndexError, PIL.Image.DecompressionBombError) as error:
     raise ValueError(f"undecodable: {one_line(error)}") from error

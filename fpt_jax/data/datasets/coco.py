@@ -136,8 +136,8 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       raise UserError(f"{annotation_file}: field images has no good image; add some")
     if content["annotations"] and not (counts.crowds or counts.objects.total()):
       raise UserError(
-        f"{annotation_file}: split {split} has no good annotation, and "
-        f"{len(content['annotations'])} bad ones; fix them"
+        f"{annotation_file}: split {split} has no good annotation among "
+        f"{len(content['annotations'])}; fix them"
       )
     self.info.metadata["objects"][split] = counts.objects.total()
     counts.report(split, self.info.metadata["category_names"])

@@ -126,8 +126,11 @@ def part_of_split(content: dict[str, list], path: pathlib.Path, split: str) -> d
   if len(ids) < 2:
     for image in content["images"]:
       if id_of(image, "id") is None:
-        with BadEntries(path, skip=False).image(image):
-          _require(image, "id", _is_id, _AN_ID)
+        found = image.get("id") if isinstance(image, dict) else image
+        raise UserError(
+          f"{path}: fewer than two images have a usable field id; it must be {_AN_ID}, not "
+          f"{quoted(found)}; fix the file"
+        )
     raise UserError(
       f"{path}: {len(ids)} images cannot be divided into those to train on and those to evaluate; "
       "add some, or name two files in data.builder.splits"

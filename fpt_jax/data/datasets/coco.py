@@ -134,7 +134,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     bad.report(split)
     if not sizes:
       raise UserError(f"{annotation_file}: field images has no good image; add some")
-    if content["annotations"] and not (counts.crowds or counts.objects.total()):
+    if content["annotations"] and not counts.total():
       raise UserError(
         f"{annotation_file}: split {split} has no good annotation among "
         f"{len(content['annotations'])}; fix them"
@@ -161,11 +161,12 @@ class _Counts:
   Attributes:
     objects: objects that can be trained on, by label.
     crowds: number of crowds.
+    empty: number of objects whose box has no area.
   """
 
   def __init__(self) -> None:
     self.objects: collections.Counter[int] = collections.Counter()
-    self.crowds = 0
+    self.crowds = self.empty = 0
 
   def add(self, objects: list[dict]) -> None:
     """Counts the objects of a record."""
@@ -175,13 +176,20 @@ class _Counts:
         self.crowds += 1
       elif x1 > x0 and y1 > y0:
         self.objects[found["label"]] += 1
+      else:
+        self.empty += 1
+
+  def total(self) -> int:
+    """Returns the number of annotations."""
+    return self.objects.total() + self.crowds + self.empty
 
   def report(self, split: str, names: list[str]) -> None:
     """Warns of categories without an object, and of a split without any."""
     if not self.objects:
       logging.warning(
-        "prepare %s: no object to train on or to find: no annotation but %d crowds",
-        *(split, self.crowds),
+        "prepare %s: no object to train on or to find: no annotation but %d crowds and %d objects whose "
+        "box is empty",
+        *(split, self.crowds, self.empty),
       )
       return
     absent = [name for label, name in enumerate(names, 1) if not self.objects[label]]

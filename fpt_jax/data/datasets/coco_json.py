@@ -253,7 +253,7 @@ def check_image(image: dict) -> None:
 def check_area(area: object) -> None:
   """Raises BadRecordError if an area is not a number of pixels."""
   # records hold it in float32
-  if not _is_number(area) or not 0 <= area <= np.finfo(np.float32).max:
+  if not _is_number(area) or not 0 <= area <= float(np.finfo(np.float32).max):
     raise BadRecordError("field area must be a number of pixels", quoted(area))
 
 
@@ -346,6 +346,11 @@ def _check_polygons(polygons: list, size: tuple[int, int]) -> None:
   if _is_numbers(polygons):
     raise BadRecordError(
       "field segmentation is one flat list of numbers",
+      f"{quoted(polygons)}; a list of polygons is needed, [[x0, y0, x1, y1, ...]]",
+    )
+  if all(isinstance(point, list) and len(point) == 2 for point in polygons):
+    raise BadRecordError(
+      "field segmentation is one list of points",
       f"{quoted(polygons)}; a list of polygons is needed, [[x0, y0, x1, y1, ...]]",
     )
   for polygon in polygons:

@@ -14,7 +14,6 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -27,16 +26,6 @@ jax.config.update(
   os.environ.get("FPT_TEST_CACHE", os.path.join(tempfile.gettempdir(), "fpt_jax_test_cache")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-_FUZZ_EXAMPLES = os.environ.get("FPT_FUZZ_EXAMPLES", "")
-hypothesis.settings.register_profile(
-  "suite",
-  max_examples=int(_FUZZ_EXAMPLES or 100),
-  derandomize=not _FUZZ_EXAMPLES,
-  database=None,
-  deadline=None,
-)
-hypothesis.settings.load_profile("suite")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

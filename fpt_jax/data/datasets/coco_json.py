@@ -126,10 +126,10 @@ def part_of_split(content: dict[str, list], path: pathlib.Path, split: str) -> d
   if len(ids) < 2:
     for image in content["images"]:
       if id_of(image, "id") is None:
-        found = image.get("id") if isinstance(image, dict) else image
+        value = image.get("id") if isinstance(image, dict) else image
         raise UserError(
           f"{path}: fewer than two images have a usable field id; it must be {_AN_ID}, not "
-          f"{quoted(found)}; fix the file"
+          f"{quoted(value)}; fix the file"
         )
     raise UserError(
       f"{path}: {len(ids)} images cannot be divided into those to train on and those to evaluate; "

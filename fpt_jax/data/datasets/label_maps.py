@@ -159,24 +159,25 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     if len(names) <= 2:
       self._check_two_values(f"split {split}", np.array(pixels[split]))
     if set(pixels) == set(self._splits):
-      self._check_two_values(f"the splits {', '.join(pixels)}", total)
+      self._check_two_values("all splits", total)
 
   def _check_two_values(self, where: str, pixels: np.ndarray) -> None:
     """Raises UserError if no pixel has a class, or all that have one have the same and there are others."""
     present = np.flatnonzero(pixels[:-1])
-    void = [number for number, class_ in self._layout.class_of_id.items() if class_ == VOID]
-    if len(present) == 1 and pixels[-1]:
-      number = next(n for n, class_ in self._layout.class_of_id.items() if class_ == present[0])
-      raise UserError(
-        f"{self._source}: the label files of {where} have no class but {number} "
-        f"({quoted(self._layout.class_names[present[0]])}); their other pixels, "
-        f"{100 * pixels[-1] / pixels.sum():.0f}%, are void ({_numbers(void)}) and would be ignored; in "
-        "binary masks, write 0 and 1 instead of 0 and 255"
-      )
-
-
-def _numbers(values: list[int]) -> str:
-  return listed([str(value) for value in values])
+    if len(present) != 1 or not pixels[-1]:
+      return
+    names, class_of_id = self._layout.class_names, self._layout.class_of_id
+    numbers = {class_: number for number, class_ in class_of_id.items()}
+    void = listed([str(number) for number, class_ in class_of_id.items() if class_ == VOID])
+    others = [numbers[i] for i in range(len(names)) if i != present[0]]
+    advice = (
+      f"write {others[0]} instead" if others else "write 0 and 1, with data.builder.num_classes=2"
+    )
+    raise UserError(
+      f"{self._source}: the label files of {where} have no class but {numbers[present[0]]} "
+      f"({quoted(names[present[0]])}); their other pixels, {100 * pixels[-1] / pixels.sum():.0f}%, are "
+      f"void ({void}) and would be ignored; if they are a second class, {advice}"
+    )
 
 
 def _encode(

@@ -15,6 +15,7 @@ from fpt_jax.data.datasets import image_folder
 from fpt_jax.data.datasets.coco import CocoInstances
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
+from tests.fuzzing import fuzzed
 
 HEIGHT, WIDTH = 6, 9
 CONTENT = {
@@ -140,6 +141,7 @@ def _read_annotations(folder, written, skip_bad):
   return [instances.parse(_serialized(instances.features(), example)) for example in examples]
 
 
+@fuzzed
 @given(changed_contents(), st.booleans())
 def test_changed_annotations(folder, content, skip_bad):
   for record in _read_annotations(folder, json.dumps(content).encode(), skip_bad) or ():
@@ -151,6 +153,7 @@ def test_changed_annotations(folder, content, skip_bad):
     assert ((y0_G >= 0) & (y1_G >= y0_G) & (y1_G <= HEIGHT)).all()
 
 
+@fuzzed
 @given(changed_bytes(json.dumps(CONTENT).encode()) | st.binary())
 @example(b"[" * 100_000)
 @example(b'{"a":' * 100_000)
@@ -177,6 +180,7 @@ _PALETTE = io.BytesIO()
 PIL.Image.fromarray(np.eye(HEIGHT, WIDTH, dtype=np.uint8)).convert("P").save(_PALETTE, "PNG")
 
 
+@fuzzed
 @given(changed_bytes(LABEL) | changed_bytes(_PALETTE.getvalue()) | st.binary(), st.booleans())
 def test_label_files_of_other_bytes(folder, written, skip_bad):
   (folder / "labels/train/0.png").write_bytes(written)

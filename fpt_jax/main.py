@@ -49,6 +49,16 @@ _MODE = flags.DEFINE_enum(
   "train: train and evaluate. eval: evaluate a checkpoint. predict: draw predictions for images. "
   "explain: draw what the transformers attend to. analyze: count parameters, multiply-adds and memory.",
 )
+_ALLOW_CONFIG_CHANGES = flags.DEFINE_bool(
+  "allow_config_changes",
+  False,
+  "Resume a run even if its config has changed in a way that changes the training.",
+)
+_TAKE_OVER = flags.DEFINE_bool(
+  "take_over",
+  False,
+  "Train in --workdir even if another process is training in it; that process stops.",
+)
 _STEP = flags.DEFINE_integer(
   "step", None, "Step of the checkpoint for eval, predict and explain; the newest by default."
 )
@@ -95,7 +105,12 @@ def main() -> None:
   run_folder(workdir)
   sharding.initialize()
   if mode == "train":
-    train(config, workdir)
+    train(
+      config,
+      workdir,
+      allow_config_changes=_ALLOW_CONFIG_CHANGES.value,
+      take_over=_TAKE_OVER.value,
+    )
   elif mode == "browse":
     browse(config or read_config(workdir), workdir, _NUM_IMAGES.value)
   elif mode == "eval":

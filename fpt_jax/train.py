@@ -17,7 +17,16 @@ from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
 from fpt_jax.run import checkpoints, sharding
-from fpt_jax.run.config_file import check_same_model, has_config, read_config, write_config
+from fpt_jax.run.config_file import (
+  changes,
+  check_resumable,
+  check_same_model,
+  has_config,
+  read_config,
+  record_changes,
+  write_config,
+)
+from fpt_jax.run.lock import locked_by_first_host
 from fpt_jax.run.metrics import MetricsWriter, has_metric
 from fpt_jax.run.progress import Clock
 from fpt_jax.tasks.task import check_config, task_of
@@ -25,12 +34,21 @@ from fpt_jax.weights.families import preprocessing
 from fpt_jax.weights.imported import pretrained_shapes
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+def train(
+  config: ConfigDict,
+  workdir: str,
+  *,
+  allow_config_changes: bool = False,
+  take_over: bool = False,
+) -> dict[str, float]:
   """Trains from the newest checkpoint of `workdir`, or from the start, to the config's last step.
 
   Args:
     config: a complete config, see `fpt_jax.configs`.
     workdir: folder of the run, on a disk or in a bucket.
+    allow_config_changes: whether a run is resumed even if its config has changed in a way that changes the
+      training; see `run.config_file.FREE_TO_CHANGE` for what may change in any case.
+    take_over: whether to take the folder over from a process that is training in it.
 
   Returns:
     The metrics of the last evaluation.
@@ -38,8 +56,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   Raises:
     UserError: a mistake that the user can fix; nothing that was saved is lost.
   """
-  # Data. Records are prepared by the first run.
   check_config(config)
+  with locked_by_first_host(workdir, take_over=take_over) as check_lock:
+    return _train(config, workdir, check_lock, allow_config_changes)
+
+
+def _train(
+  config: ConfigDict, workdir: str, check_lock: Callable[[], None], allow_config_changes: bool
+) -> dict[str, float]:
+  # Data. Records are prepared by the first run.
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
@@ -51,10 +76,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   mesh = sharding.mesh(config.batch_size)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
-  if has_config(workdir):
-    check_same_model(read_config(workdir), config, workdir, task.NOT_OF_THE_WEIGHTS)
-  if first_host:
-    write_config(workdir, config)
+  before = read_config(workdir) if has_config(workdir) else None
+  if before is not None:
+    check_same_model(before, config, workdir, task.NOT_OF_THE_WEIGHTS)
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
@@ -65,16 +89,29 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   shapes = structure.shapes
   if saved.all_steps():
     start = checkpoints.choose_step(saved)
+    changed = {} if before is None else changes(before, config)
+    check_resumable(
+      changed,
+      old_steps=total_steps if before is None else optim.total_steps(before),
+      new_steps=total_steps,
+      start=start,
+      workdir=workdir,
+      allow=allow_config_changes,
+    )
     arrays = checkpoints.restore_model(saved, start, shapes, replicated)
     state_shapes = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
     optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes, replicated)
     logging.info("resuming at step %d of %s", start, saved.directory)
+    if first_host:
+      record_changes(workdir, changed, start)
   else:
     start = 0
     arrays = starting_arrays(config, structure, replicated)
     optimizer_state = jax.jit(optimizer.init, out_shardings=replicated)(
       {n: arrays[n] for n in trained}
     )
+  if first_host:
+    write_config(workdir, config)
   state = training_state(arrays, trained, optimizer_state)
   train_step = jax.jit(
     make_train_step(structure, optimizer, total_steps),
@@ -126,6 +163,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
         pending = []
+        check_lock()
       if log_due and metrics:
         speeds = clock.speeds(done)
         health = jax.device_get(figures) if logged(done) else {}

@@ -97,11 +97,13 @@ def test_restore_predicts_on_images_of_any_size(finished, rng):
     fpt_jax.restore(str(workdir), step=5)
 
 
-def test_another_model_is_refused_and_nothing_is_touched(finished):
+def test_another_model_or_training_is_refused_and_nothing_is_touched(finished):
   workdir, _, _ = finished
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
   with pytest.raises(UserError, match=r"model\.mask_head\.hidden was 8, now 4"):
     train(tiny_config(steps=6, model__mask_head__hidden=4), str(workdir))
+  with pytest.raises(UserError, match=r"another config \(optim\.learning_rate was .*, now 0\.7"):
+    train(tiny_config(steps=6, data__flip=False, optim__learning_rate=0.7), str(workdir))
   (workdir / "config.json").rename(workdir / "away.json")
   with pytest.raises(UserError, match=r"step 6 in .* belongs to another model: .*mask_head"):
     train(tiny_config(steps=8, model__mask_head__hidden=4), str(workdir))

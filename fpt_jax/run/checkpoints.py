@@ -1,17 +1,21 @@
 """Orbax checkpoints: written in the background, resumed exactly, restored on any devices.
 
-A checkpoint has two items: `model`, with every array of the model by name, and `optimizer`, which is
-needed to resume training. `config.json` in the run's folder describes the model.
+A checkpoint has the items `model`, with every array of the model by name; `optimizer`, which is needed to
+resume training; and `checksums` of all arrays, which are compared whenever arrays are restored. `config.json`
+in the run's folder describes the model.
 """
 
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from fpt_jax.errors import UserError, one_line
+from fpt_jax.run.checksums import checksums
 from fpt_jax.run.folder import run_folder
 
 SHOWN_DIFFERENCES = 4
@@ -28,7 +32,11 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
     run_folder(workdir) / "checkpoints",
     options=options,
-    item_handlers={name: ocp.PyTreeCheckpointHandler() for name in ("model", "optimizer")},
+    item_handlers={
+      "model": ocp.PyTreeCheckpointHandler(),
+      "optimizer": ocp.PyTreeCheckpointHandler(),
+      "checksums": ocp.JsonCheckpointHandler(),
+    },
   )
 
 
@@ -47,6 +55,9 @@ def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimize
   items = {"model": ocp.args.PyTreeSave(dict(model))}
   if optimizer is not None:
     items["optimizer"] = ocp.args.PyTreeSave(optimizer)
+  trees = {"model": dict(model), "optimizer": optimizer}
+  sums = {item: checksums(_leaves(tree)) for item, tree in trees.items()}
+  items["checksums"] = ocp.args.JsonSave(sums)
   finish(checkpoints)
   _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves((model, optimizer))))
   with _reported(checkpoints):
@@ -132,7 +143,8 @@ def choose_step(checkpoints: ocp.CheckpointManager, step: int | None = None) -> 
 
 def _restore(checkpoints, step, item, shapes, sharding):
   saved = _saved_shapes(checkpoints, step, item)
-  _check_shapes(saved, _named(shapes), _where(checkpoints, step))
+  wanted = {name: tuple(leaf.shape) for name, leaf in _leaves(shapes).items()}
+  _check_shapes(saved, wanted, _where(checkpoints, step))
   return _read(checkpoints, step, item, shapes, sharding, partial=False)
 
 
@@ -141,37 +153,62 @@ def _where(checkpoints, step) -> str:
 
 
 def _saved_shapes(checkpoints, step, item) -> dict[str, tuple[int, ...]]:
-  where = _where(checkpoints, step)
+  if not (checkpoints.directory / str(step) / item).exists():
+    raise UserError(
+      f"{_where(checkpoints, step)} has no {item}; evaluate it, or start from it with "
+      "--config.init_from"
+    )
   try:
     saved = checkpoints.item_metadata(step)[item]
-  except (OSError, ValueError, KeyError) as error:
-    raise UserError(
-      f"{where} cannot be read ({one_line(error, 300)}); choose another step"
-    ) from error
+  except Exception as error:  # whatever Orbax makes of damaged files
+    raise _damaged(checkpoints, step, one_line(error, 300)) from error
   if saved is None:
-    raise UserError(f"{where} has no {item}; evaluate it, or start from it with --config.init_from")
-  return _named(saved.tree)
+    raise _damaged(checkpoints, step, f"{item}/_METADATA is missing")
+  return {name: tuple(leaf.shape) for name, leaf in _leaves(saved.tree).items()}
 
 
 def _read(checkpoints, step, item, shapes, sharding, partial):
   target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-  args = ocp.args.PyTreeRestore(
-    target,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-    partial_restore=partial,
-  )
+  args = {
+    item: ocp.args.PyTreeRestore(
+      target,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+      partial_restore=partial,
+    )
+  }
+  if (checkpoints.directory / str(step) / "checksums").exists():
+    args["checksums"] = ocp.args.JsonRestore()
   try:
-    return checkpoints.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f"{_where(checkpoints, step)} cannot be read ({one_line(error, 300)}); delete its folder to "
-      "continue from an earlier one"
-    ) from error
+    restored = checkpoints.restore(step, args=ocp.args.Composite(**args))
+    sums = dict(restored["checksums"][item]) if "checksums" in args else None
+  except Exception as error:  # whatever Orbax and TensorStore make of damaged files
+    raise _damaged(checkpoints, step, one_line(error, 300)) from error
+  if sums is None:
+    logging.warning("%s has no checksums: damage would go unnoticed", _where(checkpoints, step))
+    return restored[item]
+  found = checksums(_leaves(restored[item]))
+  changed = [name for name, value in found.items() if sums.get(name) != value]
+  if changed:
+    more = f" and {len(changed) - 1} more arrays" if len(changed) > 1 else ""
+    raise _damaged(
+      checkpoints, step, f"{item}: {changed[0]}{more} have other values than were saved"
+    )
+  return restored[item]
 
 
-def _named(tree) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {_path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+def _damaged(checkpoints, step, what: str) -> UserError:
+  """Returns the error for a checkpoint that cannot be read; it names the others."""
+  others = sorted(s for s in checkpoints.all_steps() if s != step)
+  advice = (
+    f"move its folder away to use an earlier one; there are {others}"
+    if others
+    else "there is no other checkpoint; restore it from a copy, or start again in another --workdir"
+  )
+  return UserError(f"{_where(checkpoints, step)} is damaged ({what}); {advice}")
+
+
+def _leaves(tree) -> dict[str, Any]:
+  return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _path_name(path) -> str:
@@ -211,10 +248,25 @@ def _reported(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:
-    checkpoints.reload()
+    with contextlib.suppress(Exception):  # the folder may be gone
+      checkpoints.reload()
     complete = sorted(checkpoints.all_steps())
     kept = f"the complete ones are {complete}" if complete else "none is complete yet"
+    text = one_line(error, 300)
     raise UserError(
-      f"a checkpoint could not be written to {checkpoints.directory} ({one_line(error, 300)}); {kept}; "
-      "free some space and run the same command again"
+      f"a checkpoint could not be written to {checkpoints.directory} ({text}); {kept}; "
+      f"{_advice(text)} and run the same command again"
     ) from error
+
+
+def _advice(error: str) -> str:
+  """What to do about an error while writing, by its text: TensorStore's errors have no number."""
+  causes = {
+    "make the folder writable": ("permission denied", "read-only file system", "not permitted"),
+    "restore the folder": ("no such file", "not a directory", "not_found"),
+    "free some space": ("no space left", "file too large", "quota"),
+  }
+  for advice, parts in causes.items():
+    if any(part in error.lower() for part in parts):
+      return advice
+  return "check the disk"

@@ -1,8 +1,10 @@
 """`config.json`: the config that a run was made with, and its comparison with other configs."""
 
+import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from fpt_jax.errors import UserError
@@ -10,7 +12,29 @@ from fpt_jax.run.config_upgrade import upgrade
 from fpt_jax.run.folder import run_folder, write_whole
 
 CONFIG_FILE = "config.json"
+HISTORY_FILE = "config_history.jsonl"
 SHOWN_DIFFERENCES = 4
+# Fields, or groups ending in ".", that a resumed run may change: its losses do not depend on them. The number
+# of steps may grow.
+FREE_TO_CHANGE = (
+  "checkpoint.",
+  "data.data_dir",
+  "data.eval_split",
+  "data.num_workers",
+  "data.prefetch",
+  "data.skip_bad",
+  "data.source",
+  "eval.",
+  "init_from",
+  "log_every",
+  "model.fpt.implementation",
+  "model.palette",
+  "model.rpn.test.",
+  "model.test.",
+  "steps",
+  "train_images",
+)
+Changes = dict[str, tuple[object, object]]  # old and new value of each field by name
 
 
 def has_config(workdir: str) -> bool:
@@ -70,6 +94,66 @@ def config_of_run(
   return config
 
 
+def changes(saved: ConfigDict, config: ConfigDict) -> Changes:
+  """Returns the fields that two configs both have and that differ, by name, with both values."""
+  old, new = (dict(_flatten(json.loads(c.to_json()))) for c in (saved, config))
+  return {n: (old[n], new[n]) for n in sorted(old) if n in new and old[n] != new[n]}
+
+
+def check_resumable(
+  changed: Changes, *, old_steps: int, new_steps: int, start: int, workdir: str, allow: bool
+) -> None:
+  """Checks that a run can be resumed with another config, so that its result can be explained.
+
+  Args:
+    changed: the changes since the run's config was written.
+    old_steps, new_steps: number of training steps before and after the changes.
+    start: step to resume from.
+    workdir: folder of the run, for the message.
+    allow: whether to resume whatever has changed.
+
+  Raises:
+    UserError: the training would be another one than before, or has fewer steps than are done.
+  """
+  if new_steps < start:
+    raise UserError(
+      f"--workdir={workdir} has done {start} steps, and the config has {new_steps}; train as many or "
+      "more, or choose another --workdir"
+    )
+  free = tuple(name for name in changed if name.startswith(FREE_TO_CHANGE))
+  if new_steps < old_steps:
+    free = tuple(name for name in free if name not in ("steps", "train_images"))
+  refused = {name: values for name, values in changed.items() if name not in free}
+  if refused and not allow:
+    raise UserError(
+      f"--workdir={workdir} was trained for {start} steps with another config "
+      f"({_shown(refused)}); restore these values, choose another --workdir, or resume nevertheless "
+      "with --allow_config_changes"
+    )
+
+
+def record_changes(workdir: str, changed: Changes, step: int) -> None:
+  """Logs changes of the config and appends them to `config_history.jsonl`; without changes, does nothing."""
+  if not changed:
+    return
+  logging.info("changed since the run began: %s", _shown(changed, len(changed)))
+  path = run_folder(workdir) / HISTORY_FILE
+  line = {
+    "step": step,
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "changed": {name: {"from": old, "to": new} for name, (old, new) in changed.items()},
+  }
+  before = path.read_text() if path.exists() else ""
+  write_whole(path, before + json.dumps(line) + "\n")
+
+
+def _shown(changed: Mapping[str, tuple[object, object]], most: int = SHOWN_DIFFERENCES) -> str:
+  """Formats changes as "a was 1, now 2; b was ..."."""
+  shown = [f"{name} was {old}, now {new}" for name, (old, new) in list(changed.items())[:most]]
+  more = f" and {len(changed) - most} more" if len(changed) > most else ""
+  return "; ".join(shown) + more
+
+
 def check_same_model(
   saved: ConfigDict, config: ConfigDict, workdir: str, not_of_the_weights: Sequence[str]
 ) -> None:
@@ -91,11 +175,9 @@ def check_same_model(
     if old.get(name) != new.get(name) and not name.startswith(tuple(not_of_the_weights))
   ]
   if differing:
-    shown = differing[:SHOWN_DIFFERENCES]
-    changes = "; ".join(f"model.{n} was {old.get(n)}, now {new.get(n)}" for n in shown)
-    more = f" and {len(differing) - len(shown)} more" if len(differing) > len(shown) else ""
+    different = {f"model.{n}": (old.get(n), new.get(n)) for n in differing}
     raise UserError(
-      f"--workdir={workdir} belongs to a run of another model ({changes}{more}); "
+      f"--workdir={workdir} belongs to a run of another model ({_shown(different)}); "
       "choose another --workdir, or the config it was made with"
     )
 

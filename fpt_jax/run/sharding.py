@@ -24,6 +24,11 @@ def initialize() -> None:
     jax.distributed.initialize()
 
 
+def agreed(fine: bool) -> bool:
+  """Returns whether `fine` is true on every host."""
+  return bool(np.all(multihost_utils.process_allgather(np.array(fine, np.int32))))
+
+
 def this_host() -> dict[str, int]:
   """Returns the index of this host and the number of hosts, as keyword arguments."""
   return {"process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -1,0 +1,196 @@
+"""A lock on a folder, on a disk or in a bucket, so that two processes do not write into it at a time.
+
+The lock is a file that its owner rewrites every few seconds. A lock that has not changed for a while belongs
+to a process that is gone: clocks are not compared, and buckets need no locks of their own. Of two processes
+that start at the same moment, one notices within a few seconds that the lock is not its own.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import jax
+from absl import logging
+from etils import epath
+
+from fpt_jax.errors import UserError
+from fpt_jax.run import sharding
+from fpt_jax.run.folder import run_folder
+
+LOCK_FILE = "running.lock"
+BEAT = 5.0  # seconds between two changes of a lock
+EXPIRES = 20.0  # seconds without a change after which the owner is gone
+
+
+@contextlib.contextmanager
+def locked_by_first_host(workdir: str, *, take_over: bool = False) -> Iterator[Callable[[], None]]:
+  """Holds the lock of a run's folder for all hosts; see `locked`.
+
+  Yields:
+    A function that raises UserError on the first host if another process has taken the lock over.
+
+  Raises:
+    UserError: as `locked`, on every host.
+  """
+  with contextlib.ExitStack() as stack:
+    check, error = (lambda: None), None
+    if jax.process_index() == 0:
+      try:
+        check = stack.enter_context(locked(run_folder(workdir), take_over=take_over))
+      except UserError as raised:
+        error = raised
+    if jax.process_count() > 1 and not sharding.agreed(error is None) and error is None:
+      error = UserError(f"the first host cannot use {workdir}; see its message")
+    if error is not None:
+      raise error
+    yield check
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path, *, take_over: bool = False) -> Iterator[Callable[[], None]]:
+  """Holds the lock of a folder; waits for a lock that may have been left behind.
+
+  Args:
+    folder: the folder; it is made if it does not exist.
+    take_over: whether to take the lock from a process that is running.
+
+  Yields:
+    A function that raises UserError if another process has taken the lock over.
+
+  Raises:
+    UserError: another process holds the lock, or the folder cannot be written to.
+  """
+  path = folder / LOCK_FILE
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not take_over:
+      wait_until_free(path)
+    beats = Heartbeat(path)
+  except OSError as error:
+    raise UserError(f"{folder} cannot be written to ({error.strerror or error})") from error
+  try:
+    yield beats.check
+  finally:
+    beats.stop()
+
+
+def wait_until_free(path: epath.Path) -> None:
+  """Returns once there is no lock, or it has not changed for `EXPIRES` seconds.
+
+  Raises:
+    UserError: the lock changes: its owner is running.
+  """
+  first = read(path)
+  if first is None or owner_is_gone(first):
+    return
+  logging.info("%s is held by %s; waiting %.0f s for a sign of life", path, name(first), EXPIRES)
+  end = time.monotonic() + EXPIRES
+  while time.monotonic() < end:
+    time.sleep(min(0.2, BEAT))
+    now = read(path)
+    if now is None:
+      return
+    if now != first:
+      raise UserError(
+        f"{path.parent} is in use by {name(now)}; choose another --workdir, stop that process, or take "
+        "the folder over with --take_over"
+      )
+
+
+def read(path: epath.Path) -> dict | None:
+  """Returns the content of a lock; None if there is none, {} if it cannot be read."""
+  try:
+    content = json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError):
+    return {} if path.exists() else None
+  return content if isinstance(content, dict) else {}
+
+
+def name(content: dict) -> str:
+  return f"process {content.get('pid', '?')} on {content.get('host', 'an unknown host')}"
+
+
+def owner_is_gone(content: dict) -> bool:
+  """Returns whether the owner ran on this host and does not exist any more."""
+  if content.get("boot") != boot() or not isinstance(content.get("pid"), int):
+    return False
+  return started(content["pid"]) != content.get("started")
+
+
+def boot() -> str:
+  """Returns an identifier of this boot of this machine, "" if there is none."""
+  with contextlib.suppress(OSError):
+    return epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
+      "/proc/self/ns/pid"
+    )
+  return ""
+
+
+def started(pid: int) -> str | None:
+  """Returns when a process of this machine was started, in ticks since the boot; None if there is none."""
+  with contextlib.suppress(OSError, IndexError):
+    fields = epath.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+  return None
+
+
+class Heartbeat:
+  """Writes a lock, and rewrites it until it is stopped.
+
+  Args:
+    path: file of the lock.
+  """
+
+  def __init__(self, path: epath.Path):
+    self._path, self._id, self._count = path, uuid.uuid4().hex, 0
+    self._lost = threading.Event()
+    self._stopped = threading.Event()
+    self._write()
+    self._thread = threading.Thread(target=self._run, daemon=True, name="lock")
+    self._thread.start()
+
+  def check(self) -> None:
+    """Raises UserError if another process has taken the lock over."""
+    if self._lost.is_set():
+      raise UserError(
+        f"{self._path.parent} was taken over by {name(read(self._path) or {})}; this process stops "
+        "without writing to it again"
+      )
+
+  def stop(self) -> None:
+    """Removes the lock, unless another process has taken it over."""
+    self._stopped.set()
+    self._thread.join()
+    if not self._lost.is_set():
+      with contextlib.suppress(OSError):
+        if (read(self._path) or {}).get("id") == self._id:
+          self._path.unlink()
+
+  def _write(self) -> None:
+    pid = os.getpid()
+    content = {
+      "id": self._id,
+      "beat": self._count,
+      "host": platform.node(),
+      "pid": pid,
+      "boot": boot(),
+      "started": started(pid),
+    }
+    self._path.write_text(json.dumps(content))
+    self._count += 1
+
+  def _run(self) -> None:
+    while not self._stopped.wait(BEAT):
+      found = read(self._path)
+      if found and found.get("id") != self._id:
+        self._lost.set()
+        return
+      with contextlib.suppress(OSError):  # a full disk or a lost connection must not end the run
+        self._write()

@@ -155,14 +155,13 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
         "prepare %s: no label file has a pixel of %d of %d classes: %s",
         *(split, len(absent), len(names), listed(absent)),
       )
-    total = np.sum(list(pixels.values()), axis=0)
     if len(names) <= 2:
       self._check_two_values(f"split {split}", np.array(pixels[split]))
     if set(pixels) == set(self._splits):
-      self._check_two_values("all splits", total)
+      self._check_two_values("all splits", np.sum(list(pixels.values()), axis=0))
 
   def _check_two_values(self, where: str, pixels: np.ndarray) -> None:
-    """Raises UserError if no pixel has a class, or all that have one have the same and there are others."""
+    """Raises UserError if all pixels that have a class have the same one, and the others are void."""
     present = np.flatnonzero(pixels[:-1])
     if len(present) != 1 or not pixels[-1]:
       return
@@ -188,7 +187,11 @@ def _encode(
 ) -> tuple[dict, np.ndarray]:
   """Returns an image in the form of `label_map.features()`, and its label map, uint8 [H, W]."""
   if not is_storable_text(image_file.name):
-    raise BadRecordError("file name is not UTF-8", quoted(image_file.name), image_file.parent)
+    raise BadRecordError(
+      "file name has a character that no file name has, or is not UTF-8",
+      quoted(image_file.name),
+      image_file.parent,
+    )
   image = _read(image_file, "image cannot be read")
   try:
     size = decode_image(image).shape[:2]

@@ -340,6 +340,7 @@ def test_boxes_in_fractions_of_the_image(caplog):
   for boxes, words in (
     ([FRACTION_BOX], "1 of 1 annotations have a bbox .* id 0 first; write x, y, w, h in pixels"),
     ([FRACTION_BOX, [0, 0, 1, 1], *odd[:3]], "2 of 2 annotations"),
+    ([FRACTION_BOX, [-1e-6, 0, 1 + 1e-6, 1], [2, 1, 10, 4]], "2 of 3 annotations"),
   ):
     with pytest.raises(UserError, match=words):
       coco_json.check_units(FILE, _content(boxes))

@@ -374,7 +374,7 @@ def test_file_names_that_are_not_utf8(folder):
   for kind, ending in (("images", "jpg"), ("labels", "png")):
     (root / kind / f"train/0.{ending}").rename(root / kind / f"train/\udcff.{ending}")
   with pytest.raises(
-    UserError, match=r"images/train: file name is not UTF-8: '\\udcff.jpg'"
+    UserError, match=r"images/train: file name .* is not UTF-8: '\\udcff.jpg'"
   ) as raised:
     data.prepare(folder)
   str(raised.value).encode()
@@ -448,6 +448,13 @@ def test_a_list_that_names_a_missing_image_raises(tmp_path):
   config = label_config("voc2012", tmp_path / "d", source=str(root), builder={"splits": ("train",)})
   with pytest.raises(UserError, match=r"JPEGImages/2007_000032.jpg: image cannot be read"):
     data.prepare(config)
+  for text, message in (
+    (b"a\xff", "train.txt: not a readable text file"),
+    (b"a\0", r"not UTF-8: 'a\\x00.jpg'"),
+  ):
+    (root / "ImageSets/Segmentation/train.txt").write_bytes(text)
+    with pytest.raises(UserError, match=message):
+      data.prepare(config)
   (root / "ImageSets/Segmentation/train.txt").write_text("")
   with pytest.raises(UserError, match="split train has no image"):
     data.prepare(config)

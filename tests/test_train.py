@@ -223,4 +223,5 @@ def test_data_without_objects_end_a_run_before_it_begins(tmp_path):
   )
   with pytest.raises(UserError, match="has no object to train on"):
     train(config, str(tmp_path / "run"))
-  assert not (tmp_path / "run").exists()
+  for written in ("config.json", "metrics.jsonl", "checkpoints"):
+    assert not (tmp_path / "run" / written).exists()

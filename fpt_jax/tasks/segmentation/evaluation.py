@@ -15,7 +15,7 @@ from fpt_jax import data
 from fpt_jax.data import VOID
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run import sharding
+from fpt_jax.run import sharding, stop
 from fpt_jax.run.folder import run_folder
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.segmentation import batches, miou
@@ -87,6 +87,7 @@ def evaluate(
         if write_submission:
           write_submission(batch["file_name_B"][i].decode(), predicted_HW)
       progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
+      stop.check()
   counts_TP = sharding.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
   return score(config, counts_TP, total, workdir)
 

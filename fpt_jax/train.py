@@ -68,6 +68,7 @@ def _train(
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
+  data.check_trainable(config.data)
   task.adopt_classes(config, data.info(config.data))
   first_host = jax.process_index() == 0
 

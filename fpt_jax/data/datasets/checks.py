@@ -4,14 +4,17 @@ import collections
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 
 _PIXELS = {"apply": "upright", "ignore": "stored"}  # that annotations are of, by data.exif
-_NAMED = 10  # bad records of a kind that the log names; all of them are counted
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxlong = 3, 6, 60, 40
+_NAMED = 10  # classes, or bad records of a kind, that the log names; all of them are counted
 
 
 def absolute(path: str) -> str:
@@ -31,6 +34,52 @@ def source_folder(source: str) -> pathlib.Path:
   if not folder.is_dir():
     raise UserError(f"data.source={folder}: no such folder; download the data set there")
   return folder
+
+
+def check_names(where: str, names: Sequence[object]) -> None:
+  """Checks the names of classes or categories.
+
+  Args:
+    where: file or config field of the list, for messages.
+    names: the names in order.
+
+  Raises:
+    UserError: a name is not text, is empty, cannot be stored, or is given twice.
+  """
+  seen: set[str] = set()
+  for i, name in enumerate(names):
+    if not isinstance(name, str) or not name.strip():
+      raise UserError(
+        f"{where}[{i}]: {quoted(name)} must be a string that is not empty; name each class"
+      )
+    if not is_storable_text(name):
+      raise UserError(
+        f"{where}[{i}]: {quoted(name)} has a character that is not text; rename the class"
+      )
+    if name in seen:
+      raise UserError(
+        f"{where}[{i}]: {quoted(name)} is given twice; results are reported by name, so each class "
+        "needs its own"
+      )
+    seen.add(name)
+
+
+def is_storable_text(text: str) -> bool:
+  """Returns whether a text can be stored as UTF-8 and be part of a file's name."""
+  try:
+    return b"\0" not in text.encode()
+  except UnicodeEncodeError:  # half of a surrogate pair
+    return False
+
+
+def quoted(value: object) -> str:
+  """Returns a value of a file for a message: one short line, whatever the value is."""
+  return one_line(_SHORT.repr(value), 100)
+
+
+def listed(names: Sequence[str]) -> str:
+  """Returns the first names of a list, for messages."""
+  return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def check_split_name(split: str) -> None:

@@ -1,5 +1,6 @@
 """MS-COCO instances, or any annotation file and image folder in COCO's format."""
 
+import collections
 import os
 import pathlib
 import zlib
@@ -14,6 +15,7 @@ from fpt_jax.data.datasets.checks import (
   ExifChoice,
   absolute,
   check_split_name,
+  listed,
   source_folder,
 )
 from fpt_jax.data.records import instances
@@ -84,7 +86,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       features=instances.features(),
       # the rest is added while the annotation files are read
       metadata=tfds.core.MetadataDict(
-        {"source": self._source, "exif": self._exif.exif, "sizes": {}}
+        {"source": self._source, "exif": self._exif.exif, "sizes": {}, "objects": {}}
       ),
       disable_shuffling=True,
     )
@@ -109,6 +111,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     self, split: str, annotation_file: pathlib.Path, image_folder: pathlib.Path
   ) -> Iterator[tuple[int, dict]]:
     content = coco_json.read_file(annotation_file)
+    coco_json.check_units(annotation_file, content)
     boxes_only = coco_json.has_boxes_only(content["annotations"])
     if boxes_only:
       logging.info("%s: its annotations are boxes without masks", annotation_file)
@@ -121,6 +124,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     annotations_of = coco_json.group_annotations(content["annotations"], images, label_of, bad)
     sizes: list[list[int]] = []
     self.info.metadata["sizes"][split] = sizes
+    counts = _Counts()
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
         with bad.image(image):
@@ -129,12 +133,20 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
             with bad.annotation(annotation):
               label = label_of[annotation["category_id"]]
               example["objects"].append(_encode_annotation(annotation, label, image, boxes_only))
+          counts.add(example["objects"])
           yield ordered_key(len(sizes), len(images)), example
           sizes.append([image["height"], image["width"]])
         progress.advance()
     bad.report(split)
     if not sizes:
       raise UserError(f"{annotation_file}: field images has no good image; add some")
+    if content["annotations"] and not counts.total():
+      raise UserError(
+        f"{annotation_file}: split {split} has no good annotation among "
+        f"{len(content['annotations'])}; fix them"
+      )
+    self.info.metadata["objects"][split] = counts.objects.total()
+    counts.report(split, self.info.metadata["category_names"])
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
     """Adds the categories to the metadata, and returns their labels 1, 2, ... by id."""
@@ -147,6 +159,51 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       )
     metadata.update(found)
     return {category_id: label for label, category_id in enumerate(names, 1)}
+
+
+class _Counts:
+  """Counts of a split's objects.
+
+  Attributes:
+    objects: objects that can be trained on, by label.
+    crowds: number of crowds.
+    empty: number of objects whose box has no area.
+  """
+
+  def __init__(self) -> None:
+    self.objects: collections.Counter[int] = collections.Counter()
+    self.crowds = self.empty = 0
+
+  def add(self, objects: list[dict]) -> None:
+    """Counts the objects of a record."""
+    for found in objects:
+      x0, y0, x1, y1 = found["bbox"]
+      if found["is_crowd"]:
+        self.crowds += 1
+      elif x1 > x0 and y1 > y0:
+        self.objects[found["label"]] += 1
+      else:
+        self.empty += 1
+
+  def total(self) -> int:
+    """Returns the number of annotations."""
+    return self.objects.total() + self.crowds + self.empty
+
+  def report(self, split: str, names: list[str]) -> None:
+    """Warns of categories without an object, and of a split without any."""
+    if not self.objects:
+      logging.warning(
+        "prepare %s: no object to train on or to find: no annotation but %d crowds and %d objects whose "
+        "box is empty",
+        *(split, self.crowds, self.empty),
+      )
+      return
+    absent = [name for label, name in enumerate(names, 1) if not self.objects[label]]
+    if absent:
+      logging.warning(
+        "prepare %s: no object of %d of %d categories: %s",
+        *(split, len(absent), len(names), listed(absent)),
+      )
 
 
 def _files_of_splits(splits: object) -> dict[str, tuple[str, str]]:
@@ -238,7 +295,7 @@ def _encode_annotation(annotation: dict, label: int, image: dict, boxes_only: bo
   return instances.encode_object(
     label=label,
     annotation_id=annotation["id"],
-    is_crowd=bool(annotation.get("iscrowd", 0)),
+    is_crowd=coco_json.is_crowd(annotation),
     box=box,
     bbox_xywh=annotation["bbox"],
     area=area,

@@ -15,6 +15,9 @@ from fpt_jax.data.datasets.checks import (
   ExifChoice,
   absolute,
   check_split_name,
+  is_storable_text,
+  listed,
+  quoted,
   source_folder,
 )
 from fpt_jax.data.records import label_map
@@ -102,6 +105,8 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
       "palette": self._layout.palette,
       "swaps": self._layout.swaps,
       "sizes": {},
+      # of each class, and of pixels without one
+      "class_pixels": {},
     }
     return tfds.core.DatasetInfo(
       builder=self,
@@ -124,18 +129,67 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, split: str, pairs: Pairs) -> Iterator[tuple[int, dict]]:
     sizes: list[list[int]] = []
     self.info.metadata["sizes"][split] = sizes
+    pixels_256 = np.zeros(256, np.int64)
     bad = BadRecords(skip=self._skip_bad)
     with Progress(f"prepare {split}", len(pairs)) as progress:
       for image_file, label_file in pairs:
         self._images += 1
         with bad.record():
-          example = _encode(image_file, label_file, self._images, self._layout, self._exif)
+          example, label_HW = _encode(
+            image_file, label_file, self._images, self._layout, self._exif
+          )
+          pixels_256 += np.bincount(label_HW.ravel(), minlength=256)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
         progress.advance()
     bad.report(split)
     if not sizes:
       raise UserError(f"{self._source}: split {split} has no good image; add some")
+    count = len(self._layout.class_names)
+    self.info.metadata["class_pixels"][split] = [
+      *pixels_256[:count].tolist(),
+      int(pixels_256[VOID]),
+    ]
+    self._check_classes(split)
+
+  def _check_classes(self, split: str) -> None:
+    """Warns of classes without a pixel in a split.
+
+    Raises:
+      UserError: one class is left beside the pixels without a class in a split of two classes, or in all
+        splits together, once the last is written.
+    """
+    names, pixels = self._layout.class_names, self.info.metadata["class_pixels"]
+    absent = [names[i] for i, number in enumerate(pixels[split][:-1]) if not number]
+    if len(absent) == len(names):
+      logging.warning("prepare %s: no pixel of the label files has a class", split)
+    elif absent:
+      logging.warning(
+        "prepare %s: no label file has a pixel of %d of %d classes: %s",
+        *(split, len(absent), len(names), listed(absent)),
+      )
+    if len(names) <= 2:
+      self._check_two_values(f"split {split}", np.array(pixels[split]))
+    if set(pixels) == set(self._splits):
+      self._check_two_values("all splits", np.sum(list(pixels.values()), axis=0))
+
+  def _check_two_values(self, where: str, pixels: np.ndarray) -> None:
+    """Raises UserError if all pixels that have a class have the same one, and the others are void."""
+    present = np.flatnonzero(pixels[:-1])
+    if len(present) != 1 or not pixels[-1]:
+      return
+    names, class_of_id = self._layout.class_names, self._layout.class_of_id
+    numbers = {class_: number for number, class_ in class_of_id.items()}
+    void = listed([str(number) for number, class_ in class_of_id.items() if class_ == VOID])
+    others = [numbers[i] for i in range(len(names)) if i != present[0]]
+    advice = (
+      f"write {others[0]} instead" if others else "write 0 and 1, with data.builder.num_classes=2"
+    )
+    raise UserError(
+      f"{self._source}: the label files of {where} have no class but {numbers[present[0]]} "
+      f"({quoted(names[present[0]])}); their other pixels, {100 * pixels[-1] / pixels.sum():.0f}%, are "
+      f"void ({void}) and would be ignored; if they are a second class, {advice}"
+    )
 
 
 def _encode(
@@ -144,22 +198,30 @@ def _encode(
   image_id: int,
   layout: Layout,
   exif: ExifChoice,
-) -> dict:
-  """Returns an image and its label map in the form of `label_map.features()`."""
+) -> tuple[dict, np.ndarray]:
+  """Returns an image in the form of `label_map.features()`, and its label map, uint8 [H, W]."""
+  if not is_storable_text(image_file.name):
+    raise BadRecordError(
+      "file name has a character that no file name has, or is not UTF-8",
+      quoted(image_file.name),
+      image_file.parent,
+    )
   image = _read(image_file, "image cannot be read")
   try:
     picture = decode_picture(image, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("image is broken", str(error), image_file) from error
   ids_HW = _read_ids(label_file, picture, image_file, exif)
-  return {
+  label_HW = _classes(ids_HW, layout.class_of_id, label_file)
+  example = {
     "image": bytes_for_record(image, picture),
     "image_id": image_id,
     "file_name": image_file.name,
     "height": picture.size[0],
     "width": picture.size[1],
-    "label": encode_png(_classes(ids_HW, layout.class_of_id, label_file)),
+    "label": encode_png(label_HW),
   }
+  return example, label_HW
 
 
 def _read_ids(

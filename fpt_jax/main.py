@@ -174,7 +174,8 @@ def chosen_images(config: ConfigDict) -> tuple[Iterator[Subject | UserError], in
   """Returns the images that --images names, or those of `config.data.eval_split`, and their number."""
   if _IMAGES.value:
     files = image_files(_IMAGES.value)
-    return subjects_of_files(files, skip_bad=config.data.skip_bad), len(files)
+    subjects = subjects_of_files(files, exif=config.data.exif, skip_bad=config.data.skip_bad)
+    return subjects, len(files)
   return subjects_of_split(config), data.num_images(config.data, config.data.eval_split)
 
 

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import signal
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.run.lock import locked_by_first_host
 from fpt_jax.run.metrics import MetricsWriter, has_metric
 from fpt_jax.run.progress import Clock
+from fpt_jax.run.stop import Stopped, StopSignal
 from fpt_jax.tasks.task import check_config, task_of
 from fpt_jax.weights.families import preprocessing
 from fpt_jax.weights.imported import pretrained_shapes
@@ -70,6 +70,7 @@ def _train(
   check_writable(run_folder(workdir) / "eval")
   if not data.is_prepared(config.data):
     data.prepare(config.data)
+  data.check_trainable(config.data)
   task.adopt_classes(config, data.info(config.data))
   first_host = jax.process_index() == 0
 
@@ -83,7 +84,7 @@ def _train(
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
-  key = jax.device_put(jax.random.key(config.seed), replicated)
+  key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
 
   # Initial state: the run's newest checkpoint, or other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
@@ -143,7 +144,7 @@ def _train(
     return step % config.eval.every_steps == 0 or step == total_steps
 
   # The loop. Losses are fetched only when they are logged, so that the devices never wait.
-  results, pending, stopping = {}, [], False
+  results, pending, stopping, done = {}, [], False, start
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
   if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
@@ -153,15 +154,16 @@ def _train(
       with clock.waiting():
         host_batch = next(batches)
       batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
-      step, measure = jax.device_put((np.int32(done - 1), np.bool_(logged(done))), replicated)
+      numbers = {"step": np.int32(done - 1), "measure": np.bool_(logged(done))}
+      numbers = sharding.replicate(numbers, mesh)
       with jax.transfer_guard("disallow"):
-        state, losses, figures = train_step(state, batch, step, key, measure)
+        state, losses, figures = train_step(state, batch, numbers["step"], key, numbers["measure"])
       pending.append((done, losses))
       if done == start + 1:
         jax.block_until_ready(losses)
         logging.info("first step, compilation included: %.0f s", clock.restart(done))
 
-      stopping = stop.received  # read once: a signal may arrive at any moment
+      stopping = stop.agreed()
       last = done == total_steps or stopping
       checkpoint_due = done % config.checkpoint.every_steps == 0 or last
       log_due = logged(done) or stopping
@@ -179,11 +181,18 @@ def _train(
       if stopping:
         break
       if evaluation_due(done):
-        with clock.paused():
-          results = run_evaluation(done)
+        try:
+          with clock.paused(), stop.during_evaluation():
+            results = run_evaluation(done)
+        except Stopped:  # a resumed run begins with this evaluation
+          stopping = True
+          if not checkpoint_due:
+            save(done)
+          break
   if metrics:
     metrics.close()
   if stopping:
+    logging.info("saved %.1f s after the signal", stop.seconds)
     raise UserError(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
@@ -237,8 +246,7 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
   Raises:
     UserError: `config.init_from` has no array that fits, or its weights need other preprocessing.
   """
-  arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)))
-  arrays = jax.device_put(arrays, placement)
+  arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)), placement)
   if not config.init_from:
     if config.model.backbone.frozen:
       logging.warning(
@@ -302,26 +310,3 @@ def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, 
         "config.optim.clip_norm, and run the command again; checkpoints before this step are intact"
       )
   return {name: float(value) for name, value in fetched[-1][1].items()}
-
-
-class StopSignal:
-  """Remembers SIGINT and SIGTERM, so that the loop ends after a step, with a checkpoint."""
-
-  SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-  def __init__(self):
-    self.received = False
-
-  def __enter__(self):
-    self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _remember(self, number, frame):
-    del frame
-    logging.warning("signal %d: saving after this step; send it again to stop at once", number)
-    self.received = True
-    signal.signal(number, self._before[number])

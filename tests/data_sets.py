@@ -1,5 +1,6 @@
 """Data sets for tests: a small one in COCO's format, and fixtures of prepared ones."""
 
+import io
 import json
 import pathlib
 
@@ -11,6 +12,27 @@ import pytest
 from fpt_jax import data
 
 HEIGHT, WIDTH = 20, 40
+# what turns stored pixels upright, by EXIF's orientation: its table says at which sides of the upright image
+# the stored first row and first column are
+UPRIGHT = {
+  1: lambda pixels: pixels,  # top, left
+  2: lambda pixels: pixels[:, ::-1],  # top, right
+  3: lambda pixels: pixels[::-1, ::-1],  # bottom, right
+  4: lambda pixels: pixels[::-1],  # bottom, left
+  5: lambda pixels: pixels.swapaxes(0, 1),  # left, top
+  6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],  # right, top
+  7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+  8: lambda pixels: pixels.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+def encode_tagged(pixels: np.ndarray, orientation: int, name: str, **options: object) -> bytes:
+  """Returns an image file of the format `name` with these stored pixels and this EXIF orientation."""
+  exif = PIL.Image.Exif()
+  exif[0x0112] = orientation
+  file = io.BytesIO()
+  PIL.Image.fromarray(pixels).save(file, name, exif=exif, **options)
+  return file.getvalue()
 
 
 def write_coco(root: pathlib.Path) -> dict:
@@ -84,6 +106,7 @@ def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
     "flip": True,
     "canvas_multiple": 32,
     "skip_bad": False,
+    "exif": "apply",
     "num_workers": 2,
     "prefetch": 2,
     "builder": {},

@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 def run(restored, folder, workdir, *, skip_bad=False):
   files = image_files([str(folder)])
-  subjects = subjects_of_files(files, skip_bad=skip_bad)
+  subjects = subjects_of_files(files, exif=restored.config.data.exif, skip_bad=skip_bad)
   predict(restored, subjects, len(files), str(workdir), min_score=0.5)
 
 

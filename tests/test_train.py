@@ -16,6 +16,7 @@ import fpt_jax
 from fpt_jax.errors import UserError
 from fpt_jax.run import checkpoints
 from fpt_jax.train import train
+from tests.data_sets import write_coco
 from tests.runs import (
   command,
   config_file,
@@ -223,3 +224,20 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path):
     and "the complete ones are [2, 4]" in lines[0]
   )
   assert fpt_jax.restore(str(workdir)).step == 4
+
+
+def test_data_without_objects_end_a_run_before_it_begins(tmp_path):
+  content = write_coco(tmp_path / "coco")
+  for annotation in content["annotations"]:
+    annotation["iscrowd"] = 1
+  (tmp_path / "coco/annotations/instances_train2017.json").write_text(json.dumps(content))
+  config = tiny_config(
+    data__name="coco",
+    data__source=str(tmp_path / "coco"),
+    data__data_dir=str(tmp_path / "data"),
+    data__builder={},
+  )
+  with pytest.raises(UserError, match="has no object to train on"):
+    train(config, str(tmp_path / "run"))
+  for written in ("config.json", "metrics.jsonl", "checkpoints"):
+    assert not (tmp_path / "run" / written).exists()

@@ -45,6 +45,9 @@ def add_data(config: ConfigDict) -> None:
   data.train_split = "train"
   data.eval_split = "val"  # split to evaluate on, in TFDS syntax
   data.skip_bad = False  # log and leave out bad images and annotations instead of stopping
+  # orientation in the EXIF data of images and label files: apply (turn the pixels upright) or ignore (for
+  # annotations of the pixels as they are stored)
+  data.exif = "apply"
   data.flip = True  # mirror a random half of the training images
   # shorter edge of training images, pixels: one of these numbers at random; if there are two, any size from
   # the first to the second; (): data.short_edge (detection), random factors of data.scale (segmentation)

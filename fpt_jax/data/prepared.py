@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS
-from fpt_jax.data.datasets.checks import absolute
+from fpt_jax.data.datasets.checks import absolute, listed
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
@@ -106,6 +106,47 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
   )
 
 
+def check_trainable(data: ml_collections.ConfigDict) -> None:
+  """Checks that there is something to train on in `data.train_split`.
+
+  Args:
+    data: the config's `data`.
+
+  Raises:
+    UserError: the data set is not prepared; its splits have no object that can be trained on; fewer
+      than two classes have pixels; or a class of the user's image folders is in no label file.
+  """
+  builder = _prepared_builder(data)
+  metadata = builder.info.metadata
+  with contextlib.closing(Reader(data, data.train_split)) as reader:
+    splits = reader.splits
+  where = f"data.train_split={data.train_split!r} of {builder.data_dir}"
+  # absent for drawn data
+  objects, pixels = metadata.get("objects", {}), metadata.get("class_pixels", {})
+  if objects and not sum(objects[split] for split in splits):
+    raise UserError(
+      f"{where} has no object to train on, only crowds or images without annotations; add annotations "
+      "and prepare again, in another data.data_dir"
+    )
+  if not pixels:
+    return
+  trained = np.sum([pixels[split][:-1] for split in splits], axis=0)
+  if np.count_nonzero(trained) < 2:
+    raise UserError(
+      f"{where} has label maps with pixels of {np.count_nonzero(trained)} of {len(trained)} classes, "
+      "and training needs two; correct the label files and prepare again, in another data.data_dir"
+    )
+  anywhere = np.sum([counts[:-1] for counts in pixels.values()], axis=0)
+  # the benchmarks' lists of classes are fixed, and parts of them may lack a class
+  if data.name == "image_folder" and not anywhere.all():
+    absent = [metadata["class_names"][i] for i in np.flatnonzero(anywhere == 0)]
+    raise UserError(
+      f"{builder.data_dir}: no label file has a pixel of {len(absent)} of {len(anywhere)} classes: "
+      f"{listed(absent)}; correct data.builder.num_classes, class_names or the label files, and prepare "
+      "again, in another data.data_dir"
+    )
+
+
 def num_images(data: ml_collections.ConfigDict, split: str) -> int:
   """Returns the number of images of a split.
 
@@ -130,6 +171,7 @@ class Reader:
 
   Attributes:
     sizes_N2: (height, width) of each image file in pixels, int [N, 2].
+    splits: names of the splits that the records are from.
 
   Raises:
     UserError: the data set is not prepared, or does not have the split.
@@ -146,8 +188,10 @@ class Reader:
         f"split {split!r} cannot be read from {builder.data_dir}; choose one of "
         f"{sorted(splits)}, or a part such as 'train[:8]'"
       ) from error
+    self.splits = tuple(dict.fromkeys(part.splitname for part in parts))
     self._parse = label_map.parse if data.name in LABEL_MAPS else instances.parse
     self._folder = builder.data_dir
+    self._exif = data.exif
     # the split and the place in it of each record, for messages
     self._places = [
       (part.splitname, i)
@@ -177,7 +221,10 @@ class Reader:
   def decode(self, index: int, record: instances.Record | LabelRecord) -> np.ndarray:
     """Returns the record's image, uint8 RGB [height, width, 3]."""
     try:
-      return decode_image(record.image)
+      image_HWC = decode_image(record.image, exif=self._exif)
+      if image_HWC.shape[:2] != tuple(record.size):  # prepared by a version that ignored EXIF data
+        raise ValueError(f"its size is {image_HWC.shape[:2]}, not {record.size} as in the record")
+      return image_HWC
     except ValueError as error:
       raise UserError(
         f"{self.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
@@ -200,7 +247,7 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
     )
   arguments = {name: value for name, value in data.builder.to_dict().items() if value is not None}
   if data.name != "context_shapes":  # it is drawn, not read
-    arguments |= {"source": data.source, "skip_bad": data.skip_bad}
+    arguments |= {"source": data.source, "skip_bad": data.skip_bad, "exif": data.exif}
   if "annotations" in data:
     paths = {field: data[field] for field in ("annotations", "images") if data[field]}
     if paths and data.name != "coco":
@@ -232,4 +279,10 @@ def _check_source(
     raise UserError(
       f"data.data_dir: {builder.data_dir} was prepared from {made_from}, not from "
       f"data.source={source}; choose another data.data_dir"
+    )
+  exif = builder.info.metadata.get("exif", data.exif)
+  if exif != data.exif:
+    raise UserError(
+      f"data.data_dir: {builder.data_dir} was prepared with data.exif={exif!r}, not "
+      f"{data.exif!r}; choose another data.data_dir, or delete the folder to prepare it again"
     )

@@ -63,6 +63,8 @@ def arrays_of(model: nnx.Module) -> Arrays:
   return {".".join(map(str, path)): variable[...] for path, variable in flat}
 
 
-def initial_arrays(build: Callable[[], nnx.Module]) -> Arrays:
+def initial_arrays(
+  build: Callable[[], nnx.Module], sharding: jax.sharding.Sharding | None = None
+) -> Arrays:
   """Returns the arrays of the model that `build` returns, computed in one compiled program."""
-  return jax.jit(lambda: arrays_of(build()))()
+  return jax.jit(lambda: arrays_of(build()), out_shardings=sharding)()

@@ -5,6 +5,7 @@ mask, m side of a square mask. All functions but `mask_targets` are NumPy on the
 continuous: pixel j covers [j, j + 1].
 """
 
+import reprlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ Segmentation = list | dict | np.ndarray  # polygons, RLE (compressed or not), or
 
 # Corners of a polygon are clipped to this many box sides: pycocotools' memory grows with the outline.
 _REACH = 100
+_LONGEST_NUMBER = 60  # bits of a number in compressed run lengths
 
 
 def _coco_mask():
@@ -45,20 +47,82 @@ def rasterize(segmentation: Segmentation, height: int, width: int) -> np.ndarray
       raise ValueError(f"expected a bitmap of {(height, width)}, got {segmentation.shape}")
     return segmentation.astype(bool)
   if isinstance(segmentation, dict):
-    if list(segmentation.get("size", ())) != [height, width] or "counts" not in segmentation:
-      raise ValueError(
-        f"expected an RLE with counts and size {[height, width]}, "
-        f"got keys {sorted(segmentation)} and size {segmentation.get('size')}"
-      )
-    if isinstance(segmentation["counts"], list):
-      if sum(segmentation["counts"]) != height * width:
-        raise ValueError(
-          f"RLE counts add up to {sum(segmentation['counts'])}, "
-          f"not to {height} x {width} = {height * width} pixels"
-        )
-      segmentation = _coco_mask().frPyObjects(segmentation, height, width)
-    return _coco_mask().decode(segmentation).astype(bool)
+    counts = run_lengths(segmentation, height, width)
+    bits = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return np.ascontiguousarray(bits.reshape(width, height).T)
   return _fill(_polygons(segmentation), height, width)
+
+
+def run_lengths(rle: dict, height: int, width: int) -> list[int]:
+  """Returns the run lengths of an RLE, checked.
+
+  pycocotools does not check them: for runs that end early, it returns memory that was never written.
+
+  Args:
+    rle: `{"size": [height, width], "counts": list | str | bytes}`.
+    height: rows of the image.
+    width: columns of the image.
+
+  Returns:
+    Pixels of each run in column-major order: background, object, background, ...; together
+    height * width.
+
+  Raises:
+    ValueError: the RLE has another size, or its counts are not run lengths of that many pixels.
+  """
+  size = rle.get("size")
+  if not isinstance(size, list | tuple) or list(size) != [height, width] or "counts" not in rle:
+    raise ValueError(
+      f"expected an RLE with counts and size {[height, width]}, "
+      f"got keys {sorted(map(str, rle))!s:.80} and size {reprlib.repr(size)}"
+    )
+  counts, pixels = rle["counts"], height * width
+  if isinstance(counts, bytes):
+    counts = counts.decode("latin-1")
+  if isinstance(counts, str):
+    counts = _decompressed(counts)
+  elif not isinstance(counts, list):
+    raise ValueError(f"RLE counts must be a list or a string, got {reprlib.repr(counts)}")
+  for count in counts:
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not whole or not 0 <= count <= pixels:
+      raise ValueError(
+        f"RLE counts must be integers from 0 to {height} x {width} = {pixels}, "
+        f"got {reprlib.repr(count)}"
+      )
+  if sum(counts) != pixels:
+    raise ValueError(
+      f"RLE counts add up to {sum(counts)}, not to {height} x {width} = {pixels} pixels"
+    )
+  return counts
+
+
+def _decompressed(text: str) -> list[int]:
+  """Returns the numbers of compressed run lengths; raises ValueError if the text does not hold any.
+
+  A number has 5 bits per character from "0", lowest first, the last of them the sign; the sixth bit marks
+  that more follow. From the fourth number on, it is the difference to the last but one.
+  """
+  counts: list[int] = []
+  value = shift = 0
+  for character in text:
+    bits = ord(character) - 48
+    if not 0 <= bits < 64:
+      raise ValueError(
+        f"RLE counts have the character {character!a}, which is not between '0' and 'o'"
+      )
+    value |= (bits & 31) << shift
+    shift += 5
+    if shift > _LONGEST_NUMBER:
+      raise ValueError(f"RLE counts have a number of more than {_LONGEST_NUMBER} bits")
+    if not bits & 32:
+      if bits & 16:
+        value -= 1 << shift
+      counts.append(value + counts[-2] if len(counts) > 2 else value)
+      value = shift = 0
+  if shift:
+    raise ValueError("RLE counts end within a number")
+  return counts
 
 
 def _polygons(segmentation: list) -> list[np.ndarray]:

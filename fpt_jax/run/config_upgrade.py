@@ -22,6 +22,8 @@ RENAMED = {
 }
 _BOTH = {
   "data.builder": ConfigDict(),
+  # earlier versions ignored it in data sets and applied it to files
+  "data.exif": "apply",
   "data.num_workers": 0,
   "data.prefetch": 2,
   "data.train_sizes": (),

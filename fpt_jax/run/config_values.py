@@ -71,6 +71,7 @@ TRAINING_RULES = {
   "checkpoint.keep": POSITIVE,
 }
 RULES = {
+  "data.exif": one_of("apply", "ignore"),
   "data.short_edge": NOT_NEGATIVE,
   "data.buckets": SIZES,
   "data.canvas_multiple": POSITIVE,

@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from fpt_jax.data.records.images import PREDICTION_ENDINGS, read_image
+from fpt_jax.data.records.images import FORMATS, list_images, read_image
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.task import task_of
 
@@ -32,12 +32,13 @@ class Subject(NamedTuple):
 
 
 def subjects_of_files(
-  files: list[pathlib.Path], *, skip_bad: bool
+  files: list[pathlib.Path], *, exif: str, skip_bad: bool
 ) -> Iterator[Subject | UserError]:
   """Yields the images in files; in the place of a file that cannot be read, the error.
 
   Args:
     files: image files.
+    exif: `config.data.exif`.
     skip_bad: whether to log and skip files that cannot be read instead.
 
   Raises:
@@ -46,7 +47,7 @@ def subjects_of_files(
   bad = 0
   for file in files:
     try:
-      image = read_image(file)
+      image = read_image(file, exif=exif)
     except UserError as error:
       if not skip_bad:
         yield error
@@ -95,7 +96,7 @@ def subjects_of_split(config: ConfigDict) -> Iterator[Subject]:
 
 
 def image_files(paths: list[str]) -> list[pathlib.Path]:
-  """Returns the files among `paths`, and the images in the folders among them, sorted per folder.
+  """Returns the files among `paths`, and the images in the folders among them, see `list_images`.
 
   Raises:
     UserError: a path does not exist, or a folder has no images.
@@ -106,11 +107,11 @@ def image_files(paths: list[str]) -> list[pathlib.Path]:
       raise UserError(f"--images: {given} is not in a file system; copy the images to a disk")
     path = pathlib.Path(os.path.expanduser(given))
     if path.is_dir():
-      inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PREDICTION_ENDINGS)
+      inside = list_images(path)
       if not inside:
-        raise UserError(f"--images: {path} has no images ({', '.join(PREDICTION_ENDINGS)})")
+        raise UserError(f"--images: {path} has no images ({', '.join(FORMATS)})")
       files += inside
-    elif path.is_file():
+    elif path.exists():
       files.append(path)
     else:
       raise UserError(f"--images: {path} does not exist")

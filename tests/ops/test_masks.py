@@ -55,6 +55,47 @@ def test_rasterize_quotes_what_it_cannot_draw(segmentation, quoted):
     masks.rasterize(segmentation, 8, 10)
 
 
+def test_run_lengths_equal_those_of_the_pixels(rng):
+  for _ in range(200):
+    height, width = (int(n) for n in rng.integers(1, 60, 2))
+    mask_HW = rng.random((height, width)) < rng.choice([0, 0.01, 0.5, 1])
+    column = np.concatenate([[False], mask_HW.T.ravel(), [not mask_HW[-1, -1]]])
+    edges = np.flatnonzero(np.diff(column))
+    expected = np.diff(edges, prepend=0).tolist()
+    compressed = coco_mask.encode(np.asfortranarray(mask_HW, np.uint8))
+    for counts in (compressed["counts"], compressed["counts"].decode(), expected):
+      rle = {"size": [height, width], "counts": counts}
+      assert masks.run_lengths(rle, height, width) == expected
+      np.testing.assert_array_equal(masks.rasterize(rle, height, width), mask_HW)
+
+
+def test_run_lengths_of_a_large_image():
+  mask_HW = np.zeros((30_000, 3), np.uint8)
+  mask_HW[[5, 29_999], [0, 2]] = 1
+  assert masks.run_lengths(masks.encode_rle(mask_HW), 30_000, 3) == [5, 1, 89_993, 1]
+
+
+@pytest.mark.parametrize("kind", [str, str.encode])
+@pytest.mark.parametrize(
+  ("counts", "message"),
+  [
+    ("", "add up to 0, not to 8 x 10 = 80"),
+    ("5", "add up to 5, not to 8 x 10 = 80"),
+    ("`2O", "from 0 to 8 x 10 = 80, got -1"),
+    ("`", "end within a number"),
+    ("P", "end within a number"),
+    ("`2 ", "the character ' '"),
+    ("`2\0", r"the character '\\x00'"),
+    ("`2p", "the character 'p'"),
+    ("o" * 10**5, "a number of more than 60 bits"),
+    ("oooooo3", "from 0 to 8 x 10 = 80, got 4294967295"),
+  ],
+)
+def test_compressed_runs_that_do_not_cover_the_image(kind, counts, message):
+  with pytest.raises(ValueError, match=message):
+    masks.rasterize({"size": [8, 10], "counts": kind(counts)}, 8, 10)
+
+
 def test_box_bitmap_of_a_triangle_is_the_half_plane_below_the_diagonal():
   # 3.2 x 1.6 pixels of the image: a bitmap resampled from whole pixels would be blocks
   x0, y0, x1, y1 = 10.3, 20.7, 13.5, 22.3

@@ -11,11 +11,11 @@ from fpt_jax.tasks.task import check_config
 
 LATER = {
   coco_mask: (
-    "data.canvas_multiple", "model.aligned", "model.canonical_size", "model.channel_order",
+    "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
     "optim.frozen",
   ),
-  cityscapes: ("model.swaps", "model.class_weights", "optim.frozen"),
+  cityscapes: ("data.exif", "model.swaps", "model.class_weights", "optim.frozen"),
 }  # fmt: skip
 
 

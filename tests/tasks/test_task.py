@@ -26,6 +26,7 @@ from fpt_jax.tasks.task import check_config
     ("data.canvas_multiple", 0, "1 or more"),
     ("data.prefetch", 0, "1 or more"),
     ("model.dtype", "float16", "one of float32, bfloat16, bf16"),
+    ("data.exif", "rotate", "one of apply, ignore"),
     ("model.channel_order", "gbr", "one of rgb, bgr"),
     ("model.pixel_std", (0.1, 0.0, 0.1), "above 0"),
     ("model.fpt.window", 4, "an odd number"),

@@ -1,5 +1,6 @@
 """MS-COCO instances, or any annotation file and image folder in COCO's format."""
 
+import collections
 import os
 import pathlib
 import zlib
@@ -11,13 +12,15 @@ from absl import logging
 from fpt_jax.data.datasets import coco_json
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
+  ExifChoice,
   absolute,
   check_split_name,
+  listed,
   source_folder,
 )
 from fpt_jax.data.records import instances
 from fpt_jax.data.records.examples import ordered_key
-from fpt_jax.data.records.images import decode_image
+from fpt_jax.data.records.images import bytes_for_record, decode_picture, read_bytes
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from fpt_jax.run.progress import Progress
@@ -42,6 +45,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       records lie in a separate folder inside `data_dir`.
     images: the image folder of `annotations`.
     skip_bad: whether to leave out bad images and annotations, and to name them in the log.
+    exif: "apply" if the annotations are of upright images, "ignore" if of the pixels as they are stored.
 
   Raises:
     UserError: the paths exclude each other.
@@ -58,8 +62,10 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     annotations: str = "",
     images: str = "",
     skip_bad: bool = False,
+    exif: str = "apply",
   ):
     self._source = absolute(source)
+    self._exif = ExifChoice(exif)
     self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
     if self._is_single:
@@ -79,7 +85,9 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       description="Images with instances: boxes, categories and masks.",
       features=instances.features(),
       # the rest is added while the annotation files are read
-      metadata=tfds.core.MetadataDict({"source": self._source, "sizes": {}}),
+      metadata=tfds.core.MetadataDict(
+        {"source": self._source, "exif": self._exif.exif, "sizes": {}, "objects": {}}
+      ),
       disable_shuffling=True,
     )
 
@@ -103,6 +111,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     self, split: str, annotation_file: pathlib.Path, image_folder: pathlib.Path
   ) -> Iterator[tuple[int, dict]]:
     content = coco_json.read_file(annotation_file)
+    coco_json.check_units(annotation_file, content)
     boxes_only = coco_json.has_boxes_only(content["annotations"])
     if boxes_only:
       logging.info("%s: its annotations are boxes without masks", annotation_file)
@@ -115,20 +124,29 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     annotations_of = coco_json.group_annotations(content["annotations"], images, label_of, bad)
     sizes: list[list[int]] = []
     self.info.metadata["sizes"][split] = sizes
+    counts = _Counts()
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
         with bad.image(image):
-          example = _encode_image(image, image_folder)
+          example = _encode_image(image, image_folder, self._exif)
           for annotation in annotations_of[image["id"]]:
             with bad.annotation(annotation):
               label = label_of[annotation["category_id"]]
               example["objects"].append(_encode_annotation(annotation, label, image, boxes_only))
+          counts.add(example["objects"])
           yield ordered_key(len(sizes), len(images)), example
           sizes.append([image["height"], image["width"]])
         progress.advance()
     bad.report(split)
     if not sizes:
       raise UserError(f"{annotation_file}: field images has no good image; add some")
+    if content["annotations"] and not counts.total():
+      raise UserError(
+        f"{annotation_file}: split {split} has no good annotation among "
+        f"{len(content['annotations'])}; fix them"
+      )
+    self.info.metadata["objects"][split] = counts.objects.total()
+    counts.report(split, self.info.metadata["category_names"])
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
     """Adds the categories to the metadata, and returns their labels 1, 2, ... by id."""
@@ -141,6 +159,51 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       )
     metadata.update(found)
     return {category_id: label for label, category_id in enumerate(names, 1)}
+
+
+class _Counts:
+  """Counts of a split's objects.
+
+  Attributes:
+    objects: objects that can be trained on, by label.
+    crowds: number of crowds.
+    empty: number of objects whose box has no area.
+  """
+
+  def __init__(self) -> None:
+    self.objects: collections.Counter[int] = collections.Counter()
+    self.crowds = self.empty = 0
+
+  def add(self, objects: list[dict]) -> None:
+    """Counts the objects of a record."""
+    for found in objects:
+      x0, y0, x1, y1 = found["bbox"]
+      if found["is_crowd"]:
+        self.crowds += 1
+      elif x1 > x0 and y1 > y0:
+        self.objects[found["label"]] += 1
+      else:
+        self.empty += 1
+
+  def total(self) -> int:
+    """Returns the number of annotations."""
+    return self.objects.total() + self.crowds + self.empty
+
+  def report(self, split: str, names: list[str]) -> None:
+    """Warns of categories without an object, and of a split without any."""
+    if not self.objects:
+      logging.warning(
+        "prepare %s: no object to train on or to find: no annotation but %d crowds and %d objects whose "
+        "box is empty",
+        *(split, self.crowds, self.empty),
+      )
+      return
+    absent = [name for label, name in enumerate(names, 1) if not self.objects[label]]
+    if absent:
+      logging.warning(
+        "prepare %s: no object of %d of %d categories: %s",
+        *(split, len(absent), len(names), listed(absent)),
+      )
 
 
 def _files_of_splits(splits: object) -> dict[str, tuple[str, str]]:
@@ -177,25 +240,32 @@ def _check_single_file(source: str, splits: object, annotations: str, images: st
       )
 
 
-def _encode_image(image: dict, folder: pathlib.Path) -> dict:
+def _encode_image(image: dict, folder: pathlib.Path, exif: ExifChoice) -> dict:
   """Returns the record of an image, without objects."""
   coco_json.check_image(image)
   file = folder / image["file_name"]
   try:
-    data = file.read_bytes()
+    data = read_bytes(file)
   except OSError as error:
     raise BadRecordError("file cannot be read", f"{file} ({error.strerror})") from error
   try:
-    height, width, _ = decode_image(data).shape
+    picture = decode_picture(data, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("file is broken", f"{file} ({error})") from error
-  if (height, width) != (image["height"], image["width"]):
-    raise BadRecordError(
-      "fields height and width are not those of the file",
-      f"{image['height']}x{image['width']} in the record, {height}x{width} in {file}",
-    )
+  height, width = picture.size
+  stated = image["height"], image["width"]
+  if stated != picture.size:
+    detail = f"{stated[0]}x{stated[1]} in the record, {height}x{width} in"
+    if stated == picture.other_size:
+      raise BadRecordError(
+        f"fields height and width fit data.exif={exif.other!r} only",
+        f"{detail} the {exif.pixels} pixels; {exif.hint(picture.orientation, file)}",
+      )
+    raise BadRecordError("fields height and width are not those of the file", f"{detail} {file}")
+  if picture.orientation != 1 and stated == picture.other_size:
+    exif.log_assumption(picture.orientation, file)
   return {
-    "image": data,
+    "image": bytes_for_record(data, picture),
     "image_id": image["id"],
     "file_name": image["file_name"],
     "height": height,
@@ -225,7 +295,7 @@ def _encode_annotation(annotation: dict, label: int, image: dict, boxes_only: bo
   return instances.encode_object(
     label=label,
     annotation_id=annotation["id"],
-    is_crowd=bool(annotation.get("iscrowd", 0)),
+    is_crowd=coco_json.is_crowd(annotation),
     box=box,
     bbox_xywh=annotation["bbox"],
     area=area,

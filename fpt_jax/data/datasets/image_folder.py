@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.datasets.checks import check_names, quoted
 from fpt_jax.data.records.label_map import VOID
 from fpt_jax.errors import UserError
 
@@ -31,6 +32,14 @@ def builder(
   Raises:
     UserError: the arguments contradict each other.
   """
+  for field, value in (("num_classes", num_classes), ("void", void)):
+    if not isinstance(value, int) or isinstance(value, bool):
+      raise UserError(f"data.builder.{field}={quoted(value)} must be an integer")
+  if isinstance(class_names, str):
+    raise UserError(
+      f"data.builder.class_names={quoted(class_names)} must be a list of names, such as ('road', 'car')"
+    )
+  check_names("data.builder.class_names", class_names)
   names = tuple(class_names) or tuple(map(str, range(num_classes)))
   if not 0 < len(names) < VOID or len(names) != (num_classes or len(names)):
     raise UserError(

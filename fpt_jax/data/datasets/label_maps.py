@@ -7,17 +7,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   BadRecords,
+  ExifChoice,
   absolute,
   check_split_name,
+  is_storable_text,
+  listed,
+  quoted,
   source_folder,
 )
 from fpt_jax.data.records import label_map
 from fpt_jax.data.records.examples import ordered_key
-from fpt_jax.data.records.images import DATASET_ENDINGS, decode_image, encode_png
+from fpt_jax.data.records.images import (
+  Picture,
+  bytes_for_record,
+  decode_picture,
+  encode_png,
+  list_images,
+  other_size,
+  read_bytes,
+)
 from fpt_jax.data.records.label_map import VOID
 from fpt_jax.errors import UserError
 from fpt_jax.run.progress import Progress
@@ -59,6 +72,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     source: folder of the official layout; only preparing needs it.
     splits: splits to prepare; () for those of the layout.
     skip_bad: whether to leave out bad images and label maps, and to name them in the log.
+    exif: "apply" if the label maps are of upright images, "ignore" if of the pixels as they are stored.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -71,8 +85,10 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     source: str = "",
     splits: Sequence[str] = (),
     skip_bad: bool = False,
+    exif: str = "apply",
   ):
     self._layout = layout
+    self._exif = ExifChoice(exif)
     self._source = absolute(source)
     if isinstance(splits, str) or not all(isinstance(split, str) for split in splits):
       raise UserError(f"data.builder.splits={splits!r} must be names, such as ('train', 'val')")
@@ -84,10 +100,13 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     metadata = {
       "source": self._source,
+      "exif": self._exif.exif,
       "class_names": self._layout.class_names,
       "palette": self._layout.palette,
       "swaps": self._layout.swaps,
       "sizes": {},
+      # of each class, and of pixels without one
+      "class_pixels": {},
     }
     return tfds.core.DatasetInfo(
       builder=self,
@@ -110,57 +129,129 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, split: str, pairs: Pairs) -> Iterator[tuple[int, dict]]:
     sizes: list[list[int]] = []
     self.info.metadata["sizes"][split] = sizes
+    pixels_256 = np.zeros(256, np.int64)
     bad = BadRecords(skip=self._skip_bad)
     with Progress(f"prepare {split}", len(pairs)) as progress:
       for image_file, label_file in pairs:
         self._images += 1
         with bad.record():
-          example = _encode(image_file, label_file, self._images, self._layout.class_of_id)
+          example, label_HW = _encode(
+            image_file, label_file, self._images, self._layout, self._exif
+          )
+          pixels_256 += np.bincount(label_HW.ravel(), minlength=256)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
         progress.advance()
     bad.report(split)
     if not sizes:
       raise UserError(f"{self._source}: split {split} has no good image; add some")
+    count = len(self._layout.class_names)
+    self.info.metadata["class_pixels"][split] = [
+      *pixels_256[:count].tolist(),
+      int(pixels_256[VOID]),
+    ]
+    self._check_classes(split)
+
+  def _check_classes(self, split: str) -> None:
+    """Warns of classes without a pixel in a split.
+
+    Raises:
+      UserError: one class is left beside the pixels without a class in a split of two classes, or in all
+        splits together, once the last is written.
+    """
+    names, pixels = self._layout.class_names, self.info.metadata["class_pixels"]
+    absent = [names[i] for i, number in enumerate(pixels[split][:-1]) if not number]
+    if len(absent) == len(names):
+      logging.warning("prepare %s: no pixel of the label files has a class", split)
+    elif absent:
+      logging.warning(
+        "prepare %s: no label file has a pixel of %d of %d classes: %s",
+        *(split, len(absent), len(names), listed(absent)),
+      )
+    if len(names) <= 2:
+      self._check_two_values(f"split {split}", np.array(pixels[split]))
+    if set(pixels) == set(self._splits):
+      self._check_two_values("all splits", np.sum(list(pixels.values()), axis=0))
+
+  def _check_two_values(self, where: str, pixels: np.ndarray) -> None:
+    """Raises UserError if all pixels that have a class have the same one, and the others are void."""
+    present = np.flatnonzero(pixels[:-1])
+    if len(present) != 1 or not pixels[-1]:
+      return
+    names, class_of_id = self._layout.class_names, self._layout.class_of_id
+    numbers = {class_: number for number, class_ in class_of_id.items()}
+    void = listed([str(number) for number, class_ in class_of_id.items() if class_ == VOID])
+    others = [numbers[i] for i in range(len(names)) if i != present[0]]
+    advice = (
+      f"write {others[0]} instead" if others else "write 0 and 1, with data.builder.num_classes=2"
+    )
+    raise UserError(
+      f"{self._source}: the label files of {where} have no class but {numbers[present[0]]} "
+      f"({quoted(names[present[0]])}); their other pixels, {100 * pixels[-1] / pixels.sum():.0f}%, are "
+      f"void ({void}) and would be ignored; if they are a second class, {advice}"
+    )
 
 
 def _encode(
   image_file: pathlib.Path,
   label_file: pathlib.Path,
   image_id: int,
-  class_of_id: Mapping[int, int],
-) -> dict:
-  """Returns an image and its label map in the form of `label_map.features()`."""
+  layout: Layout,
+  exif: ExifChoice,
+) -> tuple[dict, np.ndarray]:
+  """Returns an image in the form of `label_map.features()`, and its label map, uint8 [H, W]."""
+  if not is_storable_text(image_file.name):
+    raise BadRecordError(
+      "file name has a character that no file name has, or is not UTF-8",
+      quoted(image_file.name),
+      image_file.parent,
+    )
   image = _read(image_file, "image cannot be read")
   try:
-    size = decode_image(image).shape[:2]
+    picture = decode_picture(image, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("image is broken", str(error), image_file) from error
-  return {
-    "image": image,
+  ids_HW = _read_ids(label_file, picture, image_file, exif)
+  label_HW = _classes(ids_HW, layout.class_of_id, label_file)
+  example = {
+    "image": bytes_for_record(image, picture),
     "image_id": image_id,
     "file_name": image_file.name,
-    "height": size[0],
-    "width": size[1],
-    "label": encode_png(_read_classes(label_file, size, class_of_id)),
+    "height": picture.size[0],
+    "width": picture.size[1],
+    "label": encode_png(label_HW),
   }
+  return example, label_HW
 
 
-def _read_classes(
-  file: pathlib.Path, size: tuple[int, ...], class_of_id: Mapping[int, int]
+def _read_ids(
+  file: pathlib.Path, picture: Picture, image_file: pathlib.Path, exif: ExifChoice
 ) -> np.ndarray:
-  """Returns the label map of an image of `size` in classes and `VOID`, uint8."""
+  """Returns the numbers in the label file of a picture, uint8."""
   png = _read(file, "labels cannot be read")
   try:
-    ids_HW = label_map.decode_ids(png)
+    ids_HW, orientation = label_map.decode_turned_ids(png, exif=exif.exif)
   except ValueError as error:
     raise BadRecordError("labels are unusable", str(error), file) from error
-  if ids_HW.shape != size:
-    raise BadRecordError(
-      "labels are not of the size of their image",
-      "{}x{} (height x width), but the image is {}x{}".format(*ids_HW.shape, *size),
-      file,
-    )
+  size = ids_HW.shape[0], ids_HW.shape[1]
+  fits_other = other_size(size, orientation) == picture.other_size
+  turned = (orientation, file) if picture.orientation == 1 else (picture.orientation, image_file)
+  if size != picture.size:
+    detail = "{}x{} (height x width), but the image is {}x{}".format(*size, *picture.size)
+    if fits_other:
+      raise BadRecordError(
+        f"labels have the size of their image with data.exif={exif.other!r} only",
+        f"{detail}; {exif.hint(*turned)}",
+        file,
+      )
+    raise BadRecordError("labels are not of the size of their image", detail, file)
+  if fits_other and picture.orientation != orientation:
+    exif.log_assumption(*turned)
+  return ids_HW
+
+
+def _classes(ids_HW: np.ndarray, class_of_id: Mapping[int, int], file: pathlib.Path) -> np.ndarray:
+  """Returns the numbers of a label file as classes and `VOID`, uint8 [H, W]."""
   unknown = sorted(set(np.unique(ids_HW).tolist()) - set(class_of_id))
   if unknown:
     raise BadRecordError("labels are out of range", f"{unknown[:8]} belong to no class", file)
@@ -171,7 +262,7 @@ def _read_classes(
 
 def _read(file: pathlib.Path, kind: str) -> bytes:
   try:
-    return file.read_bytes()
+    return read_bytes(file)
   except OSError as error:
     raise BadRecordError(kind, error.strerror or str(error), file) from error
 
@@ -179,14 +270,19 @@ def _read(file: pathlib.Path, kind: str) -> bytes:
 def pair_folders(images: pathlib.Path, labels: pathlib.Path) -> Pairs:
   """Pairs each image in one folder with the PNG of the same name in another, sorted by name.
 
-  Files without one of `DATASET_ENDINGS` are ignored.
+  The log counts the files that are passed over, see `list_images`, and the PNGs without an image.
 
   Raises:
     UserError: a folder is missing.
   """
-  files = [file for file in list_folder(images) if file.suffix.lower() in DATASET_ENDINGS]
-  list_folder(labels)
-  return [(file, labels / f"{file.stem}.png") for file in files]
+  _check_folder(images)
+  _check_folder(labels)
+  pairs = [(file, labels / f"{file.stem}.png") for file in list_images(images)]
+  pngs = {file for file in list_folder(labels) if file.suffix == ".png"}
+  alone = sorted(pngs - {label for _, label in pairs})
+  if alone:
+    logging.warning("%s: %d label files have no image, such as %s", labels, len(alone), alone[0])
+  return pairs
 
 
 def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -195,9 +291,13 @@ def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: the folder does not exist.
   """
+  _check_folder(folder)
+  return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def _check_folder(folder: pathlib.Path) -> None:
   if not folder.is_dir():
     raise UserError(f"{folder}: no such folder; see data.source, data.builder.splits")
-  return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
 def names(text: str) -> tuple[str, ...]:

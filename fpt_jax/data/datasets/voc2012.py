@@ -8,7 +8,7 @@ import pathlib
 
 from fpt_jax.data.datasets import label_maps
 from fpt_jax.data.records.label_map import VOID
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 
 
 def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
@@ -18,10 +18,11 @@ def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
   images, labels = root / "JPEGImages", root / "SegmentationClass"
   label_maps.list_folder(images)
   label_maps.list_folder(labels)
-  return [
-    (images / f"{name}.jpg", labels / f"{name}.png")
-    for name in names.read_text(encoding="utf-8").split()
-  ]
+  try:
+    listed = names.read_text(encoding="utf-8").split()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{names}: not a readable text file ({one_line(error)}); replace it") from error
+  return [(images / f"{name}.jpg", labels / f"{name}.png") for name in listed]
 
 
 _NAMES = label_maps.names(

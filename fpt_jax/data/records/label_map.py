@@ -11,7 +11,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from fpt_jax.data.records.examples import image_features, parse_example
-from fpt_jax.errors import one_line
+from fpt_jax.data.records.images import FORMATS, describe, load_turned
 
 VOID = 255
 _PNG_END = b"IEND\xaeB`\x82"
@@ -57,30 +57,47 @@ def parse(serialized: bytes) -> LabelRecord:
 
 
 def decode_ids(png: bytes) -> np.ndarray:
+  """Returns the numbers in a PNG of labels, uint8 [H, W]; see `decode_turned_ids`."""
+  return decode_turned_ids(png, exif="apply")[0]
+
+
+def decode_turned_ids(png: bytes, *, exif: str) -> tuple[np.ndarray, int]:
   """Reads the numbers in a PNG of labels; a palette is ignored.
 
   Args:
     png: bytes of a PNG with one channel of at most 8 bits, or with a palette.
+    exif: "apply" to turn the labels as their EXIF data say, or "ignore".
 
   Returns:
-    uint8 [H, W].
+    uint8 [H, W], and EXIF's orientation of the stored labels, 1 (upright) to 8.
 
   Raises:
     ValueError: the bytes are not a complete PNG, or have several channels or more than 8 bits per
       pixel.
   """
   try:
-    with PIL.Image.open(io.BytesIO(png)) as image:
-      if image.format != "PNG":
-        raise ValueError(f"labels must be a PNG, this is {image.format}")
-      if _PNG_END not in png:  # Pillow accepts a file that ends after the last pixel
-        raise ValueError("the file is truncated")
-      if image.mode.startswith("I"):
-        raise ValueError("16 bits per pixel, labels must have 8")
-      if image.mode not in ("1", "L", "P"):
-        raise ValueError(f"a colour PNG ({image.mode}), labels must be one number per pixel")
-      ids_HW = np.array(image, np.uint8)
-      # Pillow stretches greys of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
-      return ids_HW // (255 // (2 ** png[24] - 1)) if image.mode == "L" else ids_HW
-  except (OSError, SyntaxError, IndexError, PIL.Image.DecompressionBombError) as error:
-    raise ValueError(f"undecodable: {one_line(error)}") from error
+    with PIL.Image.open(io.BytesIO(png), formats=FORMATS) as image:
+      problem = _problem(image, png)
+      if not problem:
+        turned, orientation = load_turned(image, exif)
+        ids_HW = np.array(turned, np.uint8)
+        if image.mode == "L":
+          # Pillow stretches greys of fewer bits to 0..255; byte 24 of a PNG is the bits per pixel
+          ids_HW //= 255 // (2 ** png[24] - 1)
+        return ids_HW, orientation
+  except Exception as error:  # Pillow raises many classes for damaged files
+    raise ValueError(f"undecodable: {describe(error)}") from error
+  raise ValueError(problem)
+
+
+def _problem(image: PIL.Image.Image, png: bytes) -> str:
+  """Returns why an opened image cannot be labels; "" if it can."""
+  if image.format != "PNG":
+    return f"labels must be a PNG, this is {image.format}"
+  if _PNG_END not in png:  # Pillow accepts a file that ends after the last pixel
+    return "the file is truncated"
+  if image.mode.startswith("I"):
+    return "16 bits per pixel, labels must have 8"
+  if image.mode not in ("1", "L", "P"):
+    return f"a colour PNG ({image.mode}), labels must be one number per pixel"
+  return ""

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run import sharding
+from fpt_jax.run import sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
@@ -75,6 +75,7 @@ def evaluate(
         )
         results += coco_ap.to_coco_results(described["image_id_B"][i], **found)
       progress.advance(int(described["valid_B"].sum()))
+      stop.check()
   return score(config, ground_truth, results, workdir)
 
 

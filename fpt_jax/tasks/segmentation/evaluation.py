@@ -16,7 +16,7 @@ from fpt_jax.data import VOID
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run import sharding
+from fpt_jax.run import sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.segmentation import batches, miou
@@ -93,6 +93,7 @@ def evaluate(
           except UserError as error:
             not_written = error  # the scores do not need the files
       progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
+      stop.check()
   counts_TP = sharding.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
   metrics = score(config, counts_TP, total, workdir)
   if not_written:

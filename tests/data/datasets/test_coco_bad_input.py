@@ -1,8 +1,11 @@
 """Bad input in COCO's format is reported with its file, record and field."""
 
 import json
+import os
 import re
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from fpt_jax import data
@@ -27,6 +30,16 @@ def _file(name, change):
   return write
 
 
+def _named_pipe(root, content):
+  (root / "train2017" / "grey.jpg").unlink()
+  os.mkfifo(root / "train2017" / "grey.jpg")
+
+
+def _grey_of_16_bits(root, content):
+  pixels = np.zeros((WIDTH, HEIGHT), np.uint16)
+  PIL.Image.fromarray(pixels).save(root / "train2017" / "tall.png")
+
+
 def _drop(kind, i, field):
   return lambda root, content: content[kind][i].pop(field)
 
@@ -47,6 +60,16 @@ BAD = {
   "not an image": (
     _file("tall.png", lambda b: b"hello"),
     ("image id 9", "tall.png", "undecodable image"),
+    (3, 3),
+  ),
+  "named pipe": (
+    _named_pipe,
+    ("image id 5", "train2017/grey.jpg", "not a regular file"),
+    (3, 3),
+  ),
+  "grey of 16 bits": (
+    _grey_of_16_bits,
+    ("image id 9", "tall.png", "8 bits per channel are needed; convert the file"),
     (3, 3),
   ),
   "duplicate image id": (_image(1, id=70), ("image id 70", "field id", "twice"), (3, 3)),
@@ -112,6 +135,47 @@ BAD = {
     _annotation(2, segmentation={"size": [HEIGHT, WIDTH], "counts": "X1X6`a00"}),
     ("annotation id 3", "segmentation.counts"),
     (4, 3),
+  ),
+  "compressed runs too short": (
+    _annotation(2, segmentation={"size": [HEIGHT, WIDTH], "counts": "X1X6"}),
+    ("annotation id 3", "segmentation.counts", "add up to 240, not to 20 x 40 = 800 pixels"),
+    (4, 3),
+  ),
+  "crowd of text": (_annotation(0, iscrowd="0"), ("1000000007", "iscrowd", "'0'"), (4, 3)),
+  "flat polygon": (
+    _annotation(3, segmentation=[0, 30, 20, 30, 20, 40, 0, 40]),
+    ("annotation id 4", "one flat list", "[[x0, y0, x1, y1, ...]]"),
+    (4, 3),
+  ),
+  "polygon in fractions": (
+    _annotation(3, segmentation=[[0, 0.75, 1, 0.75, 1, 1, 0, 1]]),
+    ("annotation id 4", "bbox", "0..1 and 0.75..1", "0..20 and 30..40"),
+    (4, 3),
+  ),
+  "image id beyond 64 bits": (
+    _image(1, id=10**20 + 1),
+    ("image id 100000000000000000001", "field id", "64 bits"),
+    (3, 3),
+  ),
+  "annotation id beyond 64 bits": (
+    _annotation(2, id=2**63),
+    ("annotation id 9223372036854775808", "field id", "64 bits"),
+    (4, 3),
+  ),
+  "image id of a float": (
+    _annotation(2, image_id=5.0),
+    ("annotation id 3", "image_id", "an integer: 5.0"),
+    (4, 3),
+  ),
+  "NUL in a name": (
+    _image(2, file_name="a\0.jpg"),
+    ("image id 6", "file_name", "'a\\x00.jpg'"),
+    (3, 4),
+  ),
+  "surrogate in a name": (
+    _image(2, file_name="a\ud800.jpg"),
+    ("image id 6", "file_name", "'a\\ud800.jpg'"),
+    (3, 4),
   ),
   "box outside": (
     _annotation(3, bbox=[0, 30, 22, 10]),
@@ -203,6 +267,81 @@ def test_a_bad_layout_raises_even_if_bad_records_are_skipped(damage, words, tmp_
   assert all(word in str(raised.value) for word in words)
   assert "\n" not in str(raised.value)
   assert not data.is_prepared(coco)
+
+
+def _in_fractions(content):
+  sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+  for annotation in content["annotations"]:
+    w, h = sizes[annotation["image_id"]]
+    annotation["bbox"] = [v / s for v, s in zip(annotation["bbox"], (w, h, w, h), strict=True)]
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (_in_fractions, ("4 of 4 annotations", "0..1", "write x, y, w, h in pixels")),
+    (
+      lambda c: [a.update(bbox=[0, 0, 99, 99]) for a in c["annotations"]],
+      ("split val has no good annotation among 4",),
+    ),
+    (
+      lambda c: c["categories"][1].update(name="zebra"),
+      ("field name of categories[1]", "'zebra' is given twice"),
+    ),
+  ],
+)
+def test_data_without_anything_usable_are_never_prepared(change, words, tmp_path):
+  source = tmp_path / "source"
+  write_coco(source)
+  _change_json(change)(source)
+  coco = config("coco", tmp_path / "data", source=str(source), skip_bad=True)
+  with pytest.raises(UserError) as raised:
+    data.prepare(coco)
+  for word in ("instances_val2017.json", *words):
+    assert word in str(raised.value)
+  assert "\n" not in str(raised.value) and not data.is_prepared(coco)
+  assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (lambda c: c["annotations"].clear(), "no annotation but 0 crowds"),
+    (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "no annotation but 4 crowds"),
+    (
+      lambda c: [a["bbox"].__setitem__(3, 0) for a in c["annotations"]],
+      "no annotation but 1 crowds and 3 objects whose",
+    ),
+  ],
+)
+def test_a_split_without_objects_is_not_trained_on(change, words, tmp_path, caplog):
+  source = tmp_path / "source"
+  content = write_coco(source)
+  change(content)
+  (source / "annotations/instances_train2017.json").write_text(json.dumps(content))
+  coco = config("coco", tmp_path / "data", source=str(source))
+  with caplog.at_level("WARNING"):
+    data.prepare(coco)
+  assert f"prepare train: no object to train on or to find: {words}" in caplog.text
+  assert "prepare val" not in caplog.text
+  for split in ("train", "train[:2]"):
+    coco.train_split = split
+    with pytest.raises(UserError, match=r"data\.train_split='train.* has no object to train on"):
+      data.check_trainable(coco)
+  for split in ("val", "train+val"):
+    coco.train_split = split
+    data.check_trainable(coco)
+
+
+def test_categories_without_objects_are_named(tmp_path, caplog):
+  source = tmp_path / "source"
+  content = write_coco(source)
+  content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 90]
+  (source / "annotations/instances_train2017.json").write_text(json.dumps(content))
+  with caplog.at_level("WARNING"):
+    data.prepare(config("coco", tmp_path / "data", source=str(source)))
+  assert "prepare train: no object of 1 of 2 categories: ant" in caplog.text
+  assert "prepare val" not in caplog.text
 
 
 def test_many_skipped_are_named_ten_times_and_counted(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pathlib
 import struct
 import zlib
@@ -191,13 +192,15 @@ def folder(tmp_path):
   )
 
 
-def test_folders_of_the_user(folder):
+def test_folders_of_the_user(folder, caplog):
   data.prepare(folder)
   info = data.info(folder)
   assert info.class_names == ("sky", "road", "car") and info.num_classes == 3
   assert info.num_images == {"train": 4, "val": 4}
   assert info.category_names == () and info.swaps == ()
   assert info.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+  folder_of_images = pathlib.Path(folder.source) / "images" / "train"
+  assert f"{folder_of_images}: 4 images; passed over: 1 .txt, 1 hidden" in caplog.messages
   found = list(images(folder, "train"))
   assert [name for name, _, _ in found] == ["0.jpg", "1.png", "2.JPEG", "3.jpg"]
   for i, (_, _, label_HW) in enumerate(found):
@@ -206,6 +209,15 @@ def test_folders_of_the_user(folder):
     np.testing.assert_array_equal(label_HW, np.where(ids_HW == 9, 255, ids_HW))
   ids = [Reader(folder, split).read(i).image_id for split in ("train", "val") for i in range(4)]
   assert ids == list(range(1, 9))
+
+
+def test_label_files_without_an_image_are_counted(folder, caplog):
+  labels = pathlib.Path(folder.source) / "labels" / "train"
+  for name in ("8.png", "7.png"):
+    (labels / name).write_bytes(b"")
+  data.prepare(folder)
+  line = f"{labels}: 2 label files have no image, such as {labels / '7.png'}"
+  assert [message for message in caplog.messages if "have no image" in message] == [line]
 
 
 def test_classes_without_names_are_numbered(folder):
@@ -223,6 +235,17 @@ def test_classes_without_names_are_numbered(folder):
     ({"num_classes": 2, "class_names": ("a", "b", "c")}, "num_classes=2 .* which is 3"),
     ({"num_classes": 3, "void": 2}, "data.builder.void=2 must be -1, or from 3 .* to 255"),
     ({"num_classes": 3, "color": 2}, "data.builder: .*color"),
+    ({"num_classes": 3.0}, "data.builder.num_classes=3.0 must be an integer"),
+    ({"num_classes": "3"}, "data.builder.num_classes='3' must be an integer"),
+    ({"num_classes": 3, "void": True}, "data.builder.void=True must be an integer"),
+    ({"class_names": "sky"}, "data.builder.class_names='sky' must be a list of names"),
+    ({"class_names": ("bg", "water", "water")}, r"class_names\[2\]: 'water' is given twice"),
+    ({"class_names": ("bg", "")}, r"class_names\[1\]: '' must be a string that is not empty"),
+    ({"class_names": ("bg", 1)}, r"class_names\[1\]: 1 must be a string"),
+    (
+      {"class_names": ("bg", "\ud800")},
+      r"class_names\[1\]: '\\ud800' has a character that is not text",
+    ),
     ({"num_classes": 3, "splits": ("train", "minival")}, "images/minival: no such folder"),
     ({"num_classes": 3, "splits": ("train+val",)}, "'train.val' cannot name a split"),
   ],
@@ -258,6 +281,117 @@ def _jpeg_label():
   return file.getvalue()
 
 
+def _set_labels(folder, split, values):
+  """Writes the same label file for each image of a split: a column of pixels for each value, or more."""
+  label_HW = np.resize(np.array(values, np.uint8), (HEIGHT, WIDTH))
+  for file in (pathlib.Path(folder.source) / "labels" / split).iterdir():
+    file.write_bytes(_png(label_HW))
+
+
+@pytest.mark.parametrize(
+  ("classes", "train", "val", "words"),
+  [
+    (
+      2,
+      [0, 255],
+      [0, 255],
+      "of split train have no class but 0 ('0'); their other pixels, 50%, are void (255)",
+    ),
+    (1, [0, 255], [0, 255], "of split train have no class but 0 ('0')"),
+    (2, [1, 255, 255], [0, 1], "of split train have no class but 1 ('1'); their other pixels, 67%"),
+    (2, [0, 1], [0, 255, 255], "of split val have no class but 0 ('0'); their other pixels, 67%"),
+    (
+      5,
+      [0, 255],
+      [0, 0, 255],
+      "of all splits have no class but 0 ('0'); their other pixels, 42%",
+    ),
+  ],
+)
+def test_masks_of_0_and_255_are_never_prepared(folder, classes, train, val, words):
+  _set_labels(folder, "train", train)
+  _set_labels(folder, "val", val)
+  folder.builder = {"num_classes": classes}
+  with pytest.raises(UserError) as raised:
+    data.prepare(folder)
+  message = str(raised.value)
+  assert words in message
+  number = {1: "0 and 1, with data.builder.num_classes=2", 2: "1 instead", 5: "1 instead"}[classes]
+  number = "0 instead" if train[0] == 1 else number
+  assert message.endswith(f"if they are a second class, write {number}")
+  assert message.startswith(folder.source) and "\n" not in message
+  assert not data.is_prepared(folder)
+
+
+def test_masks_of_0_and_1_are_not_those_of_ade20k(tmp_path):
+  """There, 0 is void and 1 the first class."""
+  root = tmp_path / "ade"
+  for kind, pixels in (("images", (HEIGHT, WIDTH, 3)), ("annotations", (HEIGHT, WIDTH))):
+    (root / kind / "training").mkdir(parents=True)
+    png = _png(np.resize(np.array([0, 1], np.uint8), pixels))
+    (root / kind / "training/0.png").write_bytes(png)
+  config = label_config("ade20k", tmp_path / "d", source=str(root), builder={"splits": ("train",)})
+  with pytest.raises(
+    UserError, match=r"no class but 1 \('wall'\); their .*, 50%, are void \(0\) .* write 2 instead"
+  ):
+    data.prepare(config)
+
+
+@pytest.mark.parametrize(
+  ("train", "val", "warning", "error"),
+  [
+    ([255], [0, 1, 2], "prepare train: no pixel of the label files has a class", "0 of 3 classes"),
+    (
+      [0],
+      [0, 1, 2],
+      "prepare train: no label file has a pixel of 2 of 3 classes: 1, 2",
+      "1 of 3 classes",
+    ),
+    (
+      [0, 1],
+      [0, 1, 255],
+      "prepare train: no label file has a pixel of 1 of 3 classes: 2",
+      "no label file has a pixel of 1 of 3 classes: 2; correct data.builder.num_classes",
+    ),
+    ([0, 1, 2], [255], "prepare val: no pixel of the label files has a class", None),
+    ([0, 1], [2], "prepare train: no label file has a pixel of 1 of 3 classes: 2", None),
+  ],
+)
+def test_label_files_without_a_class(folder, train, val, warning, error, caplog):
+  _set_labels(folder, "train", train)
+  _set_labels(folder, "val", val)
+  folder.builder = {"num_classes": 3}
+  with caplog.at_level("WARNING"):
+    data.prepare(folder)
+  assert warning in caplog.text
+  if error is None:
+    data.check_trainable(folder)
+    return
+  for split in ("train", "train[:2]"):
+    folder.train_split = split
+    with pytest.raises(UserError, match=error) as raised:
+      data.check_trainable(folder)
+    assert "prepare again, in another data.data_dir" in str(raised.value)
+
+
+def test_complete_label_files_need_no_warning(folder, caplog):
+  with caplog.at_level("WARNING", "absl"):
+    data.prepare(folder)
+  assert "class" not in caplog.text
+  data.check_trainable(folder)
+
+
+def test_file_names_that_are_not_utf8(folder):
+  root = pathlib.Path(folder.source)
+  for kind, ending in (("images", "jpg"), ("labels", "png")):
+    (root / kind / f"train/0.{ending}").rename(root / kind / f"train/\udcff.{ending}")
+  with pytest.raises(
+    UserError, match=r"images/train: file name .* is not UTF-8: '\\udcff.jpg'"
+  ) as raised:
+    data.prepare(folder)
+  str(raised.value).encode()
+
+
 BAD["jpeg"] = (_jpeg_label(), "labels must be a PNG, this is JPEG")
 
 
@@ -272,6 +406,7 @@ def test_bad_labels_raise_or_are_skipped(folder, bad, caplog):
   with pytest.raises(UserError, match=message) as error:
     data.prepare(folder)
   assert str(label) in str(error.value) and "\n" not in str(error.value)
+  assert "BytesIO" not in str(error.value)
   assert "data.skip_bad=True" in str(error.value)
   assert not data.is_prepared(folder)
 
@@ -293,6 +428,15 @@ def test_bad_images_raise(folder):
   with pytest.raises(UserError, match=rf"{image}: image is broken: undecodable image"):
     data.prepare(folder)
   assert not data.is_prepared(folder)
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_named_pipes_are_not_opened(kind, folder):
+  file = pathlib.Path(folder.source) / kind / "val" / "1.png"
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(UserError, match=rf"{file}: {kind[:5]}.* cannot be read: not a regular file"):
+    data.prepare(folder)
 
 
 def test_a_split_without_a_good_image_raises(folder):
@@ -325,6 +469,13 @@ def test_a_list_that_names_a_missing_image_raises(tmp_path):
   config = label_config("voc2012", tmp_path / "d", source=str(root), builder={"splits": ("train",)})
   with pytest.raises(UserError, match=r"JPEGImages/2007_000032.jpg: image cannot be read"):
     data.prepare(config)
+  for text, message in (
+    (b"a\xff", "train.txt: not a readable text file"),
+    (b"a\0", r"not UTF-8: 'a\\x00.jpg'"),
+  ):
+    (root / "ImageSets/Segmentation/train.txt").write_bytes(text)
+    with pytest.raises(UserError, match=message):
+      data.prepare(config)
   (root / "ImageSets/Segmentation/train.txt").write_text("")
   with pytest.raises(UserError, match="split train has no image"):
     data.prepare(config)

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from fpt_jax import data
 from fpt_jax.data import transforms
 from fpt_jax.data.prepared import Reader
-from fpt_jax.data.records.images import decode_image
+from fpt_jax.data.records.images import Picture, decode_image
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches
 from tests.data_sets import config, write_coco
@@ -216,8 +216,10 @@ def test_the_error_of_a_damaged_image_names_its_record(coco, tmp_path, monkeypat
   path.write_bytes(path.read_bytes()[:-100])
   with monkeypatch.context() as patch:
     patch.setattr(
-      "fpt_jax.data.datasets.coco.decode_image",
-      lambda content: np.zeros(((40, 20) if b"PNG" in content else (20, 40)) + (3,), np.uint8),
+      "fpt_jax.data.datasets.coco.decode_picture",
+      lambda content, exif: Picture(
+        np.zeros(((40, 20) if b"PNG" in content else (20, 40)) + (3,), np.uint8), 1, "JPEG"
+      ),
     )
     broken = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
     data.prepare(broken)

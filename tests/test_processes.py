@@ -1,0 +1,61 @@
+"""Two processes train as one, stop together, and report what is missing."""
+
+import re
+import signal
+import socket
+
+import pytest
+
+import fpt_jax
+from tests.runs import command, config_file, error_lines, losses_by_step, succeed
+from tests.test_train import wait_for_step
+
+
+def two(*flags: str):
+  """Starts two processes that share the devices of both."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+  return [command(*flags, JAX_PROCESS_ID=str(i), **common) for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(tmp_path):
+  file = config_file(tmp_path, steps=4000, checkpoint__every_steps=2000)
+  workdir = tmp_path / "two"
+  processes = two(f"--config={file}", f"--workdir={workdir}")
+  wait_for_step(workdir, 3, processes[0])
+  processes[1].send_signal(signal.SIGTERM)
+  steps = set()
+  for process in processes:
+    (line,) = error_lines(process)
+    assert process.returncode == 2
+    steps.add(int(re.search(r"stopped by a signal; step (\d+) is saved", line)[1]))
+  (step,) = steps
+  assert fpt_jax.restore(str(workdir)).step == step
+  assert not (workdir / "running.lock").exists()
+  file = config_file(tmp_path, steps=3)
+  one = tmp_path / "one"
+  succeed(command(f"--config={file}", f"--workdir={one}"))
+  found, expected = losses_by_step(workdir), losses_by_step(one)
+  for name, value in expected[1].items():
+    assert found[1][name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("variables", "message"),
+  [
+    ({}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in every process"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "must be less than JAX_NUM_PROCESSES=2"),
+    ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two must be a number"),
+  ],
+)
+def test_incomplete_variables_are_reported(variables, message, tmp_path):
+  process = command(
+    "--config=configs/coco_mask.py:demo", f"--workdir={tmp_path}",
+    JAX_COORDINATOR_ADDRESS="localhost:1", **variables,
+  )  # fmt: skip
+  (line,) = error_lines(process)
+  assert process.returncode == 2 and message in line

@@ -1,7 +1,15 @@
 """Data sets: prepared once as records, read at random, and assembled into batches."""
 
 from fpt_jax.data.loader import Batches
-from fpt_jax.data.prepared import DatasetInfo, Reader, info, is_prepared, num_images, prepare
+from fpt_jax.data.prepared import (
+  DatasetInfo,
+  Reader,
+  examples,
+  info,
+  is_prepared,
+  num_images,
+  prepare,
+)
 from fpt_jax.data.records.label_map import VOID
 
 __all__ = [
@@ -9,6 +17,7 @@ __all__ = [
   "Batches",
   "DatasetInfo",
   "Reader",
+  "examples",
   "info",
   "is_prepared",
   "num_images",

@@ -4,11 +4,12 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data.datasets import coco_json
+from fpt_jax.data.datasets import coco_json, inputs
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   absolute,
@@ -59,18 +60,23 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     images: str = "",
     skip_bad: bool = False,
   ):
-    self._source = absolute(source)
+    self.source = absolute(source)
+    self.root = pathlib.Path(self.source) if source else None
+    self.options: dict[str, object] = {"data.skip_bad": skip_bad}
+    self.paths: dict[str, object] = {}
     self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
     if self._is_single:
       _check_single_file(source, splits, annotations, images)
       pair = absolute(annotations), absolute(images)
-      self._source = f"{pair[0]} and {pair[1]}"
+      self.source, self.root = f"{pair[0]} and {pair[1]}", pathlib.Path("/")
       self._files = {"train": pair, "val": pair}
       name = pathlib.Path(annotations).stem
-      data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self._source.encode()):08x}")
+      data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self.source.encode()):08x}")
     else:
       self._files = _files_of_splits(splits) if splits else dict(OFFICIAL_SPLITS)
+      self.options["data.builder.splits"] = sorted(self._files)
+      self.paths["data.builder.splits"] = self._files
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -79,7 +85,9 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       description="Images with instances: boxes, categories and masks.",
       features=instances.features(),
       # the rest is added while the annotation files are read
-      metadata=tfds.core.MetadataDict({"source": self._source, "sizes": {}}),
+      metadata=tfds.core.MetadataDict(
+        {"source": self.source, "sizes": {}, "inputs": inputs.start(self)}
+      ),
       disable_shuffling=True,
     )
 
@@ -87,7 +95,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     if self._is_single:
       root, fields = pathlib.Path(), "data.annotations, data.images"
     else:
-      root, fields = source_folder(self._source), "data.source, data.builder.splits"
+      root, fields = source_folder(self.source), "data.source, data.builder.splits"
     for split, (annotations, images) in self._files.items():
       check_split_name(split)
       if not (root / annotations).is_file():
@@ -114,7 +122,13 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     images = coco_json.index_images(content["images"], bad)
     annotations_of = coco_json.group_annotations(content["annotations"], images, label_of, bad)
     sizes: list[list[int]] = []
+    notes: dict[str, inputs.Note] = {}
     self.info.metadata["sizes"][split] = sizes
+    self.info.metadata["inputs"]["files"][split] = {
+      "paths": (str(annotation_file), str(image_folder)),
+      "annotations": inputs.note(annotation_file),
+      "images": notes,
+    }
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
         with bad.image(image):
@@ -125,10 +139,31 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
               example["objects"].append(_encode_annotation(annotation, label, image, boxes_only))
           yield ordered_key(len(sizes), len(images)), example
           sizes.append([image["height"], image["width"]])
+        if isinstance(image.get("file_name"), str):  # also of a bad image, which may be replaced
+          notes[image["file_name"]] = inputs.note(image_folder / image["file_name"])
         progress.advance()
     bad.report(split)
     if not sizes:
       raise UserError(f"{annotation_file}: field images has no good image; add some")
+
+  def changed_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
+    """See `inputs.Builder.changed_files`."""
+    del moved  # the paths of each split tell
+    found: list[str] = []
+    for split, names in self._files.items():
+      annotations, images = ((self.root or pathlib.Path()) / name for name in names)
+      noted = notes[split]
+      for path, before in zip((annotations, images), noted["paths"], strict=True):
+        if not path.exists() and str(path) == before:
+          inputs.warn_once(f"{path} does not exist any more; its records are used nevertheless")
+        elif not path.exists():
+          found.append(f"{before} was read, now {path}, which does not exist")
+        elif path is annotations:
+          found += inputs.changed_files({split: noted["annotations"]}, {split: path})
+        else:
+          files = {name: path / name for name in noted["images"]}
+          found += inputs.changed_files(noted["images"], files, sample=True)
+    return found
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
     """Adds the categories to the metadata, and returns their labels 1, 2, ... by id."""

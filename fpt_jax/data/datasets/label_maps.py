@@ -4,10 +4,12 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fpt_jax.data.datasets import inputs
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   BadRecords,
@@ -59,6 +61,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     source: folder of the official layout; only preparing needs it.
     splits: splits to prepare; () for those of the layout.
     skip_bad: whether to leave out bad images and label maps, and to name them in the log.
+    options: values of the config that the layout was made from, by field; None for a fixed layout.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -71,19 +74,34 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     source: str = "",
     splits: Sequence[str] = (),
     skip_bad: bool = False,
+    options: Mapping[str, object] | None = None,
   ):
     self._layout = layout
-    self._source = absolute(source)
+    self.source = absolute(source)
+    self.root = pathlib.Path(self.source) if source else None
     if isinstance(splits, str) or not all(isinstance(split, str) for split in splits):
       raise UserError(f"data.builder.splits={splits!r} must be names, such as ('train', 'val')")
     self._splits = tuple(splits) or layout.splits
     self._skip_bad = skip_bad
     self._images = 0
+    if options is None:  # JSON has no integers as keys
+      classes = sorted(layout.class_of_id.items())
+      options = {
+        "the layout's class_names": layout.class_names,
+        "the layout's class_of_id": classes,
+      }
+    self.options: dict[str, object] = {
+      "data.builder.splits": self._splits,
+      "data.skip_bad": skip_bad,
+      **options,
+    }
+    self.paths: dict[str, object] = {}
     super().__init__(data_dir=os.path.join(data_dir, layout.name), file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
     metadata = {
-      "source": self._source,
+      "source": self.source,
+      "inputs": inputs.start(self),
       "class_names": self._layout.class_names,
       "palette": self._layout.palette,
       "swaps": self._layout.swaps,
@@ -98,7 +116,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-    root = source_folder(self._source)
+    root = source_folder(self.source)
     pairs = {}
     for split in self._splits:
       check_split_name(split)
@@ -109,7 +127,9 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split: str, pairs: Pairs) -> Iterator[tuple[int, dict]]:
     sizes: list[list[int]] = []
+    notes: dict[str, dict[str, inputs.Note]] = {"images": {}, "labels": {}}
     self.info.metadata["sizes"][split] = sizes
+    self.info.metadata["inputs"]["files"][split] = notes
     bad = BadRecords(skip=self._skip_bad)
     with Progress(f"prepare {split}", len(pairs)) as progress:
       for image_file, label_file in pairs:
@@ -118,10 +138,37 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
           example = _encode(image_file, label_file, self._images, self._layout.class_of_id)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
+        for kind, file in (("images", image_file), ("labels", label_file)):
+          notes[kind][self._name(file)] = inputs.note(file)
         progress.advance()
     bad.report(split)
     if not sizes:
-      raise UserError(f"{self._source}: split {split} has no good image; add some")
+      raise UserError(f"{self.source}: split {split} has no good image; add some")
+
+  def changed_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
+    """See `inputs.Builder.changed_files`.
+
+    Raises:
+      UserError: a folder or list is missing in another source than the one that was prepared.
+    """
+    found: list[str] = []
+    for split in self._splits:
+      try:
+        pairs = self._layout.pairs(pathlib.Path(self.source), split)
+      except UserError as error:
+        if moved:
+          raise
+        inputs.warn_once(f"{error}; the records of split {split} are used nevertheless")
+        continue
+      for kind, files in zip(("images", "labels"), zip(*pairs, strict=True), strict=False):
+        paths = {self._name(file): file for file in files}
+        found += inputs.changed_files(notes[split][kind], paths, sample=kind == "images")
+      if not pairs:
+        found.append(f"split {split} has no image any more")
+    return found
+
+  def _name(self, file: pathlib.Path) -> str:
+    return pathlib.Path(os.path.relpath(file, self.source)).as_posix()
 
 
 def _encode(

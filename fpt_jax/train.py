@@ -43,15 +43,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
   task = task_of(config)
   if not data.is_prepared(config.data):
     data.prepare(config.data)
-  task.adopt_classes(config, data.info(config.data))
+  adopt_classes(config, workdir)
   first_host = jax.process_index() == 0
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
   mesh = sharding.mesh(config.batch_size)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
-  if has_config(workdir):
-    check_same_model(read_config(workdir), config, workdir, task.NOT_OF_THE_WEIGHTS)
   if first_host:
     write_config(workdir, config)
   trained = optim.trainable(config, structure.parameters())
@@ -144,6 +142,27 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results
+
+
+def adopt_classes(config: ConfigDict, workdir: str) -> None:
+  """Takes the classes that a config does not name from its data set.
+
+  The classes of a run that is in `workdir` already keep their names; those of the data set are matched with
+  them.
+
+  Raises:
+    UserError: the data set does not fit the config, or the run in `workdir` has another model or other
+      classes.
+  """
+  task = task_of(config)
+  dataset = data.info(config.data)
+  unnamed = [field for field in task.FROM_DATA if not config.model[field]]
+  task.adopt_classes(config, dataset)
+  if has_config(workdir):
+    saved = read_config(workdir)
+    check_same_model(saved, config, workdir, task.NOT_OF_THE_WEIGHTS)
+    config.model.update({field: saved.model[field] for field in unnamed if saved.model[field]})
+    task.adopt_classes(config, dataset)
 
 
 def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer_state) -> dict:

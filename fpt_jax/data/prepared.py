@@ -270,7 +270,13 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
       "prepare on the local disk"
     )
   arguments = {name: value for name, value in data.builder.to_dict().items() if value is not None}
-  if data.name != "context_shapes":  # it is drawn, not read
+  if data.name == "context_shapes":
+    if data.source:
+      raise UserError(
+        f"data.source={data.source}: the images of data.name='context_shapes' are drawn, not read; leave it "
+        "empty, or choose another data.name"
+      )
+  else:
     arguments |= {"source": data.source, "skip_bad": data.skip_bad}
   if "annotations" in data:
     paths = {field: data[field] for field in ("annotations", "images") if data[field]}

@@ -71,6 +71,22 @@ def test_classes_are_matched_by_name():
     segmentation.adopt_classes(config, DatasetInfo(("cat",), (1,), {}))
 
 
+def test_names_may_differ_in_case_and_spaces():
+  config = run_config({"name": "mine"}, **{"model.class_names": ("Bus ", "CAR", "sky")})
+  segmentation.adopt_classes(config, DATASET)
+  assert class_table(config, DATASET)[:3].tolist() == [2, 1, 0]
+  # an equal name comes first
+  similar = DatasetInfo((), (), {}, ("Car", "car"))
+  config.model.class_names = ("car", "Car", "bus")
+  assert class_table(config, similar)[:2].tolist() == [1, 0]
+  config.model.class_names = ("car", "van", "bus")
+  with pytest.raises(UserError, match=r"\['Car', 'car'\] are both the model's class 'car'"):
+    class_table(config, similar)
+  config.model.class_names = ("CAR", "cAR", "bus")
+  with pytest.raises(UserError, match=r"classes \['Car', 'car'\] that the model does not have"):
+    class_table(config, similar)
+
+
 @pytest.mark.parametrize("weights", [(1.0,) * 2, (1.0, 0.0, 1.0)])
 def test_class_weights_must_be_positive_and_one_per_class(weights):
   config = run_config({"name": "mine"}, **{"model.class_weights": weights})

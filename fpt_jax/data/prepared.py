@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS, inputs
-from fpt_jax.data.datasets.context_shapes import ContextShapes
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
@@ -302,17 +301,19 @@ def _prepared_builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBas
 
 def _check_inputs(builder: tfds.core.GeneratorBasedBuilder) -> None:
   """Raises UserError if records were prepared from other inputs, or with other options."""
-  if isinstance(
-    builder, ContextShapes
-  ):  # drawn, not read; each combination of options has its folder
+  # a builder without them reads no files, and has a folder for each combination of its options
+  if not hasattr(builder, "changed_files"):
     return
   if any(reader.has_inputs_of(builder) for reader in list(Reader._open)):
     return
   found = inputs.changes(builder)
   if found:
     more = f"; and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
+    made_from = "other inputs"
+    if builder.source and builder.source != builder.info.metadata["source"]:
+      made_from = f"{builder.info.metadata['source']}, not from data.source={builder.source}"
     raise UserError(
-      f"data.data_dir: {builder.data_dir} was prepared from other inputs: "
+      f"data.data_dir: {builder.data_dir} was prepared from {made_from}: "
       f"{'; '.join(found[:_SHOWN_CHANGES])}{more}; delete this folder to prepare it again, or choose "
       "another data.data_dir"
     )

@@ -161,7 +161,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
         elif path is annotations:
           found += inputs.changed_files({split: noted["annotations"]}, {split: path})
         else:
-          files = {name: path / name for name in noted["images"]}
+          files = {name: os.path.join(path, name) for name in noted["images"]}
           found += inputs.changed_files(noted["images"], files, sample=True)
     return found
 

@@ -53,7 +53,7 @@ def start(builder: Builder) -> dict[str, Any]:
   return {"options": _plain(builder.options), "paths": _plain(builder.paths), "files": {}}
 
 
-def note(path: pathlib.Path) -> Note:
+def note(path: str | pathlib.Path) -> Note:
   """Returns the note of a file; None unless it is a regular file that can be read."""
   status = _status(path)
   try:
@@ -80,19 +80,19 @@ def changes(builder: Builder) -> list[str]:
       "changes of them are not noticed until the folder is deleted and prepared again"
     )
     found = _changed_values(_options_of_earlier_versions(builder), builder.options)
-    return [*found, f"data.source was {made_from}, now {builder.source}"] if moved else found
+    return [*found, "its files cannot be compared"] if moved else found
   found = _changed_values(noted["options"], builder.options)
   if found:
     return found
   if builder.root is None or not builder.root.is_dir():
     if moved:
-      return [f"data.source was {made_from}, now {builder.source}, which does not exist"]
+      return [f"{builder.source} does not exist"]
     return _changed_values(noted["paths"], builder.paths)
   return list(dict.fromkeys(builder.changed_files(noted["files"], moved=moved)))
 
 
 def changed_files(
-  notes: Mapping[str, Note], paths: Mapping[str, pathlib.Path], *, sample: bool = False
+  notes: Mapping[str, Note], paths: Mapping[str, str | pathlib.Path], *, sample: bool = False
 ) -> list[str]:
   """Compares files with their notes.
 
@@ -110,7 +110,7 @@ def changed_files(
     path = paths.get(name)
     now = _status(path) if path else None
     if path is None or now is None:
-      missing += [path or pathlib.Path(name)] if before else []
+      missing += [path or name] if before else []
     elif before is None:
       new.append(path)
     elif now[0] != before[0]:
@@ -135,7 +135,7 @@ def warn_once(message: str) -> None:
   logging.warning("%s", message)
 
 
-def _status(path: pathlib.Path) -> tuple[int, int] | None:
+def _status(path: str | pathlib.Path) -> tuple[int, int] | None:
   """Returns bytes and time of a regular file.
 
   The time is st_ctime: unlike st_mtime, nothing sets it back, such as the dates in an archive.
@@ -147,7 +147,7 @@ def _status(path: pathlib.Path) -> tuple[int, int] | None:
   return (status.st_size, status.st_ctime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def _digest(path: str, size: int, time: int) -> str:
   """Returns the digest of a file's content; read again only if its size or time has changed."""
   del size, time
@@ -192,7 +192,7 @@ def _shown(value: object) -> str:
   return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _sentence(paths: Sequence[pathlib.Path], one: str, many: str) -> list[str]:
+def _sentence(paths: Sequence[str | pathlib.Path], one: str, many: str) -> list[str]:
   if len(paths) < 2:
     return [f"{path} {one}" for path in paths]
   return [f"{paths[0]} and {len(paths) - 1} more files {many}"]

@@ -237,7 +237,8 @@ def test_a_source_that_is_not_there(coco, folder, tmp_path):
   for config_data in (coco, folder):
     assert data.info(config_data).num_images["val"] > 0  # its own source is gone: records suffice
     config_data.source = str(tmp_path / "nowhere")
-    assert_refused(config_data, "now ", "nowhere, which does not exist")
+    words = f"prepared from {tmp_path}/source, not from data.source={tmp_path}/nowhere: "
+    assert_refused(config_data, f"{words}{tmp_path}/nowhere does not exist")
     config_data.source = ""
     assert data.info(config_data).num_images["val"] > 0
 
@@ -274,7 +275,7 @@ def test_records_of_an_earlier_version(folder, tmp_path, caplog):
   assert_refused(folder, "data.builder.splits was ['train', 'val'], now ['val']")
   folder.builder = {"num_classes": 2}
   folder.source = str(tmp_path)
-  assert_refused(folder, f"data.source was {tmp_path}/source, now {tmp_path}")
+  assert_refused(folder, f"{tmp_path}/source, not from data.source={tmp_path}: its files cannot be")
 
 
 def test_an_edit_during_a_training_does_not_stop_its_evaluation(coco, tmp_path):

@@ -70,8 +70,8 @@ def _train(
   check_writable(run_folder(workdir) / "eval")
   if not data.is_prepared(config.data):
     data.prepare(config.data)
+  adopt_classes(config, workdir)
   data.check_trainable(config.data)
-  task.adopt_classes(config, data.info(config.data))
   first_host = jax.process_index() == 0
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
@@ -79,8 +79,6 @@ def _train(
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
   before = read_config(workdir) if has_config(workdir) else None
-  if before is not None:
-    check_same_model(before, config, workdir, task.NOT_OF_THE_WEIGHTS)
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
@@ -197,6 +195,27 @@ def _train(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results
+
+
+def adopt_classes(config: ConfigDict, workdir: str) -> None:
+  """Takes the classes that a config does not name from its data set.
+
+  The classes of a run that is in `workdir` already keep their names; those of the data set are matched with
+  them.
+
+  Raises:
+    UserError: the data set does not fit the config, or the run in `workdir` has another model or other
+      classes.
+  """
+  task = task_of(config)
+  dataset = data.info(config.data)
+  unnamed = [field for field in task.FROM_DATA if not config.model[field]]
+  task.adopt_classes(config, dataset)
+  if has_config(workdir):
+    saved = read_config(workdir)
+    check_same_model(saved, config, workdir, task.NOT_OF_THE_WEIGHTS)
+    config.model.update({field: saved.model[field] for field in unnamed if saved.model[field]})
+    task.adopt_classes(config, dataset)
 
 
 def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer_state) -> dict:

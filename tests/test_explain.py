@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fpt_jax import models
+from fpt_jax.data.datasets import context_shapes
 from fpt_jax.errors import UserError
 from fpt_jax.explain import Map, explain, parsed_points, share_on
 from fpt_jax.restored import Restored
@@ -19,7 +20,7 @@ from tests.runs import tiny_config, tiny_segmentation_config
 def untrained(config):
   detection_model = config.model.name == "rcnn"
   config.model.num_classes = 6 if detection_model else 7
-  names = ("circle", "square", "striped", "checked", "of circle", "of square")
+  names = context_shapes.CATEGORIES
   if detection_model:
     config.model.update(dict(category_ids=(1, 2, 3, 4, 5, 6), category_names=names))
   else:

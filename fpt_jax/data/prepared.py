@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import io
 import os
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import ml_collections
 import numpy as np
@@ -11,13 +14,16 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS
-from fpt_jax.data.datasets.checks import absolute, listed
+from fpt_jax.data.datasets import BUILDERS, LABEL_MAPS, inputs
+from fpt_jax.data.datasets.checks import listed
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError, one_line
+from fpt_jax.ops import masks
 from fpt_jax.run.folder import check_writable, is_full_disk
+
+_SHOWN_CHANGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +62,12 @@ def prepare(data: ml_collections.ConfigDict) -> None:
 
   Raises:
     UserError: something in the source is missing or bad, or the records cannot be written; no files are left
-      behind.
+      behind. Or the records exist, and what they were prepared from, or the options, are not those of the
+      config.
   """
   builder = _builder(data)
   if builder.is_prepared():
-    _check_source(data, builder)
+    _check_inputs(builder)
     logging.info("already prepared: %s; delete the folder to prepare it again", builder.data_dir)
     return
   if os.path.exists(builder.data_dir):
@@ -83,7 +90,7 @@ def prepare(data: ml_collections.ConfigDict) -> None:
 
 
 def is_prepared(data: ml_collections.ConfigDict) -> bool:
-  """Returns whether the records of a data set are complete and can be read."""
+  """Returns whether a data set has complete records; `info` checks what they were prepared from."""
   return _builder(data).is_prepared()
 
 
@@ -91,7 +98,7 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
   """Describes a prepared data set.
 
   Raises:
-    UserError: the data set is not prepared.
+    UserError: the data set is not prepared, or was prepared from other inputs or with other options.
   """
   builder = _prepared_builder(data)
   metadata = builder.info.metadata
@@ -162,6 +169,57 @@ def num_images(data: ml_collections.ConfigDict, split: str) -> int:
   return len(reader)
 
 
+def examples(data: ml_collections.ConfigDict, split: str) -> Iterator[dict[str, Any]]:
+  """Reads the images of a prepared split and what is known about them, in NumPy arrays.
+
+  Args:
+    data: the config's `data`.
+    split: a split in TFDS syntax, such as "val" or "train[:8]".
+
+  Returns:
+    An iterator over dictionaries, one per image in the order of the split, of
+      image: uint8 RGB [H, W, 3], upright.
+      image_id: int, id of the image in the data set; its number if the data set has no ids.
+      file_name: str, name of the image file.
+    of data sets with instances also
+      boxes_xyxy: float32 [N, 4], (x0, y0, x1, y1) in pixels of `image`.
+      category_ids: int64 [N], as in the annotation file.
+      is_crowd: bool [N].
+      masks: bool [N, H, W]; whole boxes if the annotations have no masks.
+    and of all other data sets
+      label_map: uint8 [H, W], classes 0, 1, ..., and 255 for pixels without a class.
+
+  Raises:
+    UserError: the data are not prepared, or do not have the split; on iteration, a record cannot be read.
+  """
+  category_ids = np.array(info(data).category_ids, np.int64)
+  return _examples(Reader(data, split), category_ids)
+
+
+def _examples(reader: "Reader", category_ids: np.ndarray) -> Iterator[dict[str, Any]]:
+  with contextlib.closing(reader):
+    for index in range(len(reader)):
+      record = reader.read(index)
+      example = {
+        "image": np.require(reader.decode(index, record), requirements="W"),
+        "image_id": record.image_id,
+        "file_name": record.file_name,
+      }
+      if isinstance(record, LabelRecord):
+        yield example | {"label_map": reader.decode_label(index, record)}
+        continue
+      masks_NHW = np.zeros((len(record.boxes), *record.size), bool)
+      for mask_HW, annotation in zip(masks_NHW, record.annotations, strict=True):
+        segmentation = instances.decode_annotation(annotation)["segmentation"]
+        mask_HW[:] = masks.rasterize(segmentation, *record.size)
+      yield example | {
+        "boxes_xyxy": record.boxes,
+        "category_ids": category_ids[record.labels - 1],
+        "is_crowd": record.crowd,
+        "masks": masks_NHW,
+      }
+
+
 class Reader:
   """Random access to the records of a split.
 
@@ -176,6 +234,10 @@ class Reader:
   Raises:
     UserError: the data set is not prepared, or does not have the split.
   """
+
+  # what these were prepared from is not checked again while they are open: whoever edits an annotation
+  # file during a long training does not stop it at the next evaluation
+  _open: ClassVar[weakref.WeakSet["Reader"]] = weakref.WeakSet()
 
   def __init__(self, data: ml_collections.ConfigDict, split: str):
     builder = _prepared_builder(data)
@@ -199,6 +261,8 @@ class Reader:
       for i in range(splits[part.splitname].num_examples)[part.from_ : part.to]
     ]
     self.sizes_N2 = np.array([metadata["sizes"][name][i] for name, i in self._places])
+    self._builder = builder
+    Reader._open.add(self)
 
   def __len__(self) -> int:
     return len(self._places)
@@ -231,8 +295,27 @@ class Reader:
         "--mode=prepare"
       ) from error
 
+  def has_inputs_of(self, builder: tfds.core.GeneratorBasedBuilder) -> bool:
+    """Returns whether another builder reads the same records with the same source and options."""
+    mine = self._builder
+    return all(
+      getattr(mine, name, None) == getattr(builder, name, None)
+      for name in ("data_dir", "source", "options", "paths")
+    )
+
+  def decode_label(self, index: int, record: LabelRecord) -> np.ndarray:
+    """Returns the record's label map, uint8 [height, width]."""
+    try:
+      return label_map.decode(record)
+    except ValueError as error:
+      raise UserError(
+        f"{self.name(index)}, {record.file_name}: labels: {error}; delete the folder and run "
+        "--mode=prepare"
+      ) from error
+
   def close(self) -> None:
     """Closes the files."""
+    Reader._open.discard(self)
     self._records.__exit__(None, None, None)
 
 
@@ -246,7 +329,13 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
       "prepare on the local disk"
     )
   arguments = {name: value for name, value in data.builder.to_dict().items() if value is not None}
-  if data.name != "context_shapes":  # it is drawn, not read
+  if data.name == "context_shapes":
+    if data.source:
+      raise UserError(
+        f"data.source={data.source}: the images of data.name='context_shapes' are drawn, not read; leave it "
+        "empty, or choose another data.name"
+      )
+  else:
     arguments |= {"source": data.source, "skip_bad": data.skip_bad, "exif": data.exif}
   if "annotations" in data:
     paths = {field: data[field] for field in ("annotations", "images") if data[field]}
@@ -266,23 +355,25 @@ def _prepared_builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBas
   builder = _builder(data)
   if not builder.is_prepared():
     raise UserError(f"data.data_dir: {builder.data_dir} is not prepared; run --mode=prepare")
-  _check_source(data, builder)
+  _check_inputs(builder)
   return builder
 
 
-def _check_source(
-  data: ml_collections.ConfigDict, builder: tfds.core.GeneratorBasedBuilder
-) -> None:
-  made_from = builder.info.metadata["source"]
-  source = absolute(data.source)
-  if source and source != made_from:
+def _check_inputs(builder: tfds.core.GeneratorBasedBuilder) -> None:
+  """Raises UserError if records were prepared from other inputs, or with other options."""
+  # a builder without them reads no files, and has a folder for each combination of its options
+  if not hasattr(builder, "changed_files"):
+    return
+  if any(reader.has_inputs_of(builder) for reader in list(Reader._open)):
+    return
+  found = inputs.changes(builder)
+  if found:
+    more = f"; and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
+    made_from = "other inputs"
+    if builder.source and builder.source != builder.info.metadata["source"]:
+      made_from = f"{builder.info.metadata['source']}, not from data.source={builder.source}"
     raise UserError(
-      f"data.data_dir: {builder.data_dir} was prepared from {made_from}, not from "
-      f"data.source={source}; choose another data.data_dir"
-    )
-  exif = builder.info.metadata.get("exif", data.exif)
-  if exif != data.exif:
-    raise UserError(
-      f"data.data_dir: {builder.data_dir} was prepared with data.exif={exif!r}, not "
-      f"{data.exif!r}; choose another data.data_dir, or delete the folder to prepare it again"
+      f"data.data_dir: {builder.data_dir} was prepared from {made_from}: "
+      f"{'; '.join(found[:_SHOWN_CHANGES])}{more}; delete this folder to prepare it again, or choose "
+      "another data.data_dir"
     )

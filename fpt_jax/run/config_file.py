@@ -102,8 +102,8 @@ def config_of_run(
   Args:
     workdir: folder of the run.
     config: None for the run's own config.
-    from_data: fields of `model` that a run takes from its data set. They are copied from the run if
-      `config` leaves the first of them empty.
+    from_data: fields of `model` that a run takes from its data set. Those that `config` leaves empty are
+      copied from the run; all of them, if the first is empty.
     not_of_the_weights: see `check_same_model`.
 
   Raises:
@@ -112,9 +112,10 @@ def config_of_run(
   saved = read_config(workdir)
   if config is None:
     return saved
-  same_task = saved.model.name == config.model.name
-  if same_task and not config.model[from_data[0]]:
-    config.model.update({name: saved.model[name] for name in from_data})
+  if saved.model.name == config.model.name:
+    named = bool(config.model[from_data[0]])
+    taken = (name for name in from_data if not (named and config.model[name]))
+    config.model.update({name: saved.model[name] for name in taken})
   check_same_model(saved, config, workdir, not_of_the_weights)
   return config
 

@@ -5,11 +5,12 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data.datasets import coco_json
+from fpt_jax.data.datasets import coco_json, inputs
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   ExifChoice,
@@ -64,19 +65,24 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     skip_bad: bool = False,
     exif: str = "apply",
   ):
-    self._source = absolute(source)
+    self.source = absolute(source)
+    self.root = pathlib.Path(self.source) if source else None
+    self.options: dict[str, object] = {"data.skip_bad": skip_bad, "data.exif": exif}
+    self.paths: dict[str, object] = {}
     self._exif = ExifChoice(exif)
     self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
     if self._is_single:
       _check_single_file(source, splits, annotations, images)
       pair = absolute(annotations), absolute(images)
-      self._source = f"{pair[0]} and {pair[1]}"
+      self.source, self.root = f"{pair[0]} and {pair[1]}", pathlib.Path("/")
       self._files = {"train": pair, "val": pair}
       name = pathlib.Path(annotations).stem
-      data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self._source.encode()):08x}")
+      data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self.source.encode()):08x}")
     else:
       self._files = _files_of_splits(splits) if splits else dict(OFFICIAL_SPLITS)
+      self.options["data.builder.splits"] = sorted(self._files)
+      self.paths["data.builder.splits"] = self._files
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -86,7 +92,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       features=instances.features(),
       # the rest is added while the annotation files are read
       metadata=tfds.core.MetadataDict(
-        {"source": self._source, "exif": self._exif.exif, "sizes": {}, "objects": {}}
+        {"source": self.source, "sizes": {}, "objects": {}, "inputs": inputs.start(self)}
       ),
       disable_shuffling=True,
     )
@@ -95,7 +101,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     if self._is_single:
       root, fields = pathlib.Path(), "data.annotations, data.images"
     else:
-      root, fields = source_folder(self._source), "data.source, data.builder.splits"
+      root, fields = source_folder(self.source), "data.source, data.builder.splits"
     for split, (annotations, images) in self._files.items():
       check_split_name(split)
       if not (root / annotations).is_file():
@@ -123,7 +129,13 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     images = coco_json.index_images(content["images"], bad)
     annotations_of = coco_json.group_annotations(content["annotations"], images, label_of, bad)
     sizes: list[list[int]] = []
+    notes: dict[str, inputs.Note] = {}
     self.info.metadata["sizes"][split] = sizes
+    self.info.metadata["inputs"]["files"][split] = {
+      "paths": (str(annotation_file), str(image_folder)),
+      "annotations": inputs.note(annotation_file),
+      "images": notes,
+    }
     counts = _Counts()
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
@@ -136,6 +148,8 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
           counts.add(example["objects"])
           yield ordered_key(len(sizes), len(images)), example
           sizes.append([image["height"], image["width"]])
+        if isinstance(image.get("file_name"), str):  # also of a bad image, which may be replaced
+          notes[image["file_name"]] = inputs.note(image_folder / image["file_name"])
         progress.advance()
     bad.report(split)
     if not sizes:
@@ -147,6 +161,25 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       )
     self.info.metadata["objects"][split] = counts.objects.total()
     counts.report(split, self.info.metadata["category_names"])
+
+  def changed_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
+    """See `inputs.Builder.changed_files`."""
+    del moved  # the paths of each split tell
+    found: list[str] = []
+    for split, names in self._files.items():
+      annotations, images = ((self.root or pathlib.Path()) / name for name in names)
+      noted = notes[split]
+      for path, before in zip((annotations, images), noted["paths"], strict=True):
+        if not path.exists() and str(path) == before:
+          inputs.warn_once(f"{path} does not exist any more; its records are used nevertheless")
+        elif not path.exists():
+          found.append(f"{before} was read, now {path}, which does not exist")
+        elif path is annotations:
+          found += inputs.changed_files({split: noted["annotations"]}, {split: path})
+        else:
+          files = {name: os.path.join(path, name) for name in noted["images"]}
+          found += inputs.changed_files(noted["images"], files, sample=True)
+    return found
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
     """Adds the categories to the metadata, and returns their labels 1, 2, ... by id."""

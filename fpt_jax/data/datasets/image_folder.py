@@ -58,4 +58,9 @@ def builder(
     splits=("train", "val"),
     pairs=_pairs,
   )
-  return label_maps.LabelMaps(layout, **arguments)
+  options = {
+    "data.builder.num_classes": len(names),
+    "data.builder.class_names": names,
+    "data.builder.void": void,
+  }
+  return label_maps.LabelMaps(layout, options=options, **arguments)

@@ -4,11 +4,13 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from fpt_jax.data.datasets import inputs
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   BadRecords,
@@ -73,6 +75,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     splits: splits to prepare; () for those of the layout.
     skip_bad: whether to leave out bad images and label maps, and to name them in the log.
     exif: "apply" if the label maps are of upright images, "ignore" if of the pixels as they are stored.
+    options: values of the config that the layout was made from, by field; None for a fixed layout.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -86,21 +89,36 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     splits: Sequence[str] = (),
     skip_bad: bool = False,
     exif: str = "apply",
+    options: Mapping[str, object] | None = None,
   ):
     self._layout = layout
     self._exif = ExifChoice(exif)
-    self._source = absolute(source)
+    self.source = absolute(source)
+    self.root = pathlib.Path(self.source) if source else None
     if isinstance(splits, str) or not all(isinstance(split, str) for split in splits):
       raise UserError(f"data.builder.splits={splits!r} must be names, such as ('train', 'val')")
     self._splits = tuple(splits) or layout.splits
     self._skip_bad = skip_bad
     self._images = 0
+    if options is None:  # JSON has no integers as keys
+      classes = sorted(layout.class_of_id.items())
+      options = {
+        "the layout's class_names": layout.class_names,
+        "the layout's class_of_id": classes,
+      }
+    self.options: dict[str, object] = {
+      "data.builder.splits": self._splits,
+      "data.skip_bad": skip_bad,
+      "data.exif": exif,
+      **options,
+    }
+    self.paths: dict[str, object] = {}
     super().__init__(data_dir=os.path.join(data_dir, layout.name), file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
     metadata = {
-      "source": self._source,
-      "exif": self._exif.exif,
+      "source": self.source,
+      "inputs": inputs.start(self),
       "class_names": self._layout.class_names,
       "palette": self._layout.palette,
       "swaps": self._layout.swaps,
@@ -117,7 +135,7 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-    root = source_folder(self._source)
+    root = source_folder(self.source)
     pairs = {}
     for split in self._splits:
       check_split_name(split)
@@ -128,8 +146,10 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split: str, pairs: Pairs) -> Iterator[tuple[int, dict]]:
     sizes: list[list[int]] = []
+    notes: dict[str, dict[str, inputs.Note]] = {"images": {}, "labels": {}}
     self.info.metadata["sizes"][split] = sizes
     pixels_256 = np.zeros(256, np.int64)
+    self.info.metadata["inputs"]["files"][split] = notes
     bad = BadRecords(skip=self._skip_bad)
     with Progress(f"prepare {split}", len(pairs)) as progress:
       for image_file, label_file in pairs:
@@ -141,10 +161,12 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
           pixels_256 += np.bincount(label_HW.ravel(), minlength=256)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
+        for kind, file in (("images", image_file), ("labels", label_file)):
+          notes[kind][self._name(file)] = inputs.note(file)
         progress.advance()
     bad.report(split)
     if not sizes:
-      raise UserError(f"{self._source}: split {split} has no good image; add some")
+      raise UserError(f"{self.source}: split {split} has no good image; add some")
     count = len(self._layout.class_names)
     self.info.metadata["class_pixels"][split] = [
       *pixels_256[:count].tolist(),
@@ -186,10 +208,35 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
       f"write {others[0]} instead" if others else "write 0 and 1, with data.builder.num_classes=2"
     )
     raise UserError(
-      f"{self._source}: the label files of {where} have no class but {numbers[present[0]]} "
+      f"{self.source}: the label files of {where} have no class but {numbers[present[0]]} "
       f"({quoted(names[present[0]])}); their other pixels, {100 * pixels[-1] / pixels.sum():.0f}%, are "
       f"void ({void}) and would be ignored; if they are a second class, {advice}"
     )
+
+  def changed_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
+    """See `inputs.Builder.changed_files`.
+
+    Raises:
+      UserError: a folder or list is missing in another source than the one that was prepared.
+    """
+    found: list[str] = []
+    for split in self._splits:
+      try:
+        pairs = self._layout.pairs(pathlib.Path(self.source), split)
+      except UserError as error:
+        if moved:
+          raise
+        inputs.warn_once(f"{error}; the records of split {split} are used nevertheless")
+        continue
+      for kind, files in zip(("images", "labels"), zip(*pairs, strict=True), strict=False):
+        paths = {self._name(file): file for file in files}
+        found += inputs.changed_files(notes[split][kind], paths, sample=kind == "images")
+      if not pairs:
+        found.append(f"split {split} has no image any more")
+    return found
+
+  def _name(self, file: pathlib.Path) -> str:
+    return pathlib.Path(os.path.relpath(file, self.source)).as_posix()
 
 
 def _encode(

@@ -56,6 +56,18 @@ def parse(serialized: bytes) -> LabelRecord:
   return LabelRecord(**values)
 
 
+def decode(record: LabelRecord) -> np.ndarray:
+  """Returns a record's label map, uint8 [H, W].
+
+  Raises:
+    ValueError: it cannot be decoded, or has another size than the image.
+  """
+  label_HW = decode_ids(record.label)
+  if label_HW.shape != record.size:
+    raise ValueError(f"the label map has size {label_HW.shape}, the image {record.size}")
+  return label_HW
+
+
 def decode_ids(png: bytes) -> np.ndarray:
   """Returns the numbers in a PNG of labels, uint8 [H, W]; see `decode_turned_ids`."""
   return decode_turned_ids(png, exif="apply")[0]

@@ -10,12 +10,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from fpt_jax.data import info
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
+from fpt_jax.tasks.detection.categories import model_category_of, with_data_categories
 from fpt_jax.tasks.detection.prediction import to_original_image
 
 RESULTS_FILE = "eval/coco_instances_results.json"
@@ -30,7 +32,8 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a detector on `config.data.eval_split` with pycocotools.
 
-  Writes `eval/coco_instances_results.json` into the run's folder.
+  Writes `eval/coco_instances_results.json` into the run's folder, with the category ids of the data set.
+  Its categories are matched with the model's by name.
 
   Args:
     config: config of the run.
@@ -44,8 +47,12 @@ def evaluate(
     `context_accuracy.evaluate`. They are the same on every host.
 
   Raises:
+    UserError: the data set has a category that the model does not have.
     ResultsNotWrittenError: the results could not be written after the evaluation.
   """
+  model_categories = model_category_of(config, info(config.data))
+  category_of_model = {ours: theirs for theirs, ours in model_categories.items()}
+  unscored = 0
   detect = views.detector(config, structure, sharding.replicated(mesh))
   split = config.data.eval_split
   ground_truth = batches.coco_ground_truth(config.data, split)
@@ -73,9 +80,13 @@ def evaluate(
           described["original_size_B2"][i],
           config.model,
         )
-        results += coco_ap.to_coco_results(described["image_id_B"][i], **found)
+        scored = with_data_categories(found, category_of_model)
+        unscored += len(found["scores"]) - len(scored["scores"])
+        results += coco_ap.to_coco_results(described["image_id_B"][i], **scored)
       progress.advance(int(described["valid_B"].sum()))
       stop.check()
+  if unscored:
+    logging.info("%d detections are of categories that the data set does not have", unscored)
   return score(config, ground_truth, results, workdir)
 
 

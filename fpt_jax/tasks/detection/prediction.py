@@ -10,10 +10,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from pycocotools import mask as coco_mask
 
-from fpt_jax.data import canvases, transforms
+from fpt_jax.data import canvases, info, transforms
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops.masks import paste_rle
 from fpt_jax.tasks.detection import batches, coco_ap, views
+from fpt_jax.tasks.detection.categories import model_category_of
 
 
 def to_original_image(
@@ -92,8 +93,11 @@ def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def eval_images(config: ConfigDict) -> Iterator[tuple[str, np.ndarray, list[dict]]]:
-  """See `tasks.task.Task.eval_images`: ground truth is a list of annotations in COCO's format."""
-  return batches.images(config.data, config.data.eval_split)
+  """See `tasks.task.Task.eval_images`: annotations in COCO's format, with the model's category ids."""
+  category = model_category_of(config, info(config.data))
+  for name, image_HWC, annotations in batches.images(config.data, config.data.eval_split):
+    truth = [a | {"category_id": category[a["category_id"]]} for a in annotations]
+    yield name, image_HWC, truth
 
 
 def to_entries(config: ConfigDict, name: str, found: dict) -> list[dict]:

@@ -198,10 +198,7 @@ def label_map_of(record: AnyRecord) -> np.ndarray:
     ValueError: it cannot be decoded.
   """
   if isinstance(record, label_map.LabelRecord):
-    label_HW = label_map.decode_ids(record.label)
-    if label_HW.shape != record.size:
-      raise ValueError(f"the label map has size {label_HW.shape}, the image {record.size}")
-    return label_HW
+    return label_map.decode(record)
   label_HW = np.zeros(record.size, np.uint8)
   for label, annotation in zip(record.labels, record.annotations, strict=True):
     mask_HW = coco_mask.decode(instances.decode_annotation(annotation)["segmentation"])

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax.data import VOID, DatasetInfo
 from fpt_jax.errors import UserError
+from fpt_jax.tasks.labels import match_names
 
 
 def adopt_classes(config: ConfigDict, dataset: DatasetInfo) -> None:
@@ -42,15 +43,26 @@ def class_table(config: ConfigDict, dataset: DatasetInfo) -> np.ndarray:
   """Returns the model's class of each class of the data set, by name, uint8 [256]; `VOID` for other labels.
 
   Raises:
-    UserError: the data set has a class that the model does not have.
+    UserError: the data set has a class that the model does not have, or two classes of one name.
   """
-  place = {name: i for i, name in enumerate(config.model.class_names)}
-  unknown = [name for name in dataset.class_names if name not in place]
-  if unknown:
+  names = tuple(config.model.class_names)
+  places = match_names(dataset.class_names, names)
+  if names == tuple(dataset.class_names):
+    places = list(range(len(names)))
+  classes = [i for i in places if i is not None]
+  if len(classes) < len(places):
+    unknown = [name for name, i in zip(dataset.class_names, places, strict=True) if i is None]
     raise UserError(
-      f"the data has classes {unknown[:8]} that the model does not have; "
-      "set --config.model.class_names='()' to train on the data's own"
+      f"the data has classes {unknown[:8]} that the model does not have; its classes are "
+      f"{list(names)[:8]}{'...' * (len(names) > 8)}; give them the model's names, or set "
+      "--config.model.class_names='()' to train on the data's own in a new --workdir"
+    )
+  if len(set(classes)) < len(classes):
+    twice = next(i for i in classes if classes.count(i) > 1)
+    same = [name for name, i in zip(dataset.class_names, places, strict=True) if i == twice]
+    raise UserError(
+      f"the data's classes {same} are both the model's class {names[twice]!r}; give each another name"
     )
   table = np.full(256, VOID, np.uint8)
-  table[: dataset.num_classes] = [place[name] for name in dataset.class_names]
+  table[: dataset.num_classes] = classes
   return table

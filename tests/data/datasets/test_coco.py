@@ -155,9 +155,13 @@ def test_splits_of_the_user(tmp_path):
 def test_prepared_data_are_never_overwritten(prepared, tmp_path):
   before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")}
   data.prepare(prepared)
-  write_coco(tmp_path / "other")
+  content = write_coco(tmp_path / "other")
+  content["annotations"].pop()
+  (tmp_path / "other/annotations/instances_val2017.json").write_text(json.dumps(content))
   prepared.source = str(tmp_path / "other")
-  with pytest.raises(UserError, match=r"was prepared from .*source, not from .*other"):
+  with pytest.raises(
+    UserError, match=r"was prepared from .*source, not from .*other: .*val2017.json has"
+  ):
     data.prepare(prepared)
   assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
   prepared.source = ""  # the records suffice, the source is not needed

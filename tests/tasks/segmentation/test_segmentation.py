@@ -1,5 +1,6 @@
 """Evaluation counts every labelled pixel once and averages scores, also on real data."""
 
+import dataclasses
 import importlib
 import json
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from fpt_jax import data
 from fpt_jax.browse import browse
 from fpt_jax.configs.segmentation import segmentation as segmentation_config
 from fpt_jax.data import DatasetInfo
@@ -17,12 +19,14 @@ from fpt_jax.data.datasets import context_shapes
 from fpt_jax.data.records import label_map
 from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
+from fpt_jax.run.config_file import write_config
 from fpt_jax.tasks import segmentation
 from fpt_jax.tasks.segmentation.batches import images
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.draw import palette_of
 from fpt_jax.tasks.segmentation.prediction import submission_writer
 from fpt_jax.tasks.segmentation.views import labeller
+from fpt_jax.train import adopt_classes
 from tests.data.datasets.test_label_maps import REAL, _map_of_ids
 from tests.data_sets import label_config
 
@@ -69,6 +73,36 @@ def test_classes_are_matched_by_name():
     segmentation.adopt_classes(config, DATASET)
   with pytest.raises(UserError, match="'mine' has no label maps"):
     segmentation.adopt_classes(config, DatasetInfo(("cat",), (1,), {}))
+
+
+def test_names_may_differ_in_case_and_spaces():
+  config = run_config({"name": "mine"}, **{"model.class_names": ("Bus ", "CAR", "sky")})
+  segmentation.adopt_classes(config, DATASET)
+  assert class_table(config, DATASET)[:3].tolist() == [2, 1, 0]
+  # an equal name comes first
+  similar = DatasetInfo((), (), {}, ("Car", "car"))
+  config.model.class_names = ("car", "Car", "bus")
+  assert class_table(config, similar)[:2].tolist() == [1, 0]
+  config.model.class_names = ("car", "van", "bus")
+  with pytest.raises(UserError, match=r"\['Car', 'car'\] are both the model's class 'car'"):
+    class_table(config, similar)
+  config.model.class_names = ("CAR", "cAR", "bus")
+  with pytest.raises(UserError, match=r"classes \['Car', 'car'\] that the model does not have"):
+    class_table(config, similar)
+
+
+def test_a_resumed_run_refuses_classes_in_another_order(tmp_path, monkeypatch):
+  run = run_config({"name": "mine"})
+  segmentation.adopt_classes(run, DATASET)
+  write_config(str(tmp_path), run)
+  reordered = dataclasses.replace(DATASET, class_names=("car", "sky", "bus"))
+  monkeypatch.setattr(data, "info", lambda _: reordered)
+  with pytest.raises(
+    UserError, match=r"model\.class_names was .*'sky', 'car'.*, now .*'car', 'sky'"
+  ):
+    adopt_classes(run_config({"name": "mine"}), str(tmp_path))
+  # evaluation matches them
+  assert class_table(run, reordered)[:3].tolist() == [1, 0, 2]
 
 
 @pytest.mark.parametrize("weights", [(1.0,) * 2, (1.0, 0.0, 1.0)])

@@ -4,7 +4,6 @@ Environment variables:
   FPT_REAL_DATA: folder of real images; tests that read it are skipped if the variable is not set.
   FPT_REQUIRE_REAL_DATA: "1" makes those tests fail instead.
   FPT_FUZZ_SECONDS: duration of each fuzz test, see `tests.fuzz`.
-  FPT_FUZZ_EXAMPLES: number of inputs of each fuzz test, drawn anew; by default 100, always the same.
   FPT_TEST_CACHE: folder of the compilation cache, by default in the system's temporary folder.
 """
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import parse_json, run_folder
 
 LOCK_FILE = "running.lock"
 BEAT = 5.0  # seconds between two changes of a lock
@@ -105,10 +105,10 @@ def wait_until_free(path: epath.Path) -> None:
 def read(path: epath.Path) -> dict | None:
   """Returns the content of a lock; None if there is none, {} if it cannot be read."""
   try:
-    content = json.loads(path.read_text())
+    content = parse_json(path.read_bytes(), str(path))
   except FileNotFoundError:
     return None
-  except (OSError, ValueError):
+  except (OSError, UserError):
     return {} if path.exists() else None
   return content if isinstance(content, dict) else {}
 

@@ -36,7 +36,8 @@ def test_a_lock_is_held_and_removed(folder):
     pass
 
 
-def test_a_second_process_is_refused_and_changes_nothing(folder):
+def test_a_second_process_is_refused_and_changes_nothing(folder, monkeypatch):
+  monkeypatch.setattr(lock, "EXPIRES", 60.0)
   with lock.locked(folder) as check:
     second = lock.locked(folder)
     with (
@@ -60,7 +61,7 @@ def test_a_lock_that_does_not_change_is_replaced(folder):
     check()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": "x"}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[" * 100_000, '{"pid": "x"}'], ids=range(5))
 def test_a_damaged_lock_is_replaced(content, folder):
   folder.mkdir()
   (folder / lock.LOCK_FILE).write_text(content)

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
@@ -15,7 +14,7 @@ from fpt_jax.data.datasets import image_folder
 from fpt_jax.data.datasets.coco import CocoInstances
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
-from tests.fuzzing import fuzzed
+from tests.fuzz import fuzz
 
 HEIGHT, WIDTH = 6, 9
 CONTENT = {
@@ -141,30 +140,45 @@ def _read_annotations(folder, written, skip_bad):
   return [instances.parse(_serialized(instances.features(), example)) for example in examples]
 
 
-@fuzzed
-@given(changed_contents(), st.booleans())
-def test_changed_annotations(folder, content, skip_bad):
-  for record in _read_annotations(folder, json.dumps(content).encode(), skip_bad) or ():
-    for annotation in record.annotations:
-      decoded = instances.decode_annotation(annotation)
-      assert 0 <= decoded["area"] < 1e39 and np.isfinite(decoded["bbox"]).all()
-    x0_G, y0_G, x1_G, y1_G = record.boxes.T
-    assert ((x0_G >= 0) & (x1_G >= x0_G) & (x1_G <= WIDTH)).all()
-    assert ((y0_G >= 0) & (y1_G >= y0_G) & (y1_G <= HEIGHT)).all()
+def test_changed_annotations(folder):
+  def check(drawn):
+    content, skip_bad = drawn
+    for record in _read_annotations(folder, json.dumps(content).encode(), skip_bad) or ():
+      for annotation in record.annotations:
+        decoded = instances.decode_annotation(annotation)
+        assert 0 <= decoded["area"] < 1e39 and np.isfinite(decoded["bbox"]).all()
+      x0_G, y0_G, x1_G, y1_G = record.boxes.T
+      assert ((x0_G >= 0) & (x1_G >= x0_G) & (x1_G <= WIDTH)).all()
+      assert ((y0_G >= 0) & (y1_G >= y0_G) & (y1_G <= HEIGHT)).all()
+
+  fuzz(st.tuples(changed_contents(), st.booleans()), check)
 
 
-@fuzzed
-@given(changed_bytes(json.dumps(CONTENT).encode()) | st.binary())
-@example(b"[" * 100_000)
-@example(b'{"a":' * 100_000)
-@example(b'{"images": ' + b"[" * 900 + b"]" * 900 + b', "annotations": [], "categories": []}')
-@example(json.dumps(CONTENT).replace('"bbox": [2', '"bbox": [' + "9" * 4400).encode())
-@example(json.dumps(CONTENT).replace('"id": 2', '"id": ' + "9" * 4300).encode())
-@example(json.dumps(CONTENT).replace('"id": 2', '"id": ' + "[" * 800 + "]" * 800).encode())
-@example(b"\xff\xfe" + json.dumps(CONTENT).encode("utf-16-le"))
-def test_annotation_files_of_other_bytes(folder, written):
+def _check_annotation_bytes(folder, written):
   _read_annotations(folder, written, skip_bad=True)
   _read_annotations(folder, written, skip_bad=False)
+
+
+def test_annotation_files_of_other_bytes(folder):
+  strategy = changed_bytes(json.dumps(CONTENT).encode()) | st.binary()
+  fuzz(strategy, lambda written: _check_annotation_bytes(folder, written))
+
+
+@pytest.mark.parametrize(
+  "written",
+  [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"images": ' + b"[" * 900 + b"]" * 900 + b', "annotations": [], "categories": []}',
+    json.dumps(CONTENT).replace('"bbox": [2', '"bbox": [' + "9" * 4400).encode(),
+    json.dumps(CONTENT).replace('"id": 2', '"id": ' + "9" * 4300).encode(),
+    json.dumps(CONTENT).replace('"id": 2', '"id": ' + "[" * 800 + "]" * 800).encode(),
+    b"\xff\xfe" + json.dumps(CONTENT).encode("utf-16-le"),
+  ],
+  ids=range(7),
+)
+def test_annotation_files_that_are_nested_or_long(written, folder):
+  _check_annotation_bytes(folder, written)
 
 
 def test_the_unchanged_file_is_read(folder):
@@ -180,20 +194,23 @@ _PALETTE = io.BytesIO()
 PIL.Image.fromarray(np.eye(HEIGHT, WIDTH, dtype=np.uint8)).convert("P").save(_PALETTE, "PNG")
 
 
-@fuzzed
-@given(changed_bytes(LABEL) | changed_bytes(_PALETTE.getvalue()) | st.binary(), st.booleans())
-def test_label_files_of_other_bytes(folder, written, skip_bad):
-  (folder / "labels/train/0.png").write_bytes(written)
-  (folder / "labels/val/0.png").write_bytes(LABEL)
-  builder = image_folder.builder(
-    num_classes=3, data_dir=str(folder / "data"), source=str(folder), skip_bad=skip_bad
-  )
-  try:
-    for examples in builder._split_generators(None).values():
-      for _, example in examples:
-        record = label_map.parse(_serialized(label_map.features(), example))
-        assert set(np.unique(label_map.decode_ids(record.label))) <= {0, 1, 2, 255}
-  except UserError as error:
-    message = str(error)
-    assert "\n" not in message and str(folder) in message and len(message) < 1000
-    assert "BytesIO" not in message
+def test_label_files_of_other_bytes(folder):
+  def check(drawn):
+    written, skip_bad = drawn
+    (folder / "labels/train/0.png").write_bytes(written)
+    (folder / "labels/val/0.png").write_bytes(LABEL)
+    builder = image_folder.builder(
+      num_classes=3, data_dir=str(folder / "data"), source=str(folder), skip_bad=skip_bad
+    )
+    try:
+      for examples in builder._split_generators(None).values():
+        for _, example in examples:
+          record = label_map.parse(_serialized(label_map.features(), example))
+          assert set(np.unique(label_map.decode_ids(record.label))) <= {0, 1, 2, 255}
+    except UserError as error:
+      message = str(error)
+      assert "\n" not in message and str(folder) in message and len(message) < 1000
+      assert "BytesIO" not in message
+
+  files = changed_bytes(LABEL) | changed_bytes(_PALETTE.getvalue()) | st.binary()
+  fuzz(st.tuples(files, st.booleans()), check)

@@ -66,6 +66,8 @@ def damages():
     yield f"bit at {share}", lambda data, share=share: flip(data, int(share * len(data)))
 
 
+# of other reads that end with that of the damaged array
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
   ("name", "damage"), damages(), ids=lambda x: x if isinstance(x, str) else ""
 )

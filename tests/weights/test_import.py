@@ -162,7 +162,9 @@ def test_only_pretrained_arrays_that_are_missing_are_warned_about(tmp_path, capl
     (plain, "aa", True),
   ):
     arg = f"demo,backbone=resnet18_{suffix}"
-    monkeypatch.setattr("fpt_jax.train.initial_arrays", lambda build, placement, arg=arg: zeros(arg))
+    monkeypatch.setattr(
+      "fpt_jax.train.initial_arrays", lambda build, placement, arg=arg: zeros(arg)
+    )
     config = coco_mask.get_config(arg)
     config.model.backbone.frozen = True
     config.init_from = folder

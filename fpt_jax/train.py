@@ -172,7 +172,11 @@ def _train(
       if log_due and metrics:
         speeds = clock.speeds(done)
         health = jax.device_get(figures) if logged(done) else {}
-        metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
+        try:
+          metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
+        except UserError:  # the disk may have room for a checkpoint, or be that of another machine
+          save(done)
+          raise
         logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
         save(done)

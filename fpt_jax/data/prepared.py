@@ -22,6 +22,7 @@ from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.ops import masks
 from fpt_jax.run.folder import check_writable, is_full_disk
+from fpt_jax.run.lock import locked
 
 _SHOWN_CHANGES = 3
 
@@ -65,14 +66,33 @@ def prepare(data: ml_collections.ConfigDict) -> None:
       behind. Or the records exist, and what they were prepared from, or the options, are not those of the
       config.
   """
-  builder = _builder(data)
-  if builder.is_prepared():
-    _check_inputs(builder)
-    logging.info("already prepared: %s; delete the folder to prepare it again", builder.data_dir)
+  if _is_prepared_as_wanted(data):
     return
-  if os.path.exists(builder.data_dir):
-    raise UserError(f"data.data_dir: {builder.data_dir} is incomplete; delete it and prepare again")
-  check_writable(epath.Path(builder.data_dir))
+  folder = epath.Path(_builder(data).data_dir)
+  check_writable(folder)
+  # other processes wait: those of one machine, and those of several machines that share a disk
+  with locked(folder.parent, wait=True):
+    if not _is_prepared_as_wanted(data):
+      _prepare(data)
+
+
+def _is_prepared_as_wanted(data: ml_collections.ConfigDict) -> bool:
+  builder = _builder(data)
+  if not builder.is_prepared():
+    return False
+  _check_inputs(builder)
+  logging.info("already prepared: %s; delete the folder to prepare it again", builder.data_dir)
+  return True
+
+
+def _prepare(data: ml_collections.ConfigDict) -> None:
+  builder = _builder(data)
+  folder = epath.Path(builder.data_dir)
+  if folder.exists():
+    raise UserError(f"data.data_dir: {folder} is incomplete; delete it and prepare again")
+  for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
+    logging.info("removed %s, which a preparation that was killed has left", left)
+    left.rmtree()
   tfds.disable_progress_bar()
   logging.info("preparing %s in %s", data.name, builder.data_dir)
   try:
@@ -244,7 +264,8 @@ class Reader:
     metadata, splits = builder.info.metadata, builder.info.splits
     try:
       parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-      self._records = builder.as_data_source(split).data_source
+      with _undamaged(builder.data_dir):
+        self._records = builder.as_data_source(split).data_source
     except (ValueError, KeyError, AssertionError) as error:
       raise UserError(
         f"split {split!r} cannot be read from {builder.data_dir}; choose one of "
@@ -316,7 +337,8 @@ class Reader:
   def close(self) -> None:
     """Closes the files."""
     Reader._open.discard(self)
-    self._records.__exit__(None, None, None)
+    with contextlib.suppress(RuntimeError):  # of damaged files, which `read` reports
+      self._records.__exit__(None, None, None)
 
 
 def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
@@ -346,16 +368,40 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
       )
     arguments |= paths
   try:
-    return BUILDERS[data.name](data_dir=directory, **arguments)
+    with _undamaged(f"{directory} (data.name={data.name!r})"):
+      return BUILDERS[data.name](data_dir=directory, **arguments)
   except TypeError as error:
     raise UserError(f"data.builder: {error}") from error
+
+
+@contextlib.contextmanager
+def _undamaged(folder: str) -> Iterator[None]:
+  """Context for reading what a preparation has written.
+
+  Raises:
+    UserError: something in `folder` cannot be read.
+  """
+  try:
+    yield
+  except (UserError, TypeError):
+    raise
+  except Exception as error:  # whatever TFDS and ArrayRecord make of damaged files
+    reason = one_line(error, 200) or type(error).__name__
+    raise UserError(
+      f"data.data_dir: the records in {folder} are damaged ({reason}); delete the folder and prepare again"
+    ) from error
 
 
 def _prepared_builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
   builder = _builder(data)
   if not builder.is_prepared():
     raise UserError(f"data.data_dir: {builder.data_dir} is not prepared; run --mode=prepare")
-  _check_inputs(builder)
+  with _undamaged(builder.data_dir):
+    sizes = builder.info.metadata["sizes"]
+    for name, split in builder.info.splits.items():
+      if len(sizes.get(name, ())) != split.num_examples:
+        raise ValueError(f"metadata.json does not have the images of split {name}")
+    _check_inputs(builder)
   return builder
 
 

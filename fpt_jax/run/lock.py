@@ -1,8 +1,8 @@
 """A lock on a folder, on a disk or in a bucket, so that two processes do not write into it at a time.
 
 The lock is a file that its owner rewrites every few seconds. A lock that has not changed for a while belongs
-to a process that is gone: clocks are not compared, and buckets need no locks of their own. Of two processes
-that start at the same moment, one notices within a few seconds that the lock is not its own.
+to a process that is gone: clocks are not compared, and buckets need no locks of their own. In a bucket, of
+two processes that start at the same moment, one notices within seconds that the lock is not its own.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from etils import epath
 
 from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import parse_json, run_folder
+from fpt_jax.run.folder import is_remote, make_folder, parse_json, run_folder, writing
 
 LOCK_FILE = "running.lock"
 BEAT = 5.0  # seconds between two changes of a lock
@@ -52,12 +52,15 @@ def locked_by_first_host(workdir: str, *, take_over: bool = False) -> Iterator[C
 
 
 @contextlib.contextmanager
-def locked(folder: epath.Path, *, take_over: bool = False) -> Iterator[Callable[[], None]]:
+def locked(
+  folder: epath.Path, *, take_over: bool = False, wait: bool = False
+) -> Iterator[Callable[[], None]]:
   """Holds the lock of a folder; waits for a lock that may have been left behind.
 
   Args:
     folder: the folder; it is made if it does not exist.
     take_over: whether to take the lock from a process that is running.
+    wait: whether to wait until a process that is running has given the lock back.
 
   Yields:
     A function that raises UserError if another process has taken the lock over.
@@ -65,41 +68,47 @@ def locked(folder: epath.Path, *, take_over: bool = False) -> Iterator[Callable[
   Raises:
     UserError: another process holds the lock, or the folder cannot be written to.
   """
+  make_folder(folder)
   path = folder / LOCK_FILE
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not take_over:
-      wait_until_free(path)
+  with writing(path):
     beats = Heartbeat(path)
-  except OSError as error:
-    raise UserError(f"{folder} cannot be written to ({error.strerror or error})") from error
+    while not beats.begin(replace=take_over):
+      wait_until_free(path, wait=wait)
   try:
     yield beats.check
   finally:
     beats.stop()
 
 
-def wait_until_free(path: epath.Path) -> None:
-  """Returns once there is no lock, or it has not changed for `EXPIRES` seconds.
+def wait_until_free(path: epath.Path, *, wait: bool) -> None:
+  """Returns once there is no lock; removes one that has not changed for `EXPIRES` seconds.
+
+  Args:
+    path: file of the lock.
+    wait: whether to wait for an owner that is running.
 
   Raises:
-    UserError: the lock changes: its owner is running.
+    UserError: the lock changes: its owner is running, and `wait` is False.
   """
-  first = read(path)
-  if first is None or owner_is_gone(first):
-    return
-  logging.info("%s is held by %s; waiting %.0f s for a sign of life", path, name(first), EXPIRES)
-  end = time.monotonic() + EXPIRES
-  while time.monotonic() < end:
+  content, seen = read(path), time.monotonic()
+  if content is not None and not owner_is_gone(content):
+    logging.info("%s is held by %s; waiting for it", path.parent, name(content))
+  while content is not None:
+    if owner_is_gone(content) or time.monotonic() - seen > EXPIRES:
+      if read(path) == content:  # another process may have replaced it
+        with contextlib.suppress(FileNotFoundError):
+          path.unlink()
+      return
     time.sleep(min(0.2, BEAT))
     now = read(path)
-    if now is None:
-      return
-    if now != first:
+    if now == content:
+      continue
+    if now is not None and not wait:
       raise UserError(
         f"{path.parent} is in use by {name(now)}; choose another --workdir, stop that process, or take "
         "the folder over with --take_over"
       )
+    content, seen = now, time.monotonic()
 
 
 def read(path: epath.Path) -> dict | None:
@@ -142,7 +151,7 @@ def started(pid: int) -> str | None:
 
 
 class Heartbeat:
-  """Writes a lock, and rewrites it until it is stopped.
+  """A lock that is written, and rewritten until it is stopped.
 
   Args:
     path: file of the lock.
@@ -152,9 +161,22 @@ class Heartbeat:
     self._path, self._id, self._count = path, uuid.uuid4().hex, 0
     self._lost = threading.Event()
     self._stopped = threading.Event()
-    self._write()
     self._thread = threading.Thread(target=self._run, daemon=True, name="lock")
+
+  def begin(self, *, replace: bool) -> bool:
+    """Writes the lock and starts to rewrite it; returns False if there is one that must not be replaced."""
+    if not replace and self._path.exists():
+      return False
+    if replace or is_remote(self._path):
+      self._path.write_text(self._content())
+    else:
+      try:
+        with open(self._path, "x") as file:  # of two processes, one succeeds
+          file.write(self._content())
+      except FileExistsError:
+        return False
     self._thread.start()
+    return True
 
   def check(self) -> None:
     """Raises UserError if another process has taken the lock over."""
@@ -173,18 +195,11 @@ class Heartbeat:
         if (read(self._path) or {}).get("id") == self._id:
           self._path.unlink()
 
-  def _write(self) -> None:
-    pid = os.getpid()
-    content = {
-      "id": self._id,
-      "beat": self._count,
-      "host": platform.node(),
-      "pid": pid,
-      "boot": boot(),
-      "started": started(pid),
-    }
-    self._path.write_text(json.dumps(content))
+  def _content(self) -> str:
     self._count += 1
+    pid = os.getpid()
+    content = {"id": self._id, "beat": self._count, "host": platform.node(), "pid": pid}
+    return json.dumps(content | {"boot": boot(), "started": started(pid)})
 
   def _run(self) -> None:
     while not self._stopped.wait(BEAT):
@@ -192,5 +207,5 @@ class Heartbeat:
       if found and found.get("id") != self._id:
         self._lost.set()
         return
-      with contextlib.suppress(OSError):  # a full disk or a lost connection must not end the run
-        self._write()
+      with contextlib.suppress(Exception):  # a full disk or a lost connection must not end the run
+        self._path.write_text(self._content())

@@ -27,14 +27,24 @@ class MetricsWriter:
     self._events = tf.summary.create_file_writer(str(run_folder(workdir)))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Appends the metrics of a step; values that JSON cannot represent are left out."""
+    """Appends the metrics of a step; values that JSON cannot represent are left out.
+
+    Raises:
+      UserError: they cannot be written.
+    """
     finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    with tf.io.gfile.GFile(str(self._path), "a") as file:
-      file.write(json.dumps({"step": step, **finite}) + "\n")
-    with self._events.as_default():
-      for name, value in finite.items():
-        tf.summary.scalar(name, value, step=step)
-    self._events.flush()
+    try:
+      with tf.io.gfile.GFile(str(self._path), "a") as file:
+        file.write(json.dumps({"step": step, **finite}) + "\n")
+      with self._events.as_default():
+        for name, value in finite.items():
+          tf.summary.scalar(name, value, step=step)
+      self._events.flush()
+    except (OSError, tf.errors.OpError) as error:
+      raise UserError(
+        f"{self._path}: step {step} cannot be written ({one_line(error, 200)}); free some space or check the "
+        "disk, and run the same command again"
+      ) from error
 
   def close(self) -> None:
     self._events.close()

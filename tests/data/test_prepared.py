@@ -3,6 +3,8 @@
 import itertools
 import json
 import pathlib
+import shutil
+import threading
 
 import numpy as np
 import PIL.Image
@@ -151,3 +153,69 @@ def test_generated_images_have_no_source(shapes):
   other.source = "/data/mine"
   with pytest.raises(UserError, match=r"data\.source=/data/mine: the images of .* are drawn"):
     data.info(other)
+
+
+def test_two_preparations_at_a_time_and_what_a_killed_one_has_left(tmp_path, caplog):
+  write_coco(tmp_path / "source")
+  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+  data.prepare(coco)
+  (prepared,) = (tmp_path / "data").rglob("dataset_info.json")
+  left = prepared.parent.parent / f"incomplete.ABCDEF_{prepared.parent.name}"
+  prepared.parent.rename(left)
+  assert not data.is_prepared(coco)
+  caplog.set_level("INFO")
+  failed = []
+
+  def prepare():
+    try:
+      data.prepare(coco)
+    except BaseException as error:
+      failed.append(error)
+
+  threads = [threading.Thread(target=prepare) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not failed
+  assert caplog.text.count("preparing coco in") == 1 and caplog.text.count("already prepared") == 1
+  assert f"removed {left}, which a preparation that was killed has left" in caplog.text
+  assert not left.exists() and data.is_prepared(coco)
+  assert not list((tmp_path / "data").rglob("running.lock"))
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "deleted", "other bytes"])
+def test_damaged_records_are_reported_in_one_line(how, tmp_path):
+  write_coco(tmp_path / "source")
+  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+  data.prepare(coco)
+  shutil.copytree(tmp_path / "data", tmp_path / "good")
+  files = [p.relative_to(tmp_path / "data") for p in (tmp_path / "data").rglob("*") if p.is_file()]
+  assert len(files) == 5
+  reported = set()
+  for file in files:
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(tmp_path / "good", tmp_path / "data")
+    target = tmp_path / "data" / file
+    content = target.read_bytes()
+    third = len(content) // 3
+    damaged = {
+      "cut": content[:third],
+      "empty": b"",
+      "other bytes": content[:third] + b"\xff\x00\x81" + content[third + 3 :],
+    }
+    if how == "deleted":
+      target.unlink()
+    else:
+      target.write_bytes(damaged[how])
+    try:
+      read = [list(data.examples(coco, split)) for split in ("train", "val")]
+    except UserError as error:
+      assert "\n" not in str(error) and str(tmp_path / "data") in str(error)
+      assert "prepare" in str(error)
+      reported.add(file.name.partition(".")[0])
+    else:
+      assert [len(examples) for examples in read] == [4, 4]
+  assert reported >= {"dataset_info", "metadata"}
+  if how != "other bytes":  # the records may lie elsewhere in a file with padding
+    assert len(reported) >= 4

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -105,7 +106,27 @@ def test_a_lock_is_taken_over_and_the_owner_notices(folder):
 def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path):
   (tmp_path / "file").write_text("")
   with (
-    pytest.raises(UserError, match="cannot be written to"),
+    pytest.raises(UserError, match="cannot be written"),
     lock.locked(epath.Path(tmp_path / "file")),
   ):
     pass
+
+
+def test_waiting_for_a_process_that_gives_the_lock_back(folder, monkeypatch):
+  monkeypatch.setattr(lock, "EXPIRES", 60.0)
+  order = []
+
+  def hold(name, seconds):
+    with lock.locked(folder, wait=True):
+      order.append(f"{name} begins")
+      time.sleep(seconds)
+      order.append(f"{name} ends")
+
+  threads = [threading.Thread(target=hold, args=(n, 0.3)) for n in ("a", "b", "c")]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(order) == 6
+  for begin, end in zip(order[::2], order[1::2], strict=True):
+    assert begin.split()[0] == end.split()[0]  # never two at a time

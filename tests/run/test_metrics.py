@@ -74,3 +74,16 @@ def test_clock_counts_training_only():
   assert 0.3 < speeds["data_wait"] <= 1.0
   line = clock.line(3, {"loss_cls": 0.5}, speeds)
   assert line.startswith("step 3/100 | cls 0.500 | ") and "images/s" in line
+
+
+def test_a_full_disk_is_reported(tmp_path, full_disk):
+  writer = MetricsWriter(str(tmp_path), 0)
+  writer.write(1, {"total_loss": 1.0})
+  size = (tmp_path / "metrics.jsonl").stat().st_size
+  with (
+    full_disk(size + 10),
+    pytest.raises(UserError, match=r"metrics\.jsonl: step 2 cannot be written"),
+  ):
+    writer.write(2, {f"loss_{i}": 0.5 for i in range(1000)})
+  entries = read_metrics(str(tmp_path))
+  assert [entry["step"] for entry in entries] == [1]

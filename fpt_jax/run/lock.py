@@ -20,7 +20,14 @@ from etils import epath
 
 from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
-from fpt_jax.run.folder import is_remote, make_folder, parse_json, run_folder, writing
+from fpt_jax.run.folder import (
+  is_remote,
+  make_folder,
+  parse_json,
+  run_folder,
+  write_whole,
+  writing,
+)
 
 LOCK_FILE = "running.lock"
 BEAT = 5.0  # seconds between two changes of a lock
@@ -168,7 +175,7 @@ class Heartbeat:
     if not replace and self._path.exists():
       return False
     if replace or is_remote(self._path):
-      self._path.write_text(self._content())
+      write_whole(self._path, self._content())
     else:
       try:
         with open(self._path, "x") as file:  # of two processes, one succeeds
@@ -208,4 +215,4 @@ class Heartbeat:
         self._lost.set()
         return
       with contextlib.suppress(Exception):  # a full disk or a lost connection must not end the run
-        self._path.write_text(self._content())
+        write_whole(self._path, self._content())

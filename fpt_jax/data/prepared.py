@@ -264,8 +264,7 @@ class Reader:
     metadata, splits = builder.info.metadata, builder.info.splits
     try:
       parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-      with _undamaged(builder.data_dir):
-        self._records = builder.as_data_source(split).data_source
+      self._records = builder.as_data_source(split).data_source
     except (ValueError, KeyError, AssertionError) as error:
       raise UserError(
         f"split {split!r} cannot be read from {builder.data_dir}; choose one of "

@@ -4,7 +4,6 @@ Shapes: B = 1 image, S positions, h w rows and columns of a level, H W those of 
 """
 
 import collections
-import io
 import json
 import math
 import pathlib
@@ -15,18 +14,19 @@ import jax
 import numpy as np
 from absl import logging
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 from PIL import Image
 from scipy import special
 
+from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
 from fpt_jax.restored import Restored
 from fpt_jax.run.folder import make_folder, run_folder, write_whole
 from fpt_jax.run.json_lines import JsonLines, lines_of
 from fpt_jax.run.progress import Progress
+from fpt_jax.tasks import pictures
 from fpt_jax.tasks.queries import Query
 from fpt_jax.tasks.subjects import LeftOut, Subject, unused_path
 from fpt_jax.tasks.task import task_of
@@ -117,15 +117,16 @@ def explain(
     rows = rows_of(view, image_HWC, queries)
     if rows:
       path = unused_path(out, pathlib.Path(subject.name).stem, taken)
-      write_whole(path, to_png(draw(image_HWC, size, rows, task.level_name)))
+      write_whole(path, encode_png(draw(image_HWC, size, rows, task.level_name)))
     described = [entry(row, image_HWC, size, task.level_name) for row in rows]
     lines.write([{"file_name": subject.name, "rows": described}])
     if subject.truth is not None:
-      for question in task.questions(config, image_HWC, subject.truth, size):
-        for row in rows_of(view, image_HWC, [question.query]):
-          for source in row.mixtures:
-            name = transformer_name(row.level, source, task.level_name)
-            shares[name].append(share_on(row.maps[source], question.answer_HW, size))
+      questions = task.questions(config, image_HWC, subject.truth, size)
+      answer_of = {question.query: question.answer_HW for question in questions}
+      for row in rows_of(view, image_HWC, list(answer_of)):
+        for source in row.mixtures:
+          name = transformer_name(row.level, source, task.level_name)
+          shares[name].append(share_on(row.maps[source], answer_of[row.query], size))
     return rows
 
   try:
@@ -299,7 +300,7 @@ def draw(
   size: Sequence[int],
   rows: Sequence[Row],
   level_name: Callable[[int], str],
-) -> Figure:
+) -> np.ndarray:
   """Draws a grid: the position on the image in the first column, then what it takes from each level.
 
   A heat map has the brightest colour where its weight is largest.
@@ -309,6 +310,9 @@ def draw(
     size: (height, width) of the image on the canvas of the maps.
     rows: the rows.
     level_name: function from the index of a level to its name.
+
+  Returns:
+    uint8 RGB.
   """
   height, width = size
   sources = sorted({source for row in rows for source in row.maps})
@@ -316,47 +320,39 @@ def draw(
   columns = 1 + len(sources)
   figure = Figure(figsize=(columns * cell[0], len(rows) * cell[1]), dpi=DPI, layout="constrained")
   grid = figure.subplots(len(rows), columns, squeeze=False)
-  grey_HW = image_HWC.mean(axis=-1)
   everywhere = (0, width, height, 0)
   for axes, row in zip(grid, rows, strict=True):
-    query = row.query
-    ratio = width / image_HWC.shape[1]
     axes[0].imshow(image_HWC, extent=everywhere)
-    axes[0].set_title(f"{query.name}\nat {level_name(row.level)}", fontsize=9)
-    for column, source in enumerate(sources, 1):
+    axes[0].set_title(f"{row.query.name}\nat {level_name(row.level)}", fontsize=9)
+    for axis, source in zip(axes[1:], sources, strict=True):
       if source not in row.maps:
+        axis.set_axis_off()
         continue
-      weight_hw, stride = row.maps[source]
-      # position i is centred on pixel i * stride
-      left, top = 0.5 - stride / 2, 0.5 - stride / 2
-      right, bottom = left + weight_hw.shape[1] * stride, top + weight_hw.shape[0] * stride
-      axes[column].imshow(grey_HW, extent=everywhere, cmap="gray", vmin=-80, vmax=400)
-      opacity_hw = np.sqrt(weight_hw / max(weight_hw.max(), 1e-30))
-      axes[column].imshow(
-        weight_hw,
-        extent=(left, right, bottom, top),
-        cmap="inferno",
-        alpha=0.85 * opacity_hw,
-        interpolation="nearest",
-      )
+      axis.imshow(image_HWC.mean(axis=-1), extent=everywhere, cmap="gray", vmin=-80, vmax=400)
+      draw_map(axis, row.maps[source])
       mixture = " ".join(f"{weight:.2f}" for weight in row.mixtures.get(source, []))
       below = f"mixture {mixture}" if mixture else "gradient x input"
       title = transformer_name(row.level, source, level_name)
-      axes[column].set_title(f"{title}\n{below}", fontsize=9)
+      axis.set_title(f"{title}\n{below}", fontsize=9)
     for axis in axes:
       axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
       if axis.images:
-        draw_query(axis, query, ratio)
-      else:
-        axis.set_axis_off()
-  return figure
+        draw_query(axis, row.query, width / image_HWC.shape[1])
+  return pictures.pixels_of(figure)
 
 
-def to_png(figure: Figure) -> bytes:
-  """Returns a figure as a PNG file."""
-  png = io.BytesIO()
-  FigureCanvasAgg(figure).print_png(png)
-  return png.getvalue()
+def draw_map(axis: Axes, seen: Map) -> None:
+  """Draws weights over a picture; position i is centred on pixel i * stride."""
+  weight_hw, stride = seen
+  start = 0.5 - stride / 2
+  bottom, right = (start + edge * stride for edge in weight_hw.shape)
+  axis.imshow(
+    weight_hw,
+    extent=(start, right, bottom, start),
+    cmap="inferno",
+    alpha=0.85 * np.sqrt(weight_hw / max(weight_hw.max(), 1e-30)),
+    interpolation="nearest",
+  )
 
 
 def draw_query(axis: Axes, query: Query, ratio: float) -> None:

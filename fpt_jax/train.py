@@ -70,7 +70,7 @@ def _train(
   check_writable(run_folder(workdir) / "eval")
   if not data.is_prepared(config.data):
     data.prepare(config.data)
-  adopt_classes(config, workdir)
+  before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
   first_host = jax.process_index() == 0
 
@@ -78,7 +78,6 @@ def _train(
   mesh = sharding.mesh(config.batch_size)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
-  before = read_config(workdir) if has_config(workdir) else None
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
@@ -174,7 +173,7 @@ def _train(
         health = jax.device_get(figures) if logged(done) else {}
         try:
           metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
-        except UserError:  # the disk may have room for a checkpoint, or be that of another machine
+        except UserError:  # there may be room for a checkpoint nevertheless
           save(done)
           raise
         logging.info("%s", clock.line(done, losses, speeds))
@@ -201,11 +200,14 @@ def _train(
   return results
 
 
-def adopt_classes(config: ConfigDict, workdir: str) -> None:
+def adopt_classes(config: ConfigDict, workdir: str) -> ConfigDict | None:
   """Takes the classes that a config does not name from its data set.
 
   The classes of a run that is in `workdir` already keep their names; those of the data set are matched with
   them.
+
+  Returns:
+    The config of the run that is in `workdir` already; None for a new run.
 
   Raises:
     UserError: the data set does not fit the config, or the run in `workdir` has another model or other
@@ -215,11 +217,13 @@ def adopt_classes(config: ConfigDict, workdir: str) -> None:
   dataset = data.info(config.data)
   unnamed = [field for field in task.FROM_DATA if not config.model[field]]
   task.adopt_classes(config, dataset)
-  if has_config(workdir):
-    saved = read_config(workdir)
-    check_same_model(saved, config, workdir, task.NOT_OF_THE_WEIGHTS)
-    config.model.update({field: saved.model[field] for field in unnamed if saved.model[field]})
-    task.adopt_classes(config, dataset)
+  if not has_config(workdir):
+    return None
+  before = read_config(workdir)
+  check_same_model(before, config, workdir, task.NOT_OF_THE_WEIGHTS)
+  config.model.update({field: before.model[field] for field in unnamed if before.model[field]})
+  task.adopt_classes(config, dataset)
+  return before
 
 
 def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer_state) -> dict:

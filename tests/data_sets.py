@@ -142,6 +142,15 @@ def label_config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_coll
   return _data(defaults | fields)
 
 
+@pytest.fixture
+def coco(tmp_path: pathlib.Path) -> ml_collections.ConfigDict:
+  """The data set of `write_coco` in tmp_path / "source", prepared in tmp_path / "data"."""
+  write_coco(tmp_path / "source")
+  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+  data.prepare(coco)
+  return coco
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDict:
   """Context Shapes with 23 + 5 images, prepared."""

@@ -64,7 +64,7 @@ def with_words(config: str, words: str) -> str:
 def of_paper(base: str, rows: Iterable[tables.Row]) -> list[Row]:
   """The rows of a table of the paper, with another size and data set."""
   figures = [(row, row.mask[0] if row.mask else row.miou[-1] if row.miou else None) for row in rows]
-  return [Row(row.name, f"{base},{row.arg}", paper=figure) for row, figure in figures]
+  return [Row(row.name, with_words(base, row.arg), paper=figure) for row, figure in figures]
 
 
 def fpt(base: str, name: str, *fields: str) -> Row:

@@ -66,18 +66,19 @@ def prepare(data: ml_collections.ConfigDict) -> None:
       behind. Or the records exist, and what they were prepared from, or the options, are not those of the
       config.
   """
-  if _is_prepared_as_wanted(data):
+  builder = _builder(data)
+  if _is_prepared_as_wanted(builder):
     return
-  folder = epath.Path(_builder(data).data_dir)
+  folder = epath.Path(builder.data_dir)
   check_writable(folder)
   # other processes wait: those of one machine, and those of several machines that share a disk
   with locked(folder.parent, wait=True):
-    if not _is_prepared_as_wanted(data):
-      _prepare(data)
+    builder = _builder(data)  # which sees what another process has written
+    if not _is_prepared_as_wanted(builder):
+      _prepare(builder, data.name)
 
 
-def _is_prepared_as_wanted(data: ml_collections.ConfigDict) -> bool:
-  builder = _builder(data)
+def _is_prepared_as_wanted(builder: tfds.core.GeneratorBasedBuilder) -> bool:
   if not builder.is_prepared():
     return False
   _check_inputs(builder)
@@ -85,8 +86,7 @@ def _is_prepared_as_wanted(data: ml_collections.ConfigDict) -> bool:
   return True
 
 
-def _prepare(data: ml_collections.ConfigDict) -> None:
-  builder = _builder(data)
+def _prepare(builder: tfds.core.GeneratorBasedBuilder, name: str) -> None:
   folder = epath.Path(builder.data_dir)
   if folder.exists():
     raise UserError(f"data.data_dir: {folder} is incomplete; delete it and prepare again")
@@ -94,7 +94,7 @@ def _prepare(data: ml_collections.ConfigDict) -> None:
     logging.info("removed %s, which a preparation that was killed has left", left)
     left.rmtree()
   tfds.disable_progress_bar()
-  logging.info("preparing %s in %s", data.name, builder.data_dir)
+  logging.info("preparing %s in %s", name, builder.data_dir)
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # the log says the same
       builder.download_and_prepare()
@@ -143,10 +143,9 @@ def check_trainable(data: ml_collections.ConfigDict) -> None:
     UserError: the data set is not prepared; its splits have no object that can be trained on; fewer
       than two classes have pixels; or a class of the user's image folders is in no label file.
   """
-  builder = _prepared_builder(data)
-  metadata = builder.info.metadata
   with contextlib.closing(Reader(data, data.train_split)) as reader:
-    splits = reader.splits
+    builder, splits = reader.builder, reader.splits
+  metadata = builder.info.metadata
   where = f"data.train_split={data.train_split!r} of {builder.data_dir}"
   # absent for drawn data
   objects, pixels = metadata.get("objects", {}), metadata.get("class_pixels", {})
@@ -212,8 +211,9 @@ def examples(data: ml_collections.ConfigDict, split: str) -> Iterator[dict[str, 
   Raises:
     UserError: the data are not prepared, or do not have the split; on iteration, a record cannot be read.
   """
-  category_ids = np.array(info(data).category_ids, np.int64)
-  return _examples(Reader(data, split), category_ids)
+  reader = Reader(data, split)
+  category_ids = np.array(reader.builder.info.metadata.get("category_ids", ()), np.int64)
+  return _examples(reader, category_ids)
 
 
 def _examples(reader: "Reader", category_ids: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -281,7 +281,7 @@ class Reader:
       for i in range(splits[part.splitname].num_examples)[part.from_ : part.to]
     ]
     self.sizes_N2 = np.array([metadata["sizes"][name][i] for name, i in self._places])
-    self._builder = builder
+    self.builder = builder
     Reader._open.add(self)
 
   def __len__(self) -> int:
@@ -317,7 +317,7 @@ class Reader:
 
   def has_inputs_of(self, builder: tfds.core.GeneratorBasedBuilder) -> bool:
     """Returns whether another builder reads the same records with the same source and options."""
-    mine = self._builder
+    mine = self.builder
     return all(
       getattr(mine, name, None) == getattr(builder, name, None)
       for name in ("data_dir", "source", "options", "paths")

@@ -16,7 +16,7 @@ from absl import logging
 
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.checksums import checksums
-from fpt_jax.run.folder import run_folder
+from fpt_jax.run.folder import is_remote, run_folder
 
 SHOWN_DIFFERENCES = 4
 
@@ -202,7 +202,7 @@ def _damaged(checkpoints, step, what: str) -> UserError:
   advice = (
     f"move its folder away to use an earlier one; there are {others}"
     if others
-    else "there is no other checkpoint; restore it from a copy, or start again in another --workdir"
+    else "there is no other checkpoint; copy it from a backup, or start again with another --workdir"
   )
   return UserError(f"{_where(checkpoints, step)} is damaged ({what}); {advice}")
 
@@ -231,8 +231,8 @@ def _check_shapes(saved: Mapping, wanted: Mapping, where: str) -> None:
 
 def _check_space(checkpoints: ocp.CheckpointManager, size: int) -> None:
   """Raises UserError if a local disk is too full: a write that fails midway is reported less clearly."""
-  directory = str(checkpoints.directory)
-  if "://" in directory:
+  directory = checkpoints.directory
+  if is_remote(directory):
     return
   free = shutil.disk_usage(directory).free
   if free < size:

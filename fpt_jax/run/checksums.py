@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from fpt_jax.run.sharding import from_all_hosts
 
 BLOCK = 1 << 18  # elements that are summed at a time
 MODULUS = 2**64
@@ -25,12 +26,9 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
   Args:
     arrays: arrays by name, of any sharding, with a dtype of at most 64 bits.
   """
-  sums = np.array([local_sum(array) for array in arrays.values()], np.uint64)
-  if jax.process_count() > 1:
-    # 64-bit integers are sent as pairs of 32 bits: JAX would truncate them
-    pairs = multihost_utils.process_allgather(sums.view(np.uint32))
-    sums = np.ascontiguousarray(pairs).view(np.uint64).sum(axis=0, dtype=np.uint64)
-  return dict(zip(arrays, sums.tolist(), strict=True))
+  local = np.array([[local_sum(array) for array in arrays.values()]], np.uint64)
+  of_hosts = from_all_hosts({"sums": local.view(np.int64)})["sums"].view(np.uint64)
+  return dict(zip(arrays, of_hosts.sum(axis=0, dtype=np.uint64).tolist(), strict=True))
 
 
 def local_sum(array: jax.Array) -> int:

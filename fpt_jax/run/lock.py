@@ -51,7 +51,7 @@ def locked_by_first_host(workdir: str, *, take_over: bool = False) -> Iterator[C
         check = stack.enter_context(locked(run_folder(workdir), take_over=take_over))
       except UserError as raised:
         error = raised
-    if jax.process_count() > 1 and not sharding.agreed(error is None) and error is None:
+    if not sharding.agreed(error is None) and error is None:
       error = UserError(f"the first host cannot use {workdir}; see its message")
     if error is not None:
       raise error
@@ -88,7 +88,7 @@ def locked(
 
 
 def wait_until_free(path: epath.Path, *, wait: bool) -> None:
-  """Returns once there is no lock; removes one that has not changed for `EXPIRES` seconds.
+  """Waits until there is no lock; a lock that has not changed for `EXPIRES` seconds is removed.
 
   Args:
     path: file of the lock.

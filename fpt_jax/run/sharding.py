@@ -53,7 +53,7 @@ def initialize() -> None:
 
 def agreed(fine: bool) -> bool:
   """Returns whether `fine` is true on every host."""
-  return bool(np.all(multihost_utils.process_allgather(np.array(fine, np.int32))))
+  return bool(from_all_hosts({"fine": np.array([fine], np.int32)})["fine"].all())
 
 
 def this_host() -> dict[str, int]:

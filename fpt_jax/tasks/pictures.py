@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
@@ -90,6 +92,13 @@ def contact_sheet(
       sheet.paste(tile, (left + (cell_width - tile.width) // 2, top + title_height))
     top += heights[r] + title_height + gap
   return np.asarray(sheet)
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+  """Returns a figure of matplotlib as uint8 RGB."""
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:

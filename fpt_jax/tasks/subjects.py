@@ -123,7 +123,7 @@ def unused_path(folder: epath.Path, stem: str, taken: set[str]) -> epath.Path:
 
   Args:
     folder: folder of the pictures.
-    stem: name of the image file without its ending. Its end is cut off if there is no room for our endings.
+    stem: name of the image file without its ending. It is shortened to leave room for other endings.
     taken: names that are in use. The chosen name is added, together with that of its label map;
       `contact_sheet` is never chosen.
   """

@@ -17,14 +17,6 @@ from tests.data_sets import HEIGHT, WIDTH, config, label_config, write_coco
 
 
 @pytest.fixture
-def coco(tmp_path):
-  write_coco(tmp_path / "source")
-  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
-  data.prepare(coco)
-  return coco
-
-
-@pytest.fixture
 def folder(tmp_path):
   for kind in ("images", "labels"):
     (tmp_path / "source" / kind / "val").mkdir(parents=True)

@@ -10,25 +10,19 @@ from flax import nnx
 
 from fpt_jax import models
 from fpt_jax.configs import camvid, coco_mask
-from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import FeaturePyramidTransformer, health
 from fpt_jax.models.fpt.non_local import NonLocalInteraction
 from fpt_jax.models.state import initial_arrays
 from fpt_jax.weights.efficientnet import from_efficientnet
 from fpt_jax.weights.files import read_state_dict
 from tests.models import reference
+from tests.models.maps import padded_map
 
 CHANNELS, PARTS = 8, 2
 
 
-def a_map(rng, size, stride=1):
-  valid = jnp.zeros((2, *size), bool).at[0].set(True).at[1, : size[0] - 2, : size[1] - 1].set(True)
-  values = jnp.asarray(rng.standard_normal((2, *size, CHANNELS)), jnp.float32)
-  return FeatureMap(values, valid, stride)
-
-
 def test_positions_cover_the_valid_part_evenly(rng):
-  valid = a_map(rng, (24, 16)).valid_BHW
+  valid = padded_map(rng, (24, 16, CHANNELS)).valid_BHW
   positions = np.asarray(health.sampled_positions(valid))
   assert positions.shape == (2, 64, 2)
   assert set(positions[0, :, 0]) == set(range(1, 24, 3)) and set(positions[0, :, 1]) == set(
@@ -40,7 +34,7 @@ def test_positions_cover_the_valid_part_evenly(rng):
 @pytest.mark.parametrize("similarity", ["dot", "euclidean"])
 @pytest.mark.parametrize(("window", "outside"), [(None, "zero"), (3, "zero"), (3, "masked")])
 def test_figures_equal_the_formula(similarity, window, outside, rng):
-  fine, coarse = a_map(rng, (8, 8)), a_map(rng, (4, 4), stride=2)
+  fine, coarse = padded_map(rng, (8, 8, CHANNELS)), padded_map(rng, (4, 4, CHANNELS), stride=2)
   interaction = NonLocalInteraction(
     CHANNELS, CHANNELS, CHANNELS, parts=PARTS, similarity=similarity, window=window, outside=outside,
     rngs=nnx.Rngs(0),
@@ -95,7 +89,7 @@ def test_every_part_is_measured(rng):
     module(levels, key=jax.random.key(0), measured=measured)
     return measured.values
 
-  levels = [a_map(rng, (8, 8)), a_map(rng, (4, 4), stride=2)]
+  levels = [padded_map(rng, (8, 8, CHANNELS)), padded_map(rng, (4, 4, CHANNELS), stride=2)]
   measured = run(module, levels, True)
   names = {"fpt/level0/identity/rms", "fpt/level1/identity/rms", "fpt/level1/rendering_from_0/rms"}
   for part in ("level0/self", "level1/self", "level0/grounding_from_1"):

@@ -10,20 +10,15 @@ from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import FeaturePyramidTransformer, RenderingTransformer
 from fpt_jax.models.fpt.non_local import NonLocalInteraction
 from fpt_jax.models.fpt.query_attention import at, attention_maps, rendered_maps
+from tests.models.maps import padded_map
 
 CHANNELS = 8
-
-
-def a_map(rng, size, stride=1):
-  valid = jnp.zeros((2, *size), bool).at[0].set(True).at[1, : size[0] - 2, : size[1] - 1].set(True)
-  values = jnp.asarray(rng.standard_normal((2, *size, CHANNELS)), jnp.float32)
-  return FeatureMap(values, valid, stride)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "euclidean"])
 @pytest.mark.parametrize(("window", "outside"), [(None, "zero"), (3, "zero"), (3, "masked")])
 def test_the_mean_of_the_values_under_a_map_is_the_output(similarity, window, outside, rng):
-  fine, coarse = a_map(rng, (7, 6)), a_map(rng, (4, 3), stride=2)
+  fine, coarse = padded_map(rng, (7, 6, CHANNELS)), padded_map(rng, (4, 3, CHANNELS), stride=2)
   interaction = NonLocalInteraction(
     CHANNELS, CHANNELS, CHANNELS, parts=2, similarity=similarity, window=window, outside=outside,
     rngs=nnx.Rngs(0),
@@ -45,7 +40,7 @@ def test_the_mean_of_the_values_under_a_map_is_the_output(similarity, window, ou
 
 @pytest.mark.parametrize("gate", ["identity", "sigmoid"])
 def test_rendered_maps_are_first_order_changes_of_the_output(gate, rng):
-  coarse, fine = a_map(rng, (4, 3), stride=2), a_map(rng, (7, 6))
+  coarse, fine = padded_map(rng, (4, 3, CHANNELS), stride=2), padded_map(rng, (7, 6, CHANNELS))
   transformer = RenderingTransformer(CHANNELS, CHANNELS, gate=gate, rngs=nnx.Rngs(0))
   positions_BS2 = jnp.array([[[0, 0], [2, 1]], [[1, 1], [1, 0]]])
   maps_BShw, mixture = nnx.jit(rendered_maps)(transformer, coarse, fine, positions_BS2)

@@ -30,7 +30,8 @@ class Builder(Protocol):
     source: the source as metadata name it; "" if the config does not have one.
     root: folder that the paths of the inputs are relative to; None without a source.
     options: values of the config that decide what is in the records, by field.
-    paths: paths of the config inside the source, by field; compared only where there is no source.
+    paths: paths that the config names inside the source, by field. They are compared only if the source
+      cannot be read.
   """
 
   info: tfds.core.DatasetInfo

@@ -114,7 +114,7 @@ def rendered_maps(
     positions_BS2: [B, S, 2] int32 rows and columns on the coarse map.
 
   Returns:
-    Absolute contributions, divided by their sum; there is no mixture.
+    The absolute contributions divided by their sum, and None for the mixture.
   """
 
   def outputs(fine_BhwC):

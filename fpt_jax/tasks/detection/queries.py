@@ -36,16 +36,13 @@ def queries(
   boxes_N4 = found["boxes_xyxy"]
   chosen = sorted(best.values(), key=lambda i: np.prod(boxes_N4[i, 2:] - boxes_N4[i, :2]))
   names = dict(zip(config.model.category_ids, config.model.category_names, strict=False))
-  return [
-    query_of(
-      config,
-      f"{names.get(category, category)} {100 * found['scores'][i]:.0f}%",
-      boxes_N4[i],
-      size[0] / image_HWC.shape[0],
-    )
-    for i in chosen[:MOST_QUERIES]
-    for category in [int(found["category_ids"][i])]
-  ]
+  ratio = size[0] / image_HWC.shape[0]
+  result = []
+  for i in chosen[:MOST_QUERIES]:
+    category = int(found["category_ids"][i])
+    name = f"{names.get(category, category)} {100 * found['scores'][i]:.0f}%"
+    result.append(query_of(config, name, boxes_N4[i], ratio))
+  return result
 
 
 def questions(

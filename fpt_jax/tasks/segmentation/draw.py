@@ -6,7 +6,6 @@ Shapes: H W rows and columns, C classes, T P true and predicted classes.
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
@@ -109,7 +108,7 @@ def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndar
   share_TP = 100 * counts_TP / np.maximum(truth_T1, 1)
   edge = 2.5 + 0.34 * len(class_names)  # inches
   figure = Figure(figsize=(edge, edge), dpi=100, layout="constrained")
-  canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+  axes = figure.add_subplot()
   axes.imshow(share_TP, cmap="Blues", vmin=0, vmax=100)
   axes.set_xticks(range(len(class_names)), class_names, rotation=90)
   axes.set_yticks(range(len(class_names)), class_names)
@@ -118,8 +117,7 @@ def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndar
   for t, p in zip(*np.nonzero(share_TP >= 0.5), strict=True):
     color = "white" if share_TP[t, p] > 50 else "black"
     axes.text(p, t, f"{share_TP[t, p]:.0f}", ha="center", va="center", color=color, size=8)
-  canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+  return pictures.pixels_of(figure)
 
 
 def _borders(label_HW: np.ndarray) -> np.ndarray:

@@ -30,43 +30,35 @@ def _read(coco, split="train"):
   return found
 
 
-@pytest.fixture
-def prepared(tmp_path):
-  write_coco(tmp_path / "source")
-  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
-  data.prepare(coco)
-  return coco
+def test_categories_with_gaps_become_contiguous_labels(coco):
+  assert data.info(coco) == data.DatasetInfo(("ant", "zebra"), (3, 90), {"train": 4, "val": 4})
+  assert [r.labels.tolist() for r in _read(coco)] == [[2, 1], [1], [], [2]]
 
 
-def test_categories_with_gaps_become_contiguous_labels(prepared):
-  assert data.info(prepared) == data.DatasetInfo(("ant", "zebra"), (3, 90), {"train": 4, "val": 4})
-  assert [r.labels.tolist() for r in _read(prepared)] == [[2, 1], [1], [], [2]]
-
-
-def test_records_keep_the_order_and_bytes_of_the_files(prepared):
-  found = _read(prepared)
+def test_records_keep_the_order_and_bytes_of_the_files(coco):
+  found = _read(coco)
   assert [r.image_id for r in found] == [70, 5, 6, 9]
   for record in found:
-    path = pathlib.Path(prepared.source) / "train2017" / record.file_name
+    path = pathlib.Path(coco.source) / "train2017" / record.file_name
     assert record.image == path.read_bytes()
     assert decode_image(record.image).shape == (*record.size, 3)
 
 
-def test_grey_and_cmyk_become_rgb(prepared):
-  _, grey, cmyk, _ = (decode_image(r.image).astype(int) for r in _read(prepared))
+def test_grey_and_cmyk_become_rgb(coco):
+  _, grey, cmyk, _ = (decode_image(r.image).astype(int) for r in _read(coco))
   assert (grey[..., :1] == grey).all()
-  inks = PIL.Image.open(pathlib.Path(prepared.source) / "train2017" / "cmyk.jpg")
+  inks = PIL.Image.open(pathlib.Path(coco.source) / "train2017" / "cmyk.jpg")
   c, m, y, k = np.moveaxis(np.asarray(inks, float), -1, 0)
   np.testing.assert_allclose(
     cmyk, np.stack([(255 - v) * (255 - k) / 255 for v in (c, m, y)], -1), atol=1.5
   )
 
 
-def test_ground_truth_equals_the_file(prepared):
+def test_ground_truth_equals_the_file(coco):
   original = json.loads(
-    (pathlib.Path(prepared.source) / "annotations/instances_train2017.json").read_text()
+    (pathlib.Path(coco.source) / "annotations/instances_train2017.json").read_text()
   )
-  rebuilt = coco_ground_truth(prepared, "train")
+  rebuilt = coco_ground_truth(coco, "train")
   assert rebuilt["images"] == original["images"]
   assert rebuilt["categories"] == sorted(original["categories"], key=lambda c: c["id"])
   # two lack an area: 10 columns of 20 pixels, and 20 columns of 10
@@ -75,8 +67,8 @@ def test_ground_truth_equals_the_file(prepared):
   assert rebuilt["annotations"] == original["annotations"]
 
 
-def test_bitmaps_are_relative_to_the_box(prepared):
-  found = _read(prepared)
+def test_bitmaps_are_relative_to_the_box(coco):
+  found = _read(coco)
   left_half = np.zeros((112, 112), np.uint8)
   left_half[:, :56] = 1
   np.testing.assert_array_equal(
@@ -152,20 +144,20 @@ def test_splits_of_the_user(tmp_path):
   assert data.info(coco).num_images == {"mine": 4}
 
 
-def test_prepared_data_are_never_overwritten(prepared, tmp_path):
+def test_prepared_data_are_never_overwritten(coco, tmp_path):
   before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")}
-  data.prepare(prepared)
+  data.prepare(coco)
   content = write_coco(tmp_path / "other")
   content["annotations"].pop()
   (tmp_path / "other/annotations/instances_val2017.json").write_text(json.dumps(content))
-  prepared.source = str(tmp_path / "other")
+  coco.source = str(tmp_path / "other")
   with pytest.raises(
     UserError, match=r"was prepared from .*source, not from .*other: .*val2017.json has"
   ):
-    data.prepare(prepared)
+    data.prepare(coco)
   assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*")} == before
-  prepared.source = ""  # the records suffice, the source is not needed
-  assert data.info(prepared).num_images["val"] == 4
+  coco.source = ""  # the records suffice, the source is not needed
+  assert data.info(coco).num_images["val"] == 4
 
 
 def test_splits_larger_than_memory_are_sorted_in_parts(tmp_path, monkeypatch):
@@ -185,20 +177,20 @@ def test_splits_larger_than_memory_are_sorted_in_parts(tmp_path, monkeypatch):
   assert [r.image_id for r in _read(coco)] == [70, 5, 6, 9]
 
 
-def test_incomplete_records_of_a_killed_prepare_are_not_used(prepared, tmp_path):
+def test_incomplete_records_of_a_killed_prepare_are_not_used(coco, tmp_path):
   folder = tmp_path / "data" / "coco_instances" / "1.0.0"
   killed = folder.with_name("incomplete.ABC123_1.0.0")
   folder.rename(killed)
   (killed / "dataset_info.json").unlink()
-  assert not data.is_prepared(prepared)
-  data.prepare(prepared)
-  assert data.is_prepared(prepared)
+  assert not data.is_prepared(coco)
+  data.prepare(coco)
+  assert data.is_prepared(coco)
 
 
-def test_half_a_folder_is_refused(prepared, tmp_path):
+def test_half_a_folder_is_refused(coco, tmp_path):
   (tmp_path / "data/coco_instances/1.0.0/dataset_info.json").unlink()
   with pytest.raises(UserError, match=r"coco_instances/1.0.0 is incomplete; delete it"):
-    data.prepare(prepared)
+    data.prepare(coco)
 
 
 def test_real_coco_comes_back_whole(real_coco):

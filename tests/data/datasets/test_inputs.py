@@ -35,14 +35,6 @@ def _write_label(file, value):
 
 
 @pytest.fixture
-def coco(tmp_path):
-  write_coco(tmp_path / "source")
-  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
-  data.prepare(coco)
-  return coco
-
-
-@pytest.fixture
 def folder(tmp_path):
   source = _write_folder(tmp_path / "source")
   folder = label_config(

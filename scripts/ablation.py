@@ -6,9 +6,10 @@
     python scripts/ablation.py table1 --report               # the table of the runs that are recorded
     python scripts/ablation.py table1 -- --config.steps=900  # flags of fpt_jax.main for all rows
 
-The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself. A finished run is one line
-of docs/results/TABLE.jsonl, and is not run again. The same command continues what was interrupted. The table
-becomes a section of docs/results.md.
+The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself, of those that the script may
+use (`taskset -c 1 python scripts/ablation.py ...`). A finished run is one line of docs/results/TABLE.jsonl, and
+is not run again; a row that another table has with the same flags is copied from there. The same command
+continues what was interrupted. The table becomes a section of docs/results.md.
 """
 
 import os
@@ -142,6 +143,11 @@ def read(records: pathlib.Path) -> list[dict]:
   return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
 
 
+def append(records: pathlib.Path, line: dict) -> None:
+  with records.open("a") as file:
+    file.write(json.dumps(line) + "\n")
+
+
 def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> list[str]:
   """Trains the runs that are not recorded, records them, and returns a message for each that failed."""
   folder = pathlib.Path(options.runs).expanduser().resolve() / options.table
@@ -149,16 +155,22 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
   runs = [Run(row, seed, options.flags) for seed in options.seeds for row in rows]
   done = read(records)
   runs = [run for run in runs if not any(run.recorded.items() <= line.items() for line in done)]
+  records.parent.mkdir(parents=True, exist_ok=True)
+  others = [line for path in sorted(records.parent.glob("*.jsonl")) for line in read(path)]
+  by_command = {line["command"]: line for line in others}
+  for run in [run for run in runs if run.recorded["command"] in by_command]:
+    append(records, by_command[run.recorded["command"]] | run.recorded)
+    runs.remove(run)
   local = [f"--{flag}={value}" for key, flag in LOCAL.items() if (value := getattr(options, key))]
   for config in dict.fromkeys(run.row.config for run in runs):
     # here, because several runs at a time must not prepare the same data
     prepare = ["--mode=prepare", f"--config={config}", *options.flags, *local]
     if subprocess.run([*MAIN, *prepare], check=False, cwd=ROOT).returncode:
       return [f"{config}: the data cannot be prepared, see above"]
-  records.parent.mkdir(parents=True, exist_ok=True)
+  allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
   cores: queue.SimpleQueue[int] = queue.SimpleQueue()
   for i in range(options.processes):
-    cores.put(i % (os.cpu_count() or 1))
+    cores.put(allowed[i % len(allowed)])
   processes: list[subprocess.Popen] = []
   failed: list[str] = []
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -173,8 +185,7 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
         if isinstance(result, str):
           failed.append(result)
         else:
-          with records.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+          append(records, result)
         progress.advance()
     except KeyboardInterrupt:
       pool.shutdown(wait=False, cancel_futures=True)

@@ -116,7 +116,7 @@ ABLATIONS = {
       Row("BPA", f"{DETECTION},pyramid=bpa,fpt=none"),
       Row("BFI", f"{DETECTION},pyramid=bfi,fpt=none"),
       *baselines(DETECTION),
-      Row("BFP+FPT", DETECTION),
+      Row("BFP+FPT", f"{DETECTION},fpt=st+gt+rt"),
     ),
   ),
   "table4": Table(
@@ -128,7 +128,7 @@ ABLATIONS = {
     "Softmaxes of a mixture and the factor of the similarities, on Context Shapes",
     CONTEXT,
     (
-      fpt(DETECTION, "N of ST = 2, of GT = 4"),
+      Row("N of ST = 2, of GT = 4", f"{DETECTION},fpt=st+gt+rt"),
       fpt(DETECTION, "N = 1", "self_parts=1", "grounding_parts=1"),
       fpt(DETECTION, "N = 2", "self_parts=2", "grounding_parts=2"),
       fpt(DETECTION, "N = 4", "self_parts=4", "grounding_parts=4"),

@@ -60,6 +60,20 @@ def test_a_run_is_recorded_and_not_run_again(tmp_path):
   assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_of_another_table_is_copied(tmp_path):
+  flags = ("--config.steps=2",)
+  (row,) = (row for row in ABLATIONS["table1"].rows if row.name == "BFP+ST+GT+RT")
+  figures = {"step": 2, "segm/AP": 12.5, "bbox/AP": 20.0}
+  line = ablation.Run(row, 3, flags).recorded | {"figures": figures, "losses": [[2, 1.0]]}
+  line |= {"minutes": 1.0, "machine": "one core", "date": "2026-01-01"}
+  (tmp_path / "table1.jsonl").write_text(json.dumps(line) + "\n")
+  folders = (f"--out={tmp_path}", f"--runs={tmp_path}/runs", f"--data_dir={tmp_path}/data")
+  found = run("necks", "--only=BFP+FPT", "--seeds=3", *folders, "--", *flags)
+  assert found.returncode == 0, found.stderr
+  assert json.loads((tmp_path / "necks.jsonl").read_text()) == line | {"row": "BFP+FPT"}
+  assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+
+
 def test_a_failed_run_is_reported_and_not_recorded(tmp_path):
   folders = (f"--out={tmp_path}", f"--runs={tmp_path}/runs", f"--data_dir={tmp_path}/data")
   found = run("table4", "--only=UFP", *folders, "--", *FLAGS[1:], "--config.steps=-1")

@@ -6,10 +6,10 @@
     python scripts/ablation.py table1 --report               # the table of the runs that are recorded
     python scripts/ablation.py table1 -- --config.steps=900  # flags of fpt_jax.main for all rows
 
-The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself, of those that the script may
-use (`taskset -c 1 python scripts/ablation.py ...`). A finished run is one line of docs/results/TABLE.jsonl, and
-is not run again; a row that another table has with the same flags is copied from there. The same command
-continues what was interrupted. The table becomes a section of docs/results.md.
+The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself, of those that the script
+may use (`taskset -c 1 python scripts/ablation.py ...`). A finished run is one line of
+docs/results/TABLE.jsonl, and is not run again; a row that another table has with the same flags is copied
+from there. The same command continues what was interrupted. The table becomes a section of docs/results.md.
 """
 
 import os

@@ -38,6 +38,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fpt_jax.configs.ablations import ABLATIONS, Row, Table
+from fpt_jax.run.command_line import load_config
 from fpt_jax.run.metrics import losses_and_evaluations
 from fpt_jax.run.progress import Progress
 
@@ -162,7 +163,8 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
     append(records, by_command[run.recorded["command"]] | run.recorded)
     runs.remove(run)
   local = [f"--{flag}={value}" for key, flag in LOCAL.items() if (value := getattr(options, key))]
-  for config in dict.fromkeys(run.row.config for run in runs):
+  configs = {run.row.config: load_config(str(ROOT / run.row.config)) for run in runs}
+  for config in {str(fields.data): config for config, fields in configs.items()}.values():
     # here, because several runs at a time must not prepare the same data
     prepare = ["--mode=prepare", f"--config={config}", *options.flags, *local]
     if subprocess.run([*MAIN, *prepare], check=False, cwd=ROOT).returncode:

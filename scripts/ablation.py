@@ -83,7 +83,8 @@ def parsed_arguments() -> argparse.Namespace:
   parser.add_argument("--runs", default="workdirs/ablation", help="folder of the runs")
   parser.add_argument("--seeds", default="0", help="numbers, separated by commas")
   parser.add_argument("--only", default="", help="names of rows, separated by commas; default: all")
-  parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+  cores = len(allowed_cores())
+  parser.add_argument("--processes", type=int, default=cores, help="runs at a time")
   for option, flag in LOCAL.items():
     parser.add_argument(f"--{option}", default="", help=f"as --{flag}; not recorded")
   parser.add_argument("--out", default=str(ROOT / "docs" / "results"), help="folder of the results")
@@ -96,14 +97,24 @@ def parsed_arguments() -> argparse.Namespace:
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
   except ValueError:
     parser.error(f"--seeds={options.seeds} must be numbers, separated by commas")
-  if options.processes < 1:
-    parser.error(f"--processes={options.processes} must be at least 1")
+  if not 1 <= options.processes <= cores:
+    parser.error(f"--processes={options.processes} must be 1 to {cores}, the number of cores")
+  for option, example in ABLATIONS[options.table].needs.items():
+    if not options.report and not getattr(options, option):
+      parser.error(f"{options.table} needs --{option}, such as --{option}={example}")
   names = [row.name for row in ABLATIONS[options.table].rows]
   options.only = [name.strip() for name in options.only.split(",") if name.strip()] or names
   for name in options.only:
     if name not in names:
       parser.error(f"{options.table} has no row {name!r}; choose from {', '.join(names)}")
   return options
+
+
+def allowed_cores() -> list[int]:
+  """Numbers of the cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return sorted(os.sched_getaffinity(0))
+  return list(range(os.cpu_count() or 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +125,15 @@ class Run:
     row: the row.
     seed: value of --config.seed.
     shared: flags that all rows have.
+    initialised: whether it starts from the weights of another run.
+    devices: number of devices that its core appears as.
   """
 
   row: Row
   seed: int
   shared: tuple[str, ...]
+  initialised: bool = False
+  devices: int = 1
 
   @property
   def flags(self) -> list[str]:
@@ -126,9 +141,19 @@ class Run:
     return [f"--config={self.row.config}", seed, *self.row.flags, *self.shared]
 
   @property
+  def environment(self) -> dict[str, str]:
+    """XLA flags with which the CPU appears as several devices, in an order that cannot deadlock."""
+    if self.devices == 1:
+      return {}
+    count = f"--xla_force_host_platform_device_count={self.devices}"
+    return {"XLA_FLAGS": f"{count} --xla_cpu_enable_concurrency_optimized_scheduler=false"}
+
+  @property
   def recorded(self) -> dict:
     """What identifies the run in the records; folders are those of one machine."""
-    command = " ".join(["python -m fpt_jax.main", *self.flags, "--workdir=..."])
+    weights = ["--config.init_from=..."] if self.initialised else []
+    words = ["python -m fpt_jax.main", *self.flags, *weights, "--workdir=..."]
+    command = " ".join([*(f"{k}='{v}'" for k, v in self.environment.items()), *words])
     shared = " ".join(self.shared)
     return {"row": self.row.name, "seed": self.seed, "command": command, "shared": shared}
 
@@ -141,7 +166,13 @@ class Run:
 
 def read(records: pathlib.Path) -> list[dict]:
   """The recorded runs."""
-  return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+  lines = records.read_text().splitlines() if records.exists() else []
+  try:
+    return [json.loads(line) for line in lines]
+  except json.JSONDecodeError as error:
+    raise SystemExit(
+      f"error: {records}: a line is not JSON; correct or delete it ({error})"
+    ) from None
 
 
 def append(records: pathlib.Path, line: dict) -> None:
@@ -153,7 +184,11 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
   """Trains the runs that are not recorded, records them, and returns a message for each that failed."""
   folder = pathlib.Path(options.runs).expanduser().resolve() / options.table
   rows = [row for row in table.rows if row.name in options.only]
-  runs = [Run(row, seed, options.flags) for seed in options.seeds for row in rows]
+  runs = [
+    Run(row, seed, options.flags, bool(options.init_from), table.devices)
+    for seed in options.seeds
+    for row in rows
+  ]
   done = read(records)
   runs = [run for run in runs if not any(run.recorded.items() <= line.items() for line in done)]
   records.parent.mkdir(parents=True, exist_ok=True)
@@ -169,10 +204,9 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
     prepare = ["--mode=prepare", f"--config={config}", *options.flags, *local]
     if subprocess.run([*MAIN, *prepare], check=False, cwd=ROOT).returncode:
       return [f"{config}: the data cannot be prepared, see above"]
-  allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
   cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-  for i in range(options.processes):
-    cores.put(allowed[i % len(allowed)])
+  for core in allowed_cores()[: options.processes]:
+    cores.put(core)
   processes: list[subprocess.Popen] = []
   failed: list[str] = []
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -217,7 +251,7 @@ def run_once(
   resumed = workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
   # runs that differ in the seed alone share their compiled programs
-  environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | os.environ
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
   core, begun = cores.get(), time.monotonic()
   with (workdir / "log.txt").open("a") as log:
     process = subprocess.Popen(
@@ -225,7 +259,7 @@ def run_once(
       stdout=log,
       stderr=log,
       cwd=ROOT,
-      env=environment,
+      env=cache | os.environ | run.environment,
     )
     processes.append(process)
     if hasattr(os, "sched_setaffinity"):
@@ -287,15 +321,18 @@ def markdown(
   command = f"python scripts/ablation.py {name} --seeds={seeds}"
   if len(rows) < len(table.rows):
     command += f" '--only={','.join(row.name for row in rows)}'"
+  command += "".join(f" --{option}={example}" for option, example in table.needs.items())
   command += shared and f" -- {shared}"
   dates = " to ".join(dict.fromkeys(f([run["date"] for run in every]) for f in (min, max)))
   machines = " or ".join(sorted({run["machine"] for run in every}))
   notes = f"Mean and standard deviation over the seeds. Each run: {machines}; {dates}."
+  if table.note:
+    notes += f" {table.note}"
   if has_paper:
     notes += " The paper's figures are those of its own data and size."
   return "\n\n".join(
     [
-      f"### {table.title}",
+      f"## {table.title}",
       f"```bash\n{command}\n```",
       "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
       notes,
@@ -307,8 +344,13 @@ def markdown(
 def mean_and_deviation(figures: list[float]) -> str:
   if not figures:
     return "-"
-  deviation = f" ± {np.std(figures, ddof=1):.1f}" if len(figures) > 1 else ""
-  return f"{np.mean(figures):.1f}{deviation}"
+  deviation = deviation_of(figures)
+  return f"{np.mean(figures):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def deviation_of(figures: list[float]) -> float | None:
+  """Standard deviation of a sample; None for a single figure."""
+  return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
 
 
 def draw(table: Table, rows: dict[Row, list[dict]]) -> Figure:
@@ -321,7 +363,7 @@ def draw(table: Table, rows: dict[Row, list[dict]]) -> Figure:
     means = [np.mean([by_step[step] for by_step in losses]) for step in steps]
     curves.plot(steps, means, label=row.name, linestyle="-" if i < 10 else "--")
     if found := values(runs, table.metrics[0]):
-      bars.barh(row.name, np.mean(found), xerr=np.std(found) if len(found) > 1 else None)
+      bars.barh(row.name, np.mean(found), xerr=deviation_of(found))
   curves.set(xlabel="step", ylabel="total loss", yscale="log")
   curves.legend(fontsize=8)
   bars.invert_yaxis()

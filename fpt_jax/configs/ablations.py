@@ -4,7 +4,7 @@ A row is added by one line.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fpt_jax.configs import tables
 
@@ -20,6 +20,7 @@ COCO_SMALL = (
 )
 CANONICAL = "--config.model.canonical_size=42.0"  # 224 at an edge of 1024 pixels
 DETECTION, SEGMENTATION = "configs/coco_mask.py:demo", "configs/cityscapes.py:demo"
+FPT_DETECTION = "fpt=st+gt+rt"  # in full, as in table 1: runs with the same flags are trained once
 CONTEXT = ("segm/AP", "bbox/AP", "context/accuracy", "context/fine")
 MIOU = ("mIoU",)
 
@@ -49,11 +50,18 @@ class Table:
     title: heading of the table.
     metrics: names in metrics.jsonl of the columns; the bars show the first one.
     rows: the rows.
+    needs: options of scripts/ablation.py that the table needs, such as the weights that its runs start
+      from; the value is an example for the page.
+    devices: number of devices that the core of a run appears as.
+    note: sentence below the table.
   """
 
   title: str
   metrics: tuple[str, ...]
   rows: tuple[Row, ...]
+  needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  devices: int = 1
+  note: str = ""
 
 
 def with_words(config: str, words: str) -> str:
@@ -64,7 +72,10 @@ def with_words(config: str, words: str) -> str:
 def of_paper(base: str, rows: Iterable[tables.Row]) -> list[Row]:
   """The rows of a table of the paper, with another size and data set."""
   figures = [(row, row.mask[0] if row.mask else row.miou[-1] if row.miou else None) for row in rows]
-  return [Row(row.name, with_words(base, row.arg), paper=figure) for row, figure in figures]
+  return [
+    Row(row.name.replace(", ", "+"), with_words(base, row.arg), paper=figure)
+    for row, figure in figures
+  ]
 
 
 def fpt(base: str, name: str, *fields: str) -> Row:
@@ -72,13 +83,20 @@ def fpt(base: str, name: str, *fields: str) -> Row:
   return Row(name, base, tuple(f"--config.model.fpt.{field}" for field in fields))
 
 
-def baselines(base: str) -> list[Row]:
-  return [Row(name, with_words(base, f"fpt={name}")) for name in ("fuse", "fuse_wide")]
+def baselines(base: str, flags: tuple[str, ...] = ()) -> list[Row]:
+  return [Row(name, with_words(base, f"fpt={name}"), flags) for name in ("fuse", "fuse_wide")]
 
 
-def conditioning(base: str) -> tuple[Row, ...]:
+def neck(name: str, words: str, row: str) -> Row:
+  """A neck of table 3 of the paper, with the figure of its row there."""
+  (found,) = (r for r in tables.TABLE_3 if r.name == row)
+  return Row(name, with_words(DETECTION, words), paper=found.mask[0] if found.mask else None)
+
+
+def conditioning(base: str, default: str) -> tuple[Row, ...]:
   return (
-    fpt(base, "default"),
+    Row("default", default),
+    Row("pyramid from 2/fan-out", base, ("--config.model.pyramid.init=fan_out",)),
     Row("literal", f"{base},literal"),
     fpt(base, "unit", "similarity_norm=unit"),
     fpt(base, "no similarity norm", "similarity_norm=none"),
@@ -88,12 +106,24 @@ def conditioning(base: str) -> tuple[Row, ...]:
     fpt(base, "output norm from 0.5", "output_norm_scale=0.5"),
     fpt(base, "identity gate", "gate=identity"),
     fpt(base, "constant DropBlock", "drop_block_schedule=constant"),
+    *baselines(base),
   )
 
 
-def frozen_coco(size: str) -> str:
+def real(name: str) -> dict[str, str]:
+  """What a table of real data needs."""
+  return {"source": f"/data/{name}", "init_from": "/runs/efficientnet_lite0"}
+
+
+def frozen_coco(title: str, size: str, flags: tuple[str, ...]) -> Table:
   """COCO with a frozen EfficientNet-Lite0; `size` is a word of the benchmark."""
-  return f"configs/coco_box.py:{size},backbone=efficientnet_lite0"
+  base = f"configs/coco_box.py:{size},backbone=efficientnet_lite0"
+  rows = (
+    Row("BFP", with_words(base, "fpt=none"), flags),
+    *baselines(base, flags),
+    Row("BFP+FPT", base, flags),
+  )
+  return Table(title, ("bbox/AP50", "bbox/AP"), rows, needs=real("coco"))
 
 
 ABLATIONS = {
@@ -106,17 +136,19 @@ ABLATIONS = {
     "Table 2 of the paper, on Context Shapes",
     CONTEXT,
     (*of_paper(DETECTION, tables.TABLE_2),),
+    devices=8,
+    note="As in the paper, 8 devices with one image each; without SBN, each has its own statistics.",
   ),
   "necks": Table(
     "Necks of table 3 of the paper, on Context Shapes",
     CONTEXT,
     (
-      Row("BFP", f"{DETECTION},fpt=none"),
-      Row("FPN", f"{DETECTION},pyramid=fpn,fpt=none"),
-      Row("BPA", f"{DETECTION},pyramid=bpa,fpt=none"),
-      Row("BFI", f"{DETECTION},pyramid=bfi,fpt=none"),
+      neck("BFP", "fpt=none", "BFP, ResNet-101"),
+      neck("FPN", "pyramid=fpn,fpt=none", "BFP+FPN"),
+      neck("BPA", "pyramid=bpa,fpt=none", "BFP+BPA"),
+      neck("BFI", "pyramid=bfi,fpt=none", "BFP+BFI"),
       *baselines(DETECTION),
-      Row("BFP+FPT", f"{DETECTION},fpt=st+gt+rt"),
+      neck("BFP+FPT", FPT_DETECTION, "BFP+FPT, ResNet-101"),
     ),
   ),
   "table4": Table(
@@ -125,22 +157,38 @@ ABLATIONS = {
     (*of_paper(SEGMENTATION, tables.TABLE_4), *baselines(SEGMENTATION)),
   ),
   "attention": Table(
-    "Softmaxes of a mixture and the factor of the similarities, on Context Shapes",
+    "Similarity, softmaxes of a mixture and factor of the similarities, on Context Shapes",
     CONTEXT,
     (
-      Row("N of ST = 2, of GT = 4", f"{DETECTION},fpt=st+gt+rt"),
+      Row("default", with_words(DETECTION, FPT_DETECTION)),
+      fpt(DETECTION, "GT by dot product", "grounding_similarity=dot"),
+      Row("literal", with_words(DETECTION, "literal")),
+      fpt(
+        with_words(DETECTION, "literal"),
+        "literal and GT by dot product",
+        "grounding_similarity=dot",
+      ),
       fpt(DETECTION, "N = 1", "self_parts=1", "grounding_parts=1"),
       fpt(DETECTION, "N = 2", "self_parts=2", "grounding_parts=2"),
       fpt(DETECTION, "N = 4", "self_parts=4", "grounding_parts=4"),
       fpt(DETECTION, "factor 1", "scale=1.0"),
       fpt(DETECTION, "factor 1/8", "scale=0.125"),
+      *baselines(DETECTION),
     ),
+    note="By default, N of ST is 2 and N of GT 4, and the factor 1 / sqrt(channels of a part).",
   ),
   "conditioning_detection": Table(
-    "Conditioning, detection on Context Shapes", CONTEXT, conditioning(DETECTION)
+    "Conditioning, detection on Context Shapes",
+    CONTEXT,
+    conditioning(DETECTION, with_words(DETECTION, FPT_DETECTION)),
   ),
   "conditioning_segmentation": Table(
-    "Conditioning, segmentation of Context Shapes", MIOU, conditioning(SEGMENTATION)
+    "Conditioning, segmentation of Context Shapes",
+    MIOU,
+    (
+      *conditioning(SEGMENTATION, SEGMENTATION),
+      fpt(SEGMENTATION, "windows masked", "outside=masked"),
+    ),
   ),
   "camvid": Table(
     "CamVid, from ImageNet weights",
@@ -150,29 +198,20 @@ ABLATIONS = {
       *baselines("configs/camvid.py"),
       Row("UFP+FPT", "configs/camvid.py"),
     ),
+    needs=real("camvid"),
   ),
   "voc2012": Table(
-    "PASCAL VOC 2012, 300 training images, from ImageNet weights",
+    "PASCAL VOC 2012, from ImageNet weights",
     MIOU,
     (
       Row("UFP", "configs/voc2012.py:small,fpt=none", VOC_SMALL),
+      *baselines("configs/voc2012.py:small", VOC_SMALL),
       Row("UFP+FPT", "configs/voc2012.py:small", VOC_SMALL),
     ),
+    needs=real("voc2012"),
   ),
-  "coco_120": Table(
-    "COCO at 120 pixels, 200 training images, frozen ImageNet features",
-    ("bbox/AP50", "bbox/AP"),
-    (
-      Row("BFP", f"{frozen_coco('tiny')},fpt=none", COCO_SMALL),
-      Row("BFP+FPT", frozen_coco("tiny"), COCO_SMALL),
-    ),
-  ),
-  "coco_192": Table(
-    "COCO at 192 pixels, 200 training images, frozen ImageNet features",
-    ("bbox/AP50", "bbox/AP"),
-    (
-      Row("BFP", f"{frozen_coco('small')},fpt=none", (*COCO_SMALL, CANONICAL)),
-      Row("BFP+FPT", frozen_coco("small"), (*COCO_SMALL, CANONICAL)),
-    ),
+  "coco_120": frozen_coco("COCO at 120 pixels, frozen ImageNet features", "tiny", COCO_SMALL),
+  "coco_192": frozen_coco(
+    "COCO at 192 pixels, frozen ImageNet features", "small", (*COCO_SMALL, CANONICAL)
   ),
 }

@@ -33,6 +33,7 @@ _BOTH = {
   "optim.power": 0.9,
   "eval.flip": False,
   "model.fpt.wide": False,
+  "model.fpt.grounding_similarity": "euclidean",
   "model.fpt.similarity_norm": "none",
   "model.fpt.uniform_mixture": False,
   "model.fpt.output_norm": False,

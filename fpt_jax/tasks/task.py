@@ -17,7 +17,7 @@ from fpt_jax.data import DatasetInfo
 from fpt_jax.errors import UserError
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.ops import local_attention, mos_attention
+from fpt_jax.ops import mos_attention
 from fpt_jax.run import config_values
 from fpt_jax.tasks import detection, segmentation
 from fpt_jax.tasks.queries import Queries
@@ -149,13 +149,9 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
     UserError: a value is not possible; the message has the field, its value, and what it must be.
   """
   task = task_of(config)
-  implementations = (
-    *get_args(mos_attention.Implementation),
-    *get_args(local_attention.Implementation),
-  )
   rules = config_values.RULES | {
     "model.dtype": config_values.one_of(*DTYPES),
-    "model.fpt.implementation": config_values.one_of(*dict.fromkeys(implementations)),
+    "model.fpt.implementation": config_values.one_of(*get_args(mos_attention.Implementation)),
   }
   config_values.check(config, rules | (config_values.TRAINING_RULES if training else {}))
   config.model.dtype = DTYPES[config.model.dtype]

@@ -13,6 +13,7 @@ from fpt_jax.models.fpt import (
   RenderingTransformer,
   SelfTransformer,
 )
+from fpt_jax.models.fpt.feature_pyramid_transformer import LITERAL
 from fpt_jax.models.state import arrays_of, skeleton
 from tests.models import reference
 
@@ -100,6 +101,18 @@ def test_transformer_equals_the_equations(kind, parts, rng):
       moved[i] = values[i] + sign * step * direction
       ends.append(scalar(moved, parameters))
     assert_same_slope(gradient[0], direction, (ends[0] - ends[1]) / (2 * step), noise, f"input {i}")
+
+
+def test_grounding_by_dot_product(rng):
+  pyramid = FeaturePyramidTransformer(
+    (CHANNELS,) * 2, channels=CHANNELS, grounding_similarity="dot", rngs=nnx.Rngs(0)
+  )
+  module = pyramid.grounding_transformers[0]["from_1"]
+  fine, coarse = inputs_of("grounding", rng)
+  parameters = {n: np.float64(a) for n, a in arrays_of(module).items()}
+  values = [np.float64(m.values_BHWC[0]) for m in (fine, coarse)]
+  expected = reference.non_local(*values, parameters, "dot")
+  np.testing.assert_allclose(module(fine, coarse)[0], expected, atol=2e-5 * np.abs(expected).max())
 
 
 def assert_same_slope(gradient, direction, expected, noise, name):
@@ -275,7 +288,8 @@ def test_a_wide_baseline_has_as_many_parameters():
     return sum(np.prod(structure.shapes[name].shape) for name in structure.parameters())
 
   none = dict(self_transformer=False, grounding_transformer=False, rendering_transformer=False)
-  assert count(wide=True, **none) == pytest.approx(count(), rel=0.01)
+  for scope in ("all", "adjacent"):
+    assert count(wide=True, scope=scope, **none) == pytest.approx(count(scope=scope), rel=0.01)
   assert count(**none) < count() / 8
 
 
@@ -308,7 +322,27 @@ def test_switches_and_scope_decide_what_is_built():
   assert adjacent["fuse.1.kernel"].shape == (3, 3, 8 * 4, 8)
 
 
+def test_literal_is_short_for_its_options():
+  def built(**options):
+    return nnx.graphdef(
+      FeaturePyramidTransformer((8, 8), channels=8, window=3, rngs=nnx.Rngs(0), **options)
+    )
+
+  assert built(literal=True) == built(**LITERAL) != built()
+
+
+@pytest.mark.parametrize("implementation", ["naive", "chunked", "pallas", "auto"])
+def test_a_window_accepts_every_implementation(implementation, rng):
+  module = GroundingTransformer(
+    CHANNELS, CHANNELS, CHANNELS, window=3, implementation=implementation, rngs=nnx.Rngs(0)
+  )
+  maps = inputs_of("grounding", rng)
+  module(*maps)
+
+
 def test_arguments_that_do_not_fit_are_refused(rng):
+  with pytest.raises(ValueError, match="grounding_similarity 'cosine' does not exist"):
+    FeaturePyramidTransformer((8,), channels=8, grounding_similarity="cosine", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="scope 'near' does not exist"):
     FeaturePyramidTransformer((8,), channels=8, scope="near", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="parts=3"):

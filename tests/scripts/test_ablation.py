@@ -128,16 +128,25 @@ def test_other_flags_have_another_folder():
     ablation.Run(row, 0, ()),
     ablation.Run(row, 1, ()),
     ablation.Run(row, 0, ("--config.steps=900",)),
+    ablation.Run(row, 0, (), initialised=True),
+    ablation.Run(row, 0, (), devices=8),
     ablation.Run(Row("BFP+ST", "a.py:fpt=st", ("--config.model.fpt.scale=1.0",)), 0, ()),
   ]
   folders = {run.folder for run in runs}
-  assert len(folders) == 4 and all(folder.startswith("bfp_st_") for folder in folders)
+  assert len(folders) == 6 and all(folder.startswith("bfp_st_") for folder in folders)
+
+
+def test_records_that_are_not_json_are_reported(tmp_path):
+  (tmp_path / "table1.jsonl").write_text('{"row": "BFP"}\n{"row": "BF')
+  with pytest.raises(SystemExit, match=r"table1\.jsonl: a line is not JSON"):
+    ablation.read(tmp_path / "table1.jsonl")
 
 
 def test_every_row_is_a_config():
   for name, table in ABLATIONS.items():
     names = [row.name for row in table.rows]
     assert len(set(names)) == len(names), name
+    assert not any("," in row for row in names), name  # --only separates them by commas
     for config in {row.config for row in table.rows}:
       load_config(config)
 
@@ -148,6 +157,9 @@ def test_every_row_is_a_config():
     (("table9",), "invalid choice: 'table9'"),
     (("table1", "--only=BFB"), "table1 has no row 'BFB'; choose from BFP, "),
     (("table1", "--seeds=a"), "--seeds=a must be numbers"),
+    (("table1", "--processes=0"), "--processes=0 must be 1 to "),
+    (("camvid",), "camvid needs --source, such as --source=/data/camvid"),
+    (("camvid", "--source=a"), "camvid needs --init_from, such as --init_from=/runs/"),
     (("table1", "--report", "--", "--config.steps=7"), "no run with the flags '--config.steps=7'"),
   ],
 )

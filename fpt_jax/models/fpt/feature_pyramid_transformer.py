@@ -1,6 +1,6 @@
 """The three transformers between the levels of a pyramid (paper, fig. 2)."""
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
 from fpt_jax.models.layers import ConvNorm, Norm, conv, drop_block
 from fpt_jax.ops.local_attention import Outside
+from fpt_jax.ops.mos_attention import Similarity
 
 SCOPES = ("all", "adjacent")
 SIMILARITY_NORMS = ("none", "levels", "unit")
@@ -43,6 +44,7 @@ class FeaturePyramidTransformer(nnx.Module):
     channels: channels of every output level, 256 in the paper.
     self_transformer, grounding_transformer, rendering_transformer: which of the three to build.
     self_parts, grounding_parts: number of softmaxes in the mixtures, 2 and 4 in the paper.
+    grounding_similarity: similarity of the Grounding Transformer, "euclidean" (paper) or "dot".
     window: side of the window of the locality-constrained Grounding Transformer, positions, 5 in the
       paper; None for the global one.
     scope: "all" for transformers between all pairs of levels, "adjacent" for neighbouring levels only.
@@ -57,7 +59,7 @@ class FeaturePyramidTransformer(nnx.Module):
       softmax (paper), "masked" for none.
     scale: factor of the similarities; None for 1 / sqrt(channels of a part).
     wide: without transformers, whether a second 3x3 convolution gives the module as many parameters as
-      it has with all three of them: a baseline of equal size.
+      it has with all three of them in this `scope`: a baseline of equal size.
     norm: normalisation of every output level, see `layers.Norm`.
     drop_block_size, keep_probability: DropBlock of every output level, see `layers.drop_block` (5 and 0.9
       for detection, 3 and 0.9 for segmentation in the paper).
@@ -84,6 +86,7 @@ class FeaturePyramidTransformer(nnx.Module):
     rendering_transformer: bool = True,
     self_parts: int = 2,
     grounding_parts: int = 4,
+    grounding_similarity: str = "euclidean",
     window: int | None = None,
     scope: str = "all",
     similarity_norm: str = "levels",
@@ -108,6 +111,7 @@ class FeaturePyramidTransformer(nnx.Module):
       output_norm, gate, outside = LITERAL["output_norm"], LITERAL["gate"], LITERAL["outside"]
       drop_block_schedule = LITERAL["drop_block_schedule"]
     check_choice("scope", scope, SCOPES)
+    check_choice("grounding_similarity", grounding_similarity, get_args(Similarity))
     check_choice("similarity_norm", similarity_norm, SIMILARITY_NORMS)
     check_choice("drop_block_schedule", drop_block_schedule, DROP_BLOCK_SCHEDULES)
     transforms = self_transformer or grounding_transformer or rendering_transformer
@@ -163,6 +167,7 @@ class FeaturePyramidTransformer(nnx.Module):
             f"from_{coarse}": GroundingTransformer(
               *(channels, channels, channels),
               parts=grounding_parts,
+              similarity=grounding_similarity,
               window=window,
               outside=outside,
               **attention,
@@ -190,7 +195,8 @@ class FeaturePyramidTransformer(nnx.Module):
     self.widen = nnx.List([])
     self.fuse = nnx.List([])
     self.norm = nnx.List([])
-    hidden = wide_channels(len(in_channels), channels) if wide else channels
+    pairs = sum(len(sources(level, levels[level + 1 :])) for level in levels)
+    hidden = wide_channels(len(levels), pairs, channels) if wide else channels
     for level in levels:
       transformed = self.transformers(level)
       if output_norm:
@@ -386,14 +392,18 @@ def source_level(name: str) -> int:
   return int(name.removeprefix("from_"))
 
 
-def wide_channels(levels: int, channels: int) -> int:
+def wide_channels(levels: int, pairs: int, channels: int) -> int:
   """Returns the channels between two 3x3 convolutions with as many weights as FPT has.
 
   FPT has three 1x1 convolutions in each self-transformer and grounding transformer, three 3x3 ones in each
-  rendering transformer, and a 3x3 one over all of them per level.
+  rendering transformer, and a 3x3 one per level over the level and all of its transformers.
+
+  Args:
+    levels: number of levels.
+    pairs: number of pairs of levels that interact.
+    channels: channels of a level.
   """
-  pairs = levels * (levels - 1) // 2
-  kernels = 3 * (levels + pairs) + 27 * pairs + 9 * levels * (levels + 1)
+  kernels = 3 * (levels + pairs) + 27 * pairs + 9 * 2 * (levels + pairs)
   return round(kernels * channels / (18 * levels))
 
 

@@ -7,13 +7,14 @@ from fpt_jax.models.fpt.non_local import NonLocalInteraction
 
 
 class GroundingTransformer(nnx.Module):
-  """Every fine position attends to the coarse map by negative squared distance (paper, eq. 4 and 5).
+  """Every fine position attends to the coarse map (paper, eq. 4 and 5).
 
   Args:
     fine_channels: channels of the fine map (queries).
     coarse_channels: channels of the coarse map (keys and values).
     channels: channels of the result.
     parts: number of softmaxes in the mixture, 4 in the paper.
+    similarity: "euclidean" for the negative squared distance (paper), or "dot".
     window: None for the whole coarse map; an odd side for the locality-constrained version, where
       positions outside the map count as zero keys and zero values (square_size, 5 in the paper).
     rngs: source of the initial weights.
@@ -27,6 +28,7 @@ class GroundingTransformer(nnx.Module):
     channels: int = 256,
     *,
     parts: int = 4,
+    similarity: str = "euclidean",
     window: int | None = None,
     rngs: nnx.Rngs,
     **options,
@@ -36,7 +38,7 @@ class GroundingTransformer(nnx.Module):
       coarse_channels,
       channels,
       parts=parts,
-      similarity="euclidean",
+      similarity=similarity,
       window=window,
       rngs=rngs,
       **options,

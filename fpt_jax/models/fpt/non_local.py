@@ -36,7 +36,8 @@ class NonLocalInteraction(nnx.Module):
       LeCun's normal distribution.
     window: None for all positions, or the odd side of the local square of keys (paper, section 3.3).
     outside: positions outside the map in a window, see `ops.local_attention`.
-    implementation: see `ops.mos_attention` and `ops.local_attention`.
+    implementation: see `ops.mos_attention`. Windows have two implementations: "naive", and one for all
+      other values.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
@@ -116,7 +117,8 @@ class NonLocalInteraction(nnx.Module):
         scale=self.scale,
         key_valid_Bhw=source.valid_BHW,
         outside=self.outside,
-        implementation=self.implementation,
+        # "chunked" and "pallas" are forms of the global attention
+        implementation="naive" if self.implementation == "naive" else "auto",
       )
     batch, height, width, *part = q_BHWMD.shape
     out_BQC = mos_attention(

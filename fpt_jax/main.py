@@ -12,6 +12,7 @@ from collections.abc import Iterator
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -102,6 +103,10 @@ def main() -> None:
     return
   run_folder(workdir)
   sharding.initialize()
+  if mode not in ("train", "eval") and jax.process_count() > 1:
+    raise UserError(
+      f"--mode={mode} runs in one process; start it once, without the variables of several"
+    )
   if mode == "train":
     train(
       config,

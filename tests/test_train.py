@@ -1,5 +1,7 @@
 """Training writes its files, resumes exactly, compiles once, and reports errors."""
 
+import contextlib
+import itertools
 import json
 import logging
 import re
@@ -15,6 +17,7 @@ import pytest
 import fpt_jax
 from fpt_jax.errors import UserError
 from fpt_jax.run import checkpoints
+from fpt_jax.tasks import detection
 from fpt_jax.train import train
 from tests.data_sets import write_coco
 from tests.runs import (
@@ -134,6 +137,44 @@ def test_init_from_takes_the_arrays_that_fit(finished, tmp_path):
   train(config, str(tmp_path))
   old, new = (fpt_jax.restore(str(w)).arrays for w in (workdir, tmp_path))
   assert all((old[n] == new[n]).all() for n in old if n.endswith("kernel"))
+
+
+@pytest.mark.slow
+def test_steps_before_an_error_are_kept(tmp_path, monkeypatch):
+  @contextlib.contextmanager
+  def two_batches(config, start):
+    with batches_of(config, start) as batches:
+      yield itertools.chain(itertools.islice(batches, 2), bad_record())
+
+  def bad_record():
+    raise UserError("record 3 cannot be read")
+    yield
+
+  batches_of = detection.train_batches
+  config = tiny_config(steps=6, data__flip=False, checkpoint__every_steps=100, log_every=100)
+  monkeypatch.setattr(detection, "train_batches", two_batches)
+  with pytest.raises(UserError, match="record 3 cannot be read"):
+    train(config, str(tmp_path))
+  monkeypatch.undo()
+  assert fpt_jax.restore(str(tmp_path)).step == 2
+
+
+@pytest.mark.slow
+def test_other_training_data_are_noticed(tmp_path):
+  content = write_coco(tmp_path / "coco")
+  fields = dict(data__name="coco", data__source=str(tmp_path / "coco"), data__builder={})
+  fields |= dict(data__data_dir=str(tmp_path / "data"), steps=1, batch_size=4)
+  train(tiny_config(**fields), str(tmp_path / "run"))
+  (tmp_path / "coco").rename(tmp_path / "moved")
+  fields |= dict(data__source=str(tmp_path / "moved"))
+  shutil.rmtree(tmp_path / "data")
+  train(tiny_config(**fields), str(tmp_path / "run"))  # the same files elsewhere
+  content["annotations"][0]["bbox"][2] += 1
+  file = tmp_path / "moved/annotations/instances_train2017.json"
+  file.write_text(json.dumps(content))
+  shutil.rmtree(tmp_path / "data")
+  with pytest.raises(UserError, match=r"with another config \(data\.digest was "):
+    train(tiny_config(**fields), str(tmp_path / "run"))
 
 
 @pytest.mark.slow

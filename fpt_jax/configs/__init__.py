@@ -8,6 +8,10 @@ checkout the benchmarks are the files in `configs/`; an installed package contai
 
 import pathlib
 
+from fpt_jax.configs import detection, segmentation
+
+# configs with the defaults of all fields, by `model.name`
+DEFAULTS = {"rcnn": detection.detection, "segmenter": segmentation.segmentation}
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "configs").is_dir():

@@ -41,6 +41,7 @@ def add_data(config: ConfigDict) -> None:
   data.name = "coco"
   data.source = ""  # folder of the data set in its official layout, read by --mode=prepare
   data.data_dir = "~/fpt_jax_data"  # folder of the prepared records
+  data.digest = ""  # digest of the files of data.train_split; set by the run
   # split to train on, in TFDS syntax: "train[:100]" is its first 100 images
   data.train_split = "train"
   data.eval_split = "val"  # split to evaluate on, in TFDS syntax

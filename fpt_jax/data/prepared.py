@@ -5,7 +5,7 @@ import dataclasses
 import io
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import ml_collections
@@ -81,7 +81,8 @@ def prepare(data: ml_collections.ConfigDict) -> None:
 def _is_prepared_as_wanted(builder: tfds.core.GeneratorBasedBuilder) -> bool:
   if not builder.is_prepared():
     return False
-  _check_inputs(builder)
+  with _undamaged(builder.data_dir):
+    _check_inputs(builder)
   logging.info("already prepared: %s; delete the folder to prepare it again", builder.data_dir)
   return True
 
@@ -121,16 +122,32 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
     UserError: the data set is not prepared, or was prepared from other inputs or with other options.
   """
   builder = _prepared_builder(data)
-  metadata = builder.info.metadata
-  return DatasetInfo(
-    category_names=tuple(metadata.get("category_names", ())),
-    category_ids=tuple(metadata.get("category_ids", ())),
-    num_images={name: split.num_examples for name, split in builder.info.splits.items()},
-    has_masks=metadata.get("has_masks", True),
-    class_names=tuple(metadata.get("class_names", ())),
-    palette=tuple(map(tuple, metadata.get("palette", ()))),
-    swaps=tuple(map(tuple, metadata.get("swaps", ()))),
-  )
+  with _undamaged(builder.data_dir):
+    metadata = builder.info.metadata
+    return DatasetInfo(
+      category_names=tuple(metadata.get("category_names", ())),
+      category_ids=tuple(metadata.get("category_ids", ())),
+      num_images={name: split.num_examples for name, split in builder.info.splits.items()},
+      has_masks=metadata.get("has_masks", True),
+      class_names=tuple(metadata.get("class_names", ())),
+      palette=tuple(map(tuple, metadata.get("palette", ()))),
+      swaps=tuple(map(tuple, metadata.get("swaps", ()))),
+    )
+
+
+def digest(data: ml_collections.ConfigDict) -> str:
+  """Returns a digest of what the images and annotations of `data.train_split` were prepared from.
+
+  It is "" for drawn images, and for records of an earlier version.
+
+  Raises:
+    UserError: the data set is not prepared, or does not have the split.
+  """
+  with contextlib.closing(Reader(data, data.train_split)) as reader:
+    builder, splits = reader.builder, reader.splits
+  with _undamaged(builder.data_dir):
+    noted = builder.info.metadata.get("inputs")
+    return inputs.digest(noted, splits) if noted else ""
 
 
 def check_trainable(data: ml_collections.ConfigDict) -> None:
@@ -145,6 +162,15 @@ def check_trainable(data: ml_collections.ConfigDict) -> None:
   """
   with contextlib.closing(Reader(data, data.train_split)) as reader:
     builder, splits = reader.builder, reader.splits
+  with _undamaged(builder.data_dir):
+    _check_objects_and_classes(data, builder, splits)
+
+
+def _check_objects_and_classes(
+  data: ml_collections.ConfigDict,
+  builder: tfds.core.GeneratorBasedBuilder,
+  splits: Sequence[str],
+) -> None:
   metadata = builder.info.metadata
   where = f"data.train_split={data.train_split!r} of {builder.data_dir}"
   # absent for drawn data
@@ -366,11 +392,11 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
         f"data.{field} is for data.name='coco', not for {data.name!r}; leave it empty"
       )
     arguments |= paths
-  try:
-    with _undamaged(f"{directory} (data.name={data.name!r})"):
+  with _undamaged(f"{directory} (data.name={data.name!r})"):
+    try:
       return BUILDERS[data.name](data_dir=directory, **arguments)
-  except TypeError as error:
-    raise UserError(f"data.builder: {error}") from error
+    except TypeError as error:
+      raise UserError(f"data.builder: {error}") from error
 
 
 @contextlib.contextmanager
@@ -382,7 +408,7 @@ def _undamaged(folder: str) -> Iterator[None]:
   """
   try:
     yield
-  except (UserError, TypeError):
+  except UserError:
     raise
   except Exception as error:  # whatever TFDS and ArrayRecord make of damaged files
     reason = one_line(error, 200) or type(error).__name__

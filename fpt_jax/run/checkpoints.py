@@ -21,14 +21,19 @@ from fpt_jax.run.folder import is_remote, run_folder
 SHOWN_DIFFERENCES = 4
 
 
-def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
+def manager(
+  workdir: str, keep: int | None = None, *, read_only: bool = False
+) -> ocp.CheckpointManager:
   """Opens the checkpoints of a run.
 
   Args:
     workdir: folder of the run.
     keep: number of newest checkpoints to keep on disk; None for all.
+    read_only: whether they are only read: no folder is created.
   """
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, read_only=read_only, create=not read_only
+  )
   return ocp.CheckpointManager(
     run_folder(workdir) / "checkpoints",
     options=options,
@@ -59,8 +64,8 @@ def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimize
   sums = {item: checksums(_leaves(tree)) for item, tree in trees.items()}
   items["checksums"] = ocp.args.JsonSave(sums)
   finish(checkpoints)
-  _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves((model, optimizer))))
   with _reported(checkpoints):
+    _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves((model, optimizer))))
     checkpoints.save(step, args=ocp.args.Composite(**items))
 
 

@@ -105,7 +105,14 @@ def _check_config(argv: list[str]) -> None:
       file = value if equals else next(iter(argv[i + 1 :]), None)
     elif flag.startswith(("config.", "noconfig.")):
       overrides.append((flag.partition(".")[2], value if equals else None))
-  if file is None or "config" not in flags.FLAGS:
+  if "config" not in flags.FLAGS:
+    return
+  if file is None:
+    if overrides:
+      raise UserError(
+        f"--config.{overrides[0][0]} changes a field of a config; it needs --config=FILE, such as "
+        "configs/coco_mask.py"
+      )
     return
   config = load_config(file)
   for path, setting in overrides:

@@ -17,12 +17,15 @@ HISTORY_FILE = "config_history.jsonl"
 # groups of fields that the config of every run has
 GROUPS = ("data", "eval", "model", "model.fpt", "optim")
 SHOWN_DIFFERENCES = 4
-# Fields, or groups ending in ".", that a resumed run may change: its losses do not depend on them. The number
-# of steps may grow.
+# Fields, or groups ending in ".", that a resumed run may change: its losses do not depend on them. Paths are
+# among them, because data.digest tells whether the same files are there. The number of steps may grow.
 FREE_TO_CHANGE = (
   "checkpoint.",
+  "data.annotations",
+  "data.builder.splits",
   "data.data_dir",
   "data.eval_split",
+  "data.images",
   "data.num_workers",
   "data.prefetch",
   "data.skip_bad",
@@ -121,9 +124,12 @@ def config_of_run(
 
 
 def changes(saved: ConfigDict, config: ConfigDict) -> Changes:
-  """Returns the fields that two configs both have and that differ, by name, with both values."""
-  old, new = (dict(_flatten(json.loads(c.to_json()))) for c in (saved, config))
-  return {n: (old[n], new[n]) for n in sorted(old) if n in new and old[n] != new[n]}
+  """Returns the fields that differ, by name, with both values.
+
+  A field that only one of the configs has belongs to another version, and is not compared.
+  """
+  old, new = (json.loads(c.to_json()) for c in (saved, config))
+  return dict(sorted(_differences(old, new)))
 
 
 def check_resumable(
@@ -169,8 +175,8 @@ def record_changes(workdir: str, changed: Changes, step: int) -> None:
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "changed": {name: {"from": old, "to": new} for name, (old, new) in changed.items()},
   }
-  before = path.read_text() if path.exists() else ""
-  write_whole(path, before + json.dumps(line) + "\n")
+  before = path.read_bytes() if path.exists() else b""
+  write_whole(path, before + f"{json.dumps(line)}\n".encode())
 
 
 def _shown(changed: Mapping[str, tuple[object, object]], most: int = SHOWN_DIFFERENCES) -> str:
@@ -206,6 +212,17 @@ def check_same_model(
       f"--workdir={workdir} belongs to a run of another model ({_shown(different)}); "
       "choose another --workdir, or the config it was made with"
     )
+
+
+def _differences(
+  old: dict, new: dict, prefix: str = ""
+) -> Iterator[tuple[str, tuple[object, object]]]:
+  for key in old.keys() & new.keys():
+    before, now = old[key], new[key]
+    if isinstance(before, dict) and isinstance(now, dict):
+      yield from _differences(before, now, f"{prefix}{key}.")
+    elif before != now:
+      yield prefix + key, (before, now)
 
 
 def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

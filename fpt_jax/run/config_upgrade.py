@@ -24,6 +24,7 @@ _BOTH = {
   "data.builder": ConfigDict(),
   # earlier versions ignored it in data sets and applied it to files
   "data.exif": "apply",
+  "data.digest": "",
   "data.num_workers": 0,
   "data.prefetch": 2,
   "data.train_sizes": (),

@@ -1,11 +1,11 @@
 """Checks of the values of a config, before any work begins."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 
 SCHEDULES = ("step", "cosine", "poly")
 
@@ -48,6 +48,7 @@ ODD = Rule(
 TRAINING_RULES = {
   "batch_size": POSITIVE,
   "train_images": POSITIVE,
+  "seed": NOT_NEGATIVE,
   "steps": NOT_NEGATIVE,
   "log_every": POSITIVE,
   "data.train_sizes": TRAIN_SIZES,
@@ -106,6 +107,40 @@ def check(config: ConfigDict, rules: Mapping[str, Rule]) -> None:
       good = False
     if not good:
       raise UserError(f"config.{path}={value!r} must be {needed}")
+
+
+def check_types(config: ConfigDict, default: ConfigDict) -> None:
+  """Checks that a config, which may have been read from a file, has the fields of another and their types.
+
+  Args:
+    config: the config.
+    default: a config of the same model. A field that is unset there may have any value.
+
+  Raises:
+    UserError: a field is missing, or has a value of another type.
+  """
+  for path, expected in _leaves(default):
+    value = value_at(config, path)
+    if expected is not None and not _is_of_type(value, expected):
+      raise UserError(
+        f"config.{path}={one_line(value, 100)} must be of the type of its default, {expected!r}"
+      )
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def _is_of_type(value: object, expected: object) -> bool:
+  if isinstance(expected, float):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if isinstance(expected, tuple):
+    return isinstance(value, tuple | list)  # JSON has lists only
+  return type(value) is type(expected)
 
 
 def value_at(config: ConfigDict, path: str) -> Any:

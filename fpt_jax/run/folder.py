@@ -26,8 +26,8 @@ def run_folder(workdir: str) -> epath.Path:
   """
   if not workdir:
     raise UserError("--workdir is missing; set it to the folder of the run")
-  # one slash as well: a mistyped gs:/bucket must not become a local folder
-  url = re.match(r"([A-Za-z][\w+.-]+):/(/[^/])?", workdir)
+  # a mistyped gs:/bucket or gs:bucket must not become a local folder
+  url = re.match(rf"([A-Za-z][\w+.-]+(?=:/)|{'|'.join(REMOTE_SCHEMES)}):(//[^/])?", workdir)
   if url and (url[1] not in REMOTE_SCHEMES or not url[2]):
     known = ", ".join(f"{scheme}://" for scheme in REMOTE_SCHEMES)
     raise UserError(f"--workdir={workdir} must be a local path or begin with one of {known}")
@@ -136,7 +136,8 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
     if is_remote(path):
       path.write_bytes(data)
       return
-    temporary = path.parent / f"{path.name[:60]}.tmp"  # names are limited in bytes
+    # another process may replace the same file at the same time; names are limited in bytes
+    temporary = path.parent / f"{path.name[:60]}.{uuid.uuid4().hex[:8]}.tmp"
     try:
       temporary.write_bytes(data)
       temporary.replace(path)

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-import jax
 from absl import logging
 from etils import epath
 
@@ -34,28 +33,25 @@ BEAT = 5.0  # seconds between two changes of a lock
 EXPIRES = 20.0  # seconds without a change after which the owner is gone
 
 
+class TakenOverError(UserError):
+  """Another process has taken a folder over: nothing more may be written to it."""
+
+
 @contextlib.contextmanager
 def locked_by_first_host(workdir: str, *, take_over: bool = False) -> Iterator[Callable[[], None]]:
   """Holds the lock of a run's folder for all hosts; see `locked`.
 
   Yields:
-    A function that raises UserError on the first host if another process has taken the lock over.
+    A function that raises TakenOverError on every host if another process has taken the lock over.
 
   Raises:
     UserError: as `locked`, on every host.
   """
   with contextlib.ExitStack() as stack:
-    check, error = (lambda: None), None
-    if jax.process_index() == 0:
-      try:
-        check = stack.enter_context(locked(run_folder(workdir), take_over=take_over))
-      except UserError as raised:
-        error = raised
-    if not sharding.agreed(error is None) and error is None:
-      error = UserError(f"the first host cannot use {workdir}; see its message")
-    if error is not None:
-      raise error
-    yield check
+    check = sharding.on_first_host(
+      lambda: stack.enter_context(locked(run_folder(workdir), take_over=take_over))
+    )
+    yield lambda: sharding.on_first_host(check or (lambda: None), TakenOverError)
 
 
 @contextlib.contextmanager
@@ -70,7 +66,7 @@ def locked(
     wait: whether to wait until a process that is running has given the lock back.
 
   Yields:
-    A function that raises UserError if another process has taken the lock over.
+    A function that raises TakenOverError if another process has taken the lock over.
 
   Raises:
     UserError: another process holds the lock, or the folder cannot be written to.
@@ -186,9 +182,9 @@ class Heartbeat:
     return True
 
   def check(self) -> None:
-    """Raises UserError if another process has taken the lock over."""
+    """Raises TakenOverError if another process has taken the lock over."""
     if self._lost.is_set():
-      raise UserError(
+      raise TakenOverError(
         f"{self._path.parent} was taken over by {name(read(self._path) or {})}; this process stops "
         "without writing to it again"
       )

@@ -99,7 +99,7 @@ class Clock:
 
   def restart(self, step: int) -> float:
     """Discards the time until now, which was spent on compilation; returns it in seconds."""
-    seconds = time.perf_counter() - self._since[1]
+    seconds = time.perf_counter() - self._since[1] - self._paused
     self._since, self._waited, self._paused = (step, time.perf_counter()), 0.0, 0.0
     return seconds
 

@@ -5,6 +5,8 @@ Data parallelism: every device has all weights and its share of the images of a 
 
 import math
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpt_jax.errors import UserError, one_line
+
+T = TypeVar("T")
 
 
 def initialize() -> None:
@@ -54,6 +58,31 @@ def initialize() -> None:
 def agreed(fine: bool) -> bool:
   """Returns whether `fine` is true on every host."""
   return bool(from_all_hosts({"fine": np.array([fine], np.int32)})["fine"].all())
+
+
+def on_first_host(action: Callable[[], T], error_type: type[UserError] = UserError) -> T | None:
+  """Runs an action on the first host only, such as writing a file.
+
+  Args:
+    action: the action.
+    error_type: type of the error on the other hosts.
+
+  Returns:
+    What the action returns; None on the other hosts.
+
+  Raises:
+    UserError: the action has raised it, on every host: a host that went on alone would wait for the first
+      one for ever.
+  """
+  result, error = None, None
+  if jax.process_index() == 0:
+    try:
+      result = action()
+    except UserError as raised:
+      error = raised
+  if not agreed(error is None):
+    raise error or error_type("the first host has stopped; see its message")
+  return result
 
 
 def this_host() -> dict[str, int]:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
@@ -57,14 +57,20 @@ class StopSignal:
     return 0.0 if self._since is None else time.monotonic() - self._since
 
   @contextlib.contextmanager
-  def during_evaluation(self) -> Iterator[None]:
-    """Context in which `check` raises Stopped once all hosts have agreed to stop."""
-    global _during_evaluation
-    _during_evaluation = self
+  def during_evaluation(self, check_lock: Callable[[], None]) -> Iterator[None]:
+    """Context in which `check` raises Stopped once all hosts have agreed to stop, and calls `check_lock`."""
+    global _check
+
+    def check_signal_and_lock() -> None:
+      check_lock()
+      if self.agreed():
+        raise Stopped
+
+    _check = check_signal_and_lock
     try:
       yield
     finally:
-      _during_evaluation = None
+      _check = None
 
   def _remember(self, number, frame):
     del frame
@@ -75,7 +81,7 @@ class StopSignal:
       os.kill(os.getpid(), signal.SIGTERM)  # to JAX's preemption service
 
 
-_during_evaluation: StopSignal | None = None
+_check: Callable[[], None] | None = None
 
 
 def check() -> None:
@@ -84,5 +90,5 @@ def check() -> None:
   Raises:
     Stopped: see `StopSignal.during_evaluation`; outside of it, nothing is raised.
   """
-  if _during_evaluation is not None and _during_evaluation.agreed():
-    raise Stopped
+  if _check is not None:
+    _check()

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from fpt_jax import configs
 from fpt_jax.data import DatasetInfo
 from fpt_jax.errors import UserError
 from fpt_jax.models.layers import DTYPES
@@ -136,6 +137,17 @@ def task_of(config: ConfigDict) -> Task:
   return TASKS[name]
 
 
+def check_types(config: ConfigDict) -> None:
+  """Checks that a config has all fields, with values of the right types, as a damaged file may not.
+
+  Raises:
+    UserError: a field is missing, or has a value of another type.
+  """
+  default = configs.DEFAULTS.get(config.model.name)
+  if default is not None:
+    config_values.check_types(config, default())
+
+
 def check_config(config: ConfigDict, *, training: bool = True) -> None:
   """Checks the values of a config before any work begins.
 
@@ -149,6 +161,7 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
     UserError: a value is not possible; the message has the field, its value, and what it must be.
   """
   task = task_of(config)
+  check_types(config)
   rules = config_values.RULES | {
     "model.dtype": config_values.one_of(*DTYPES),
     "model.fpt.implementation": config_values.one_of(*get_args(mos_attention.Implementation)),

@@ -176,6 +176,37 @@ def test_two_preparations_at_a_time_and_what_a_killed_one_has_left(tmp_path, cap
   assert not list((tmp_path / "data").rglob("running.lock"))
 
 
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    [],
+    {"source": None},
+    {"inputs": "x"},
+    {"sizes": 5},
+    {"objects": {"test": 3}},
+    {"category_names": 5},
+    {"inputs": {"options": {}, "files": {}}},
+  ],
+)
+def test_metadata_of_other_types_are_reported_in_one_line(change, tmp_path):
+  write_coco(tmp_path / "source")
+  coco = config("coco", tmp_path / "data", source=str(tmp_path / "source"))
+  data.prepare(coco)
+  (file,) = (tmp_path / "data").rglob("metadata.json")
+  content = json.loads(file.read_text())
+  file.write_text(json.dumps((content | change) if change else change))
+  coco.train_split = "train"
+  for use in (data.prepare, data.info, data.check_trainable, data.digest):
+    try:
+      use(coco)
+    except UserError as error:
+      assert "\n" not in str(error) and str(tmp_path / "data") in str(error)
+  with pytest.raises(UserError, match="prepare"):
+    data.info(coco)
+    data.check_trainable(coco)
+
+
 @pytest.mark.parametrize("how", ["cut", "empty", "deleted", "other bytes"])
 def test_damaged_records_are_reported_in_one_line(how, tmp_path):
   write_coco(tmp_path / "source")

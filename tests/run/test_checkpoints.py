@@ -132,6 +132,22 @@ def test_a_missing_optimizer_is_not_called_damage(tmp_path):
   saved.close()
 
 
+def test_a_folder_that_was_deleted_is_reported(tmp_path):
+  saved = checkpoints.manager(str(tmp_path))
+  shutil.rmtree(tmp_path / "checkpoints")
+  with pytest.raises(UserError, match=r"none is complete yet; restore the folder and run"):
+    checkpoints.save(saved, 0, arrays(0))
+  saved.close()
+
+
+def test_reading_creates_nothing(tmp_path):
+  saved = checkpoints.manager(str(tmp_path), read_only=True)
+  with pytest.raises(UserError, match="has no checkpoint; train first"):
+    checkpoints.choose_step(saved)
+  saved.close()
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
   ("cause", "advice"),
   [

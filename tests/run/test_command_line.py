@@ -129,6 +129,11 @@ def test_words_that_do_not_exist_are_reported(tmp_path):
     load_config(str(tmp_path / "none.py"))
 
 
+def test_fields_without_a_config_are_reported(tmp_path):
+  code, _, (error,) = run(tmp_path, "--config.data.skip_bad")
+  assert code == 2 and "--config.data.skip_bad changes a field of a config; it needs" in error
+
+
 @pytest.mark.parametrize(
   ("path", "value", "words"),
   [

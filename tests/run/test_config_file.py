@@ -37,6 +37,7 @@ def check(found, **options):
     {"data__source": "/elsewhere", "data__data_dir": "/elsewhere", "data__eval_split": "val[:3]"},
     {"data__num_workers": 3, "data__prefetch": 9, "model__test__score_threshold": 0.5},
     {"init_from": "/weights"},
+    {"data__annotations": "a.json", "data__images": "images"},
   ],
 )
 def test_what_does_not_change_the_training_is_free(fields):
@@ -85,12 +86,21 @@ def test_fields_of_other_versions_are_not_compared():
   assert changes(saved, config) == {}
 
 
+def test_a_group_in_the_place_of_a_value_is_a_change():
+  saved, config = coco_mask.get_config(), coco_mask.get_config()
+  config.data.builder.splits = {"train": ("x.json", "images")}
+  assert changes(saved, config) == {"data.builder.splits": (None, {"train": ["x.json", "images"]})}
+
+
 def test_changes_are_appended_to_the_history(tmp_path):
   record_changes(str(tmp_path), {}, 5)
   assert not list(tmp_path.iterdir())
   record_changes(str(tmp_path), changed(seed=3), 5)
+  with (tmp_path / "config_history.jsonl").open("ab") as file:
+    file.write(b"\xff\n")  # damage is kept as it is
   record_changes(str(tmp_path), changed(log_every=7, eval__flip=True), 9)
-  lines = (tmp_path / "config_history.jsonl").read_text().splitlines()
+  lines = (tmp_path / "config_history.jsonl").read_bytes().splitlines()
+  assert lines.pop(1) == b"\xff"
   first, second = map(json.loads, lines)
   assert first["step"] == 5 and first["changed"] == {"seed": {"from": 0, "to": 3}}
   assert second["step"] == 9 and set(second["changed"]) == {"log_every", "eval.flip"}

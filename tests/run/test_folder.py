@@ -1,9 +1,11 @@
 """Paths of runs, and files that are written completely or not at all."""
 
+import concurrent.futures
 import os
 import pathlib
 
 import pytest
+from etils import epath
 
 from fpt_jax.errors import UserError
 from fpt_jax.run.folder import (
@@ -38,6 +40,7 @@ def test_buckets_keep_their_url(workdir):
   "workdir",
   [
     "gs:/bucket/run",
+    "gs:bucket/run",
     "gs://",
     "gs:///run",
     "https://x.org/run",
@@ -56,6 +59,20 @@ def test_local_names_with_a_colon_are_paths(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   assert str(run_folder("12:30/run")) == f"{tmp_path}/12:30/run"
   assert str(run_folder("run:2")) == f"{tmp_path}/run:2"
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path):
+  path = epath.Path(tmp_path / "x.json")
+  contents = [letter * 100_000 for letter in "ab"]
+
+  def write(content):
+    for _ in range(50):
+      write_whole(path, content)
+      assert path.read_text() in contents
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    assert list(pool.map(write, contents)) == [None, None]
+  assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_a_check_leaves_nothing_behind(tmp_path, bucket):

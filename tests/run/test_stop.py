@@ -23,7 +23,7 @@ def test_a_signal_is_remembered_and_the_handlers_are_restored(number):
 def test_only_the_evaluation_of_a_training_is_ended():
   with stop.StopSignal() as found:
     stop.check()
-    with found.during_evaluation():
+    with found.during_evaluation(lambda: None):
       stop.check()
       os.kill(os.getpid(), signal.SIGTERM)
       with pytest.raises(stop.Stopped):

@@ -1,10 +1,14 @@
 """Impossible values are reported with their field before anything is compiled."""
 
+import functools
+import json
+
 import pytest
 
 from fpt_jax.configs import cityscapes, coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.optim import schedule, total_steps
+from fpt_jax.run.config_file import read_config, write_config
 from fpt_jax.tasks.task import check_config
 
 
@@ -15,6 +19,7 @@ from fpt_jax.tasks.task import check_config
     ("batch_size", 0, "1 or more"),
     ("batch_size", -8, "1 or more"),
     ("train_images", 0, "1 or more"),
+    ("seed", -1, "0 or more"),
     ("steps", -1, "0 or more"),
     ("log_every", 0, "1 or more"),
     ("eval.every_steps", 0, "1 or more"),
@@ -43,6 +48,43 @@ def test_impossible_values_of_both_tasks_are_reported(module, field, value, need
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
     check_config(config)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("data.name", None, "the config has no field data.name"),
+    (
+      "data.name",
+      ["coco"],
+      r"config.data.name=\['coco'\] must be of the type of its default, 'coco'",
+    ),
+    ("data.data_dir", 5, "config.data.data_dir=5 must be of the type"),
+    ("data.builder", 5, "the config has no field data.builder"),
+    ("data.flip", 1, "config.data.flip=1 must be of the type of its default, True"),
+    ("data.buckets", 3, "config.data.buckets=3 must be of the type"),
+    ("model.pyramid.name", 5, "config.model.pyramid.name=5 must be of the type"),
+    ("optim.momentum", "0.9", "config.optim.momentum=0.9 must be of the type of its default, 0.9"),
+    ("optim.learning_rate", 1, None),
+    ("steps", 1.5, "config.steps=1.5 must be of the type of its default, 0"),
+  ],
+)
+def test_wrong_types_in_config_json_are_reported(path, value, message, tmp_path):
+  write_config(str(tmp_path), coco_mask.get_config())
+  content = json.loads((tmp_path / "config.json").read_text())
+  *groups, field = path.split(".")
+  part = functools.reduce(dict.__getitem__, groups, content)
+  if value is None:
+    del part[field]
+  else:
+    part[field] = value
+  (tmp_path / "config.json").write_text(json.dumps(content))
+  config = read_config(str(tmp_path))
+  if message is None:
+    check_config(config)
+  else:
+    with pytest.raises(UserError, match=message):
+      check_config(config)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(
     self, split: str, annotation_file: pathlib.Path, image_folder: pathlib.Path
   ) -> Iterator[tuple[int, dict]]:
+    annotations_note = inputs.note(annotation_file)  # before it is read: it may be edited meanwhile
     content = coco_json.read_file(annotation_file)
     coco_json.check_units(annotation_file, content)
     boxes_only = coco_json.has_boxes_only(content["annotations"])
@@ -133,12 +134,14 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     self.info.metadata["sizes"][split] = sizes
     self.info.metadata["inputs"]["files"][split] = {
       "paths": (str(annotation_file), str(image_folder)),
-      "annotations": inputs.note(annotation_file),
+      "annotations": annotations_note,
       "images": notes,
     }
     counts = _Counts()
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
+        if isinstance(image.get("file_name"), str):  # also of a bad image, which may be replaced
+          notes[image["file_name"]] = inputs.note(image_folder / image["file_name"])
         with bad.image(image):
           example = _encode_image(image, image_folder, self._exif)
           for annotation in annotations_of[image["id"]]:
@@ -148,8 +151,6 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
           counts.add(example["objects"])
           yield ordered_key(len(sizes), len(images)), example
           sizes.append([image["height"], image["width"]])
-        if isinstance(image.get("file_name"), str):  # also of a bad image, which may be replaced
-          notes[image["file_name"]] = inputs.note(image_folder / image["file_name"])
         progress.advance()
     bad.report(split)
     if not sizes:

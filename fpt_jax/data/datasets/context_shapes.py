@@ -91,10 +91,10 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
     seed: int = 0,
     beacons: str = "color",
   ):
-    if image_size < 64 or min(train_size, val_size) < 1:
+    if image_size < 64 or min(train_size, val_size) < 1 or seed < 0:
       raise UserError(
         f"data.builder: image_size={image_size} must be at least 64, train_size={train_size} and "
-        f"val_size={val_size} at least 1"
+        f"val_size={val_size} at least 1, and seed={seed} at least 0"
       )
     if beacons not in BEACONS:
       raise UserError(f"data.builder.beacons={beacons!r} must be one of {BEACONS}")

@@ -92,6 +92,26 @@ def changes(builder: Builder) -> list[str]:
   return list(dict.fromkeys(builder.changed_files(noted["files"], moved=moved)))
 
 
+def digest(noted: Mapping[str, Any], splits: Iterable[str]) -> str:
+  """Returns a digest of the content of splits: of their files and of the options, wherever the files are.
+
+  Args:
+    noted: `metadata["inputs"]`.
+    splits: names of the splits.
+  """
+  options = {k: v for k, v in noted["options"].items() if k != "data.builder.splits"}
+  files = {split: _content(noted["files"][split]) for split in sorted(splits)}
+  text = json.dumps({"options": options, "files": files}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _content(notes: Any) -> Any:
+  """Returns notes without the times and the paths."""
+  if isinstance(notes, Mapping):
+    return {name: _content(value) for name, value in notes.items() if name != "paths"}
+  return None if notes is None else [notes[0], notes[2]]
+
+
 def changed_files(
   notes: Mapping[str, Note], paths: Mapping[str, str | pathlib.Path], *, sample: bool = False
 ) -> list[str]:

@@ -154,6 +154,8 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
     with Progress(f"prepare {split}", len(pairs)) as progress:
       for image_file, label_file in pairs:
         self._images += 1
+        for kind, file in (("images", image_file), ("labels", label_file)):
+          notes[kind][self._name(file)] = inputs.note(file)  # before it is read
         with bad.record():
           example, label_HW = _encode(
             image_file, label_file, self._images, self._layout, self._exif
@@ -161,8 +163,6 @@ class LabelMaps(tfds.core.GeneratorBasedBuilder):
           pixels_256 += np.bincount(label_HW.ravel(), minlength=256)
           yield ordered_key(len(sizes), len(pairs)), example
           sizes.append([example["height"], example["width"]])
-        for kind, file in (("images", image_file), ("labels", label_file)):
-          notes[kind][self._name(file)] = inputs.note(file)
         progress.advance()
     bad.report(split)
     if not sizes:

@@ -3,7 +3,6 @@
 Shapes: H W rows and columns.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,6 +15,7 @@ from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run.folder import run_folder, write_whole
+from fpt_jax.tasks.labels import match_names
 from fpt_jax.tasks.segmentation import batches, crops, submissions
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.views import labeller
@@ -26,18 +26,31 @@ SUBMISSION_FOLDER = "eval/submission"
 def submission_writer(config: ConfigDict, workdir: str) -> Callable[[str, np.ndarray], epath.Path]:
   """Returns a function of file name and label map that writes the file for the evaluation server.
 
+  The model's classes are matched with those of the server by name.
+
   Raises:
     UserError: the data set has no server, or the model has other classes.
   """
   name, classes = config.data.name, config.model.num_classes
-  if submissions.NUM_CLASSES.get(name) != classes:
-    servers = ", ".join(f"{n} ({k} classes)" for n, k in submissions.NUM_CLASSES.items())
+  of_server = tuple(submissions.CLASS_NAMES.get(name, ()))
+  if len(of_server) != classes:
+    servers = ", ".join(f"{n} ({len(c)} classes)" for n, c in submissions.CLASS_NAMES.items())
     raise UserError(
       f"config.eval.submission: there are servers for {servers}, not for data.name={name!r} with "
       f"{classes} classes; set --config.eval.submission=False"
     )
-  folder = run_folder(workdir) / SUBMISSION_FOLDER
-  return functools.partial(submissions.write, name, folder)
+  of_model = tuple(config.model.class_names) or of_server
+  places = list(range(classes)) if of_model == of_server else match_names(of_model, of_server)
+  for class_name, place in zip(of_model, places, strict=True):
+    if place is None or places.count(place) > 1:
+      raise UserError(
+        f"config.eval.submission: the model's class {class_name!r} is not one class of the server of "
+        f"data.name={name!r}; set --config.eval.submission=False"
+      )
+  folder, server_class = run_folder(workdir) / SUBMISSION_FOLDER, np.array(places)
+  return lambda file_name, label_HW: submissions.write(
+    name, folder, file_name, server_class[label_HW]
+  )
 
 
 def predictor(

@@ -14,7 +14,10 @@ _IDS = {
   "cityscapes": cityscapes.IDS,
   "ade20k": tuple(range(1, 1 + len(ade20k.LAYOUT.class_names))),
 }
-NUM_CLASSES = {name: len(ids) for name, ids in _IDS.items()}
+CLASS_NAMES = {
+  "cityscapes": cityscapes.LAYOUT.class_names,
+  "ade20k": ade20k.LAYOUT.class_names,
+}
 
 
 def write(name: str, folder: epath.Path, file_name: str, label_HW: np.ndarray) -> epath.Path:
@@ -27,7 +30,7 @@ def write(name: str, folder: epath.Path, file_name: str, label_HW: np.ndarray) -
     name: name of the data set, "cityscapes" or "ade20k".
     folder: folder to write into; it is created if it does not exist.
     file_name: name of the image file.
-    label_HW: classes 0..num_classes-1, int, of the size of the image file.
+    label_HW: classes of `CLASS_NAMES`, int, of the size of the image file.
 
   Returns:
     The file that was written.

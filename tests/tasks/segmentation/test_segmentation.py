@@ -21,6 +21,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
 from fpt_jax.run.config_file import write_config
 from fpt_jax.tasks import segmentation
+from fpt_jax.tasks.segmentation import submissions
 from fpt_jax.tasks.segmentation.batches import images
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.draw import palette_of
@@ -240,6 +241,18 @@ def test_predictions_for_a_server(tmp_path):
   assert file.name == "a_000_pred_labelIds.png"
   ids_HW = label_map.decode_ids(file.read_bytes())
   assert ids_HW.tolist() == [[7, 33], [23, 8]]  # road, bicycle; sky, sidewalk
+
+
+def test_classes_for_a_server_are_matched_by_name(tmp_path):
+  config = run_config({"name": "cityscapes"}, **{"eval.submission": True})
+  config.model.num_classes = 19
+  config.model.class_names = tuple(reversed(submissions.CLASS_NAMES["cityscapes"]))
+  write = submission_writer(config, str(tmp_path))
+  ids_HW = label_map.decode_ids(write("a.png", np.array([[0, 18]], np.uint8)).read_bytes())
+  assert ids_HW.tolist() == [[33, 7]]  # the first class is bicycle now, and the last one road
+  config.model.class_names = ("street", *submissions.CLASS_NAMES["cityscapes"][1:])
+  with pytest.raises(UserError, match="the model's class 'street' is not one class of the server"):
+    submission_writer(config, str(tmp_path))
 
 
 def test_pictures_and_entries_of_an_image(rng, tmp_path):

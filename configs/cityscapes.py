@@ -11,10 +11,11 @@ Words and settings after the colon, in any order, separated by commas:
     cityscapes.py:demo                 generated images, a narrow ResNet-18, minutes on two CPU cores
     cityscapes.py:small                EfficientNet-Lite0 at low resolution
     cityscapes.py:backbone=resnet50    or resnet18, resnet34, efficientnet_lite0
-    cityscapes.py:pyramid=ufp          or ppm, aspp, none
+    cityscapes.py:pyramid=ufp          or ppm, aspp, afnb, none
     cityscapes.py:fpt=lgt+st+rt        any of st, lgt or gt, rt; or none, fuse, fuse_wide
-    cityscapes.py:fpt=none,context=oc_base   or oc_pyramid, oc_asp: OCNet's object context on the pyramid
+    cityscapes.py:fpt=none,context=oc_base   or oc_pyramid, oc_asp (OCNet), acf (CFNet), apnb (AFNB)
     cityscapes.py:head=fcn             or ocnet, cfnet, afnb: other networks, without FPT
+    cityscapes.py:scope=adjacent       levels interact with their neighbours only
     cityscapes.py:sbn=off              batch statistics per device
     cityscapes.py:dropblock=off
     cityscapes.py:literal              FPT from the bare equations, see docs/fpt.md

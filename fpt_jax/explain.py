@@ -5,20 +5,15 @@ Shapes: B = 1 image, S positions, h w rows and columns of a level, H W those of 
 
 import collections
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 from PIL import Image
-from scipy import special
 
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
@@ -26,43 +21,13 @@ from fpt_jax.restored import Restored
 from fpt_jax.run.folder import make_folder, run_folder, write_whole
 from fpt_jax.run.json_lines import JsonLines, lines_of
 from fpt_jax.run.progress import Progress
-from fpt_jax.tasks import pictures
+from fpt_jax.tasks.attention_pictures import Map, Row, draw, transformer_name
 from fpt_jax.tasks.queries import Query
 from fpt_jax.tasks.subjects import LeftOut, Subject, unused_path
 from fpt_jax.tasks.task import task_of
 
 FOLDER = "explain"
-PICTURE_WIDTH = 2.4  # inches of one picture of a grid
-DPI = 100
 POINTS_PER_CALL = 8  # positions that are explained in one call of the compiled function
-
-
-class Map(NamedTuple):
-  """Weights of the positions of a level.
-
-  Attributes:
-    weight_hw: [h, w] float32, see `models.fpt.query_attention`.
-    stride: pixels of the canvas between neighbouring positions.
-  """
-
-  weight_hw: np.ndarray
-  stride: int
-
-
-class Row(NamedTuple):
-  """What a level takes from the others at one position.
-
-  Attributes:
-    query: the position.
-    level: index of the level.
-    maps: the map of each level that it takes from, by its index.
-    mixtures: the weights of the mixture of softmaxes, for the levels that it attends to (ST and GT).
-  """
-
-  query: Query
-  level: int
-  maps: dict[int, Map]
-  mixtures: dict[int, list[float]]
 
 
 def explain(
@@ -77,10 +42,10 @@ def explain(
   """Draws what the transformers of a trained model attend to from chosen positions.
 
   Writes `explain/<name>.png` for every image: one row per position and level, one column per level that it
-  takes from. `explain/explain.jsonl` gets the numbers of each image: the weights of the mixtures, the entropy
-  of each map and its peak. At the end, or when an error ends the work, `explain/explain.json` is made from
-  it. Where the ground truth says which objects tell the class of others (Context Shapes), the share of the
-  attention that is on them is logged, beside their share of the image.
+  takes from. `explain/explain.jsonl` gets the numbers of each image: the weights of the mixtures, and the
+  entropy and the peak of each map. At the end, or when an error ends the work, `explain/explain.json` is
+  made from it. Where the ground truth says which objects tell the class of others (Context Shapes), the
+  share of the attention that is on them is logged, beside their share of the image.
 
   Args:
     restored: the model.
@@ -124,9 +89,10 @@ def explain(
       questions = task.questions(config, image_HWC, subject.truth, size)
       answer_of = {question.query: question.answer_HW for question in questions}
       for row in rows_of(view, image_HWC, list(answer_of)):
-        for source in row.mixtures:
-          name = transformer_name(row.level, source, task.level_name)
-          shares[name].append(share_on(row.maps[source], answer_of[row.query], size))
+        for source, seen in row.maps.items():
+          if seen.mixture:  # the maps of RT are not attention
+            name = transformer_name(row.level, source, task.level_name)
+            shares[name].append(share_on(seen, answer_of[row.query], size))
     return rows
 
   try:
@@ -187,11 +153,16 @@ def explainer(restored: Restored) -> Callable[..., list[Row]]:
       for s, query in enumerate(block):
         for level in range(len(strides)) if query.level is None else [query.level]:
           taken = {source: e for (i, source), e in found.items() if i == level}
-          maps = {k: Map(e.map_BShw[0, s], int(strides[k])) for k, e in taken.items()}
-          mixtures = {
-            k: e.mixture_BM[0].tolist() for k, e in taken.items() if e.mixture_BM is not None
+          maps = {
+            k: Map(
+              e.map_BShw[0, s],
+              int(strides[k]),
+              float(e.entropy_BS[0, s]),
+              () if e.mixture_BM is None else tuple(e.mixture_BM[0].tolist()),
+            )
+            for k, e in taken.items()
           }
-          rows.append(Row(query, level, maps, mixtures))
+          rows.append(Row(query, level, maps))
     return rows
 
   return rows_of
@@ -219,13 +190,6 @@ def outside(points: Sequence[tuple[float, float]], subject: Subject) -> UserErro
         "high"
       )
   return None
-
-
-def transformer_name(level: int, source: int, level_name: Callable[[int], str]) -> str:
-  """Returns a name such as "ST", "GT from P4" or "RT from P2"."""
-  if source == level:
-    return "ST"
-  return f"{'GT' if source > level else 'RT'} from {level_name(source)}"
 
 
 def share_on(seen: Map, answer_HW: np.ndarray, size: Sequence[int]) -> tuple[float, float]:
@@ -265,7 +229,7 @@ def format_summary(summary: Mapping[str, Sequence[float]]) -> str:
   attention, area = np.mean(list(summary.values()), axis=0)
   return "\n".join(
     [
-      f"attention on the objects that tell a satellite's category ({100 * area:.1f} % of the image)",
+      f"attention on the objects that answer the questions ({100 * area:.1f} % of the image)",
       *(line(name, *shares) for name, shares in summary.items()),
       line("mean", attention, area),
     ]
@@ -278,86 +242,18 @@ def entry(
   """Returns the numbers of a row for `explain.json`; positions are in pixels of the image."""
   query, sources = row.query, []
   ratio_2 = np.array(image_HWC.shape[:2]) / np.array(size)
-  for source, (weight_hw, stride) in row.maps.items():
+  for source, seen in row.maps.items():
+    weight_hw = seen.weight_hw
     peak_2 = np.array(np.unravel_index(np.argmax(weight_hw), weight_hw.shape))
-    y, x = ((peak_2 * stride + 0.5) * ratio_2).tolist()
-    positions = math.prod(-(-edge // stride) for edge in size)
-    entropy = float(special.entr(weight_hw).sum()) / math.log(max(positions, 2))
+    y, x = ((peak_2 * seen.stride + 0.5) * ratio_2).tolist()
     sources.append(
       {
         "transformer": transformer_name(row.level, source, level_name),
-        "mixture": [round(weight, 4) for weight in row.mixtures.get(source, [])],
-        "entropy": round(entropy, 4),
+        "mixture": [round(weight, 4) for weight in seen.mixture],
+        "entropy": round(seen.entropy, 4),
+        "outside": round(seen.outside, 4),
         "peak": {"x": round(x, 1), "y": round(y, 1), "weight": round(float(weight_hw.max()), 6)},
       }
     )
   described = {"name": query.name, "x": round(query.x, 1), "y": round(query.y, 1)}
   return described | {"level": level_name(row.level), "sources": sources}
-
-
-def draw(
-  image_HWC: np.ndarray,
-  size: Sequence[int],
-  rows: Sequence[Row],
-  level_name: Callable[[int], str],
-) -> np.ndarray:
-  """Draws a grid: the position on the image in the first column, then what it takes from each level.
-
-  A heat map has the brightest colour where its weight is largest.
-
-  Args:
-    image_HWC: the image, uint8 RGB.
-    size: (height, width) of the image on the canvas of the maps.
-    rows: the rows.
-    level_name: function from the index of a level to its name.
-
-  Returns:
-    uint8 RGB.
-  """
-  height, width = size
-  sources = sorted({source for row in rows for source in row.maps})
-  cell = (PICTURE_WIDTH, PICTURE_WIDTH * height / width + 0.45)
-  columns = 1 + len(sources)
-  figure = Figure(figsize=(columns * cell[0], len(rows) * cell[1]), dpi=DPI, layout="constrained")
-  grid = figure.subplots(len(rows), columns, squeeze=False)
-  everywhere = (0, width, height, 0)
-  for axes, row in zip(grid, rows, strict=True):
-    axes[0].imshow(image_HWC, extent=everywhere)
-    axes[0].set_title(f"{row.query.name}\nat {level_name(row.level)}", fontsize=9)
-    for axis, source in zip(axes[1:], sources, strict=True):
-      if source not in row.maps:
-        axis.set_axis_off()
-        continue
-      axis.imshow(image_HWC.mean(axis=-1), extent=everywhere, cmap="gray", vmin=-80, vmax=400)
-      draw_map(axis, row.maps[source])
-      mixture = " ".join(f"{weight:.2f}" for weight in row.mixtures.get(source, []))
-      below = f"mixture {mixture}" if mixture else "gradient x input"
-      title = transformer_name(row.level, source, level_name)
-      axis.set_title(f"{title}\n{below}", fontsize=9)
-    for axis in axes:
-      axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-      if axis.images:
-        draw_query(axis, row.query, width / image_HWC.shape[1])
-  return pictures.pixels_of(figure)
-
-
-def draw_map(axis: Axes, seen: Map) -> None:
-  """Draws weights over a picture; position i is centred on pixel i * stride."""
-  weight_hw, stride = seen
-  start = 0.5 - stride / 2
-  bottom, right = (start + edge * stride for edge in weight_hw.shape)
-  axis.imshow(
-    weight_hw,
-    extent=(start, right, bottom, start),
-    cmap="inferno",
-    alpha=0.85 * np.sqrt(weight_hw / max(weight_hw.max(), 1e-30)),
-    interpolation="nearest",
-  )
-
-
-def draw_query(axis: Axes, query: Query, ratio: float) -> None:
-  """Marks the position, and the object's box, on a picture that is scaled by `ratio`."""
-  axis.plot(query.x * ratio, query.y * ratio, "+", color="cyan", markersize=9, markeredgewidth=1.5)
-  if query.box is not None:
-    x0, y0, x1, y1 = (edge * ratio for edge in query.box)
-    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan"))

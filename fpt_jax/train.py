@@ -312,9 +312,11 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
   """
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)), placement)
   if not config.init_from:
-    if config.model.backbone.frozen:
+    frozen_parts = [name for name in config.optim.frozen if within(name, "backbone")]
+    if config.model.backbone.frozen or frozen_parts:
       logging.warning(
-        "the backbone is frozen at random weights; set --config.init_from to pretrained ones"
+        "%s at random weights; set --config.init_from to pretrained ones",
+        f"{frozen_parts[0]} is frozen" if frozen_parts else "the backbone is frozen",
       )
     return arrays
   check_preprocessing(config, read_config(config.init_from))

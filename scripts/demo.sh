@@ -9,7 +9,8 @@ if [[ "${1:-}" == -* ]]; then
   echo "error: the folder comes before the flags: bash scripts/demo.sh WORKDIR $*" >&2
   exit 2
 fi
-workdir="$(realpath -m "${1:-/tmp/fpt_jax_demo}")"
+workdir="${1:-/tmp/fpt_jax_demo}"
+[[ "$workdir" == /* ]] || workdir="$PWD/$workdir"
 flags=("${@:2}")
 source "$(dirname "$0")/_environment.sh"
 use_environment requirements.txt
@@ -19,7 +20,7 @@ data="--config.data.data_dir=$workdir/data"
 baseline="$workdir/fuse" # the same network, without transformers
 
 run() { # MODE CONFIG WORKDIR [FLAGS]
-  "$python" -m fpt_jax.main --mode="$1" --config="$2" --workdir="$3" "$data" "${flags[@]}" "${@:4}"
+  "$python" -m fpt_jax.main --mode="$1" --config="$2" --workdir="$3" "$data" ${flags[@]+"${flags[@]}"} "${@:4}"
 }
 twelve=--config.data.eval_split='val[:12]'
 
@@ -28,7 +29,7 @@ train_baseline() {
   run predict $config,fpt=fuse "$baseline" "$twelve"
 }
 
-"$python" -m fpt_jax.main --mode=prepare --config=$config "$data" "${flags[@]}"
+"$python" -m fpt_jax.main --mode=prepare --config=$config "$data" ${flags[@]+"${flags[@]}"}
 mkdir -p "$baseline"
 train_baseline > "$baseline/log.txt" 2>&1 &
 training=$!

@@ -9,9 +9,10 @@ from PIL import Image
 from fpt_jax import models
 from fpt_jax.data.datasets import context_shapes
 from fpt_jax.errors import UserError
-from fpt_jax.explain import Map, explain, parsed_points, share_on
+from fpt_jax.explain import explain, parsed_points, share_on
 from fpt_jax.restored import Restored
 from fpt_jax.tasks import detection, segmentation
+from fpt_jax.tasks.attention_pictures import Map
 from fpt_jax.tasks.queries import Query
 from fpt_jax.tasks.subjects import Subject, subjects_of_split
 from tests.runs import tiny_config, tiny_segmentation_config
@@ -134,12 +135,12 @@ def test_the_share_on_an_object_counts_covered_parts_of_positions():
   answer[0:2, 2:4] = (
     True  # a half of the pixels of position (0, 1), which has rows 0-1, columns 2-5
   )
-  attention, area = share_on(Map(weight, 4), answer, (8, 12))
+  attention, area = share_on(Map(weight, 4, 0.5, (1.0,)), answer, (8, 12))
   assert area == pytest.approx(16 / 96)
   assert attention == pytest.approx(0.3 + 0.2 * 4 / 8)
   # the same object in an image of twice the size
   larger = answer.repeat(2, axis=0).repeat(2, axis=1)
-  assert share_on(Map(weight, 4), larger, (8, 12)) == pytest.approx((attention, area))
+  assert share_on(Map(weight, 4, 0.5, (1.0,)), larger, (8, 12)) == pytest.approx((attention, area))
 
 
 def test_queries_know_the_level_that_their_box_is_pooled_from(tmp_path):

@@ -114,25 +114,27 @@ def check_types(config: ConfigDict, default: ConfigDict) -> None:
 
   Args:
     config: the config.
-    default: a config of the same model. A field that is unset there may have any value.
+    default: a config of the same model. A field that is unset there may have any value, or be missing.
 
   Raises:
     UserError: a field is missing, or has a value of another type.
   """
-  for path, expected in _leaves(default):
+  for path, expected in _fields(default):
+    if expected is None:
+      continue
     value = value_at(config, path)
-    if expected is not None and not _is_of_type(value, expected):
-      raise UserError(
-        f"config.{path}={one_line(value, 100)} must be of the type of its default, {expected!r}"
-      )
+    if not _is_of_type(value, expected):
+      group = isinstance(expected, ConfigDict)
+      needed = "a group of fields" if group else f"of the type of its default, {expected!r}"
+      raise UserError(f"config.{path}={one_line(value, 100)} must be {needed}")
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields the path and the value of each group and each field, groups before their fields."""
   for name, value in config.items():
+    yield prefix + name, value
     if isinstance(value, ConfigDict):
-      yield from _leaves(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value
+      yield from _fields(value, f"{prefix}{name}.")
 
 
 def _is_of_type(value: object, expected: object) -> bool:

@@ -181,7 +181,7 @@ def test_two_preparations_at_a_time_and_what_a_killed_one_has_left(tmp_path, cap
   [
     {},
     [],
-    {"source": None},
+    {"sizes": {"train": None}},
     {"inputs": "x"},
     {"sizes": 5},
     {"objects": {"test": 3}},

@@ -60,7 +60,7 @@ def test_impossible_values_of_both_tasks_are_reported(module, field, value, need
       r"config.data.name=\['coco'\] must be of the type of its default, 'coco'",
     ),
     ("data.data_dir", 5, "config.data.data_dir=5 must be of the type"),
-    ("data.builder", 5, "the config has no field data.builder"),
+    ("data.builder", 5, "config.data.builder=5 must be a group of fields"),
     ("data.flip", 1, "config.data.flip=1 must be of the type of its default, True"),
     ("data.buckets", 3, "config.data.buckets=3 must be of the type"),
     ("model.pyramid.name", 5, "config.model.pyramid.name=5 must be of the type"),

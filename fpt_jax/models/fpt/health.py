@@ -78,13 +78,11 @@ def attention_figures(
     attention that one key draws; in a local window, the largest weight, averaged over queries.
     "mixture": the largest weight of a part in the mixture of softmaxes.
   """
-  weight_BSK, valid_BSK, pi_BM = query_attention(interaction, query, source, positions_BS2)
-  count_BS = jnp.maximum(jnp.sum(valid_BSK, axis=-1), 2)
-  entropy_BS = -jnp.sum(jax.scipy.special.xlogy(weight_BSK, weight_BSK), axis=-1)
-  draws_BK = jnp.mean(weight_BSK, axis=1)
-  busiest = jnp.max(weight_BSK if interaction.window else draws_BK, axis=-1)
+  attention = query_attention(interaction, query, source, positions_BS2)
+  draws_BK = jnp.mean(attention.weight_BSK, axis=1)
+  busiest = jnp.max(attention.weight_BSK if interaction.window else draws_BK, axis=-1)
   return {
-    "entropy": jnp.mean(entropy_BS / jnp.log(count_BS)),
+    "entropy": jnp.mean(attention.entropy()),
     "busiest_key": jnp.mean(busiest),
-    "mixture": jnp.mean(jnp.max(pi_BM, axis=-1)),
+    "mixture": jnp.mean(jnp.max(attention.pi_BM, axis=-1)),
   }

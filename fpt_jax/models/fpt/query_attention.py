@@ -29,6 +29,10 @@ class QueryAttention(NamedTuple):
   valid_BSK: jax.Array
   pi_BM: jax.Array
 
+  def entropy(self) -> jax.Array:
+    """[B, S] float32: see `relative_entropy`."""
+    return relative_entropy(self.weight_BSK, self.valid_BSK)
+
 
 class Explanation(NamedTuple):
   """What chosen positions of a level take from a level.
@@ -36,10 +40,19 @@ class Explanation(NamedTuple):
   Attributes:
     map_BShw: [B, S, h, w] float32, see `attention_maps` and `rendered_maps`.
     mixture_BM: [B, M] float32 weights of the mixture; None for a Rendering Transformer.
+    entropy_BS: [B, S] float32, see `relative_entropy`; of the weights of all keys, also outside the map.
   """
 
   map_BShw: jax.Array
   mixture_BM: jax.Array | None
+  entropy_BS: jax.Array
+
+
+def relative_entropy(weight_BSK: jax.Array, valid_BSK: jax.Array) -> jax.Array:
+  """[B, S] float32: entropy of each row over the logarithm of the number of keys; 1 if all weigh the same."""
+  count_BS = jnp.maximum(jnp.sum(valid_BSK, axis=-1), 2)
+  entropy_BS = -jnp.sum(jax.scipy.special.xlogy(weight_BSK, weight_BSK), axis=-1)
+  return entropy_BS / jnp.log(count_BS)
 
 
 def query_attention(
@@ -82,17 +95,19 @@ def attention_maps(
     The weights of the positions of the source map, which sum to 1, or to less if a local window has zero
     keys outside the map; and the weights of the mixture.
   """
-  weight_BSK, _, pi_BM = query_attention(interaction, query, source, positions_BS2)
+  attention = query_attention(interaction, query, source, positions_BS2)
+  weight_BSK = attention.weight_BSK
   shape = (*weight_BSK.shape[:2], *source.size)
   if interaction.window is None:
-    return Explanation(weight_BSK.reshape(shape), pi_BM)
+    return Explanation(weight_BSK.reshape(shape), attention.pi_BM, attention.entropy())
   places_BSK2, inside_BSK = window_places(interaction.window, query, source, positions_BS2)
   rows_BSK, columns_BSK = places_BSK2[..., 0], places_BSK2[..., 1]
   batch_B11 = jnp.arange(shape[0])[:, None, None]
   query_1S1 = jnp.arange(shape[1])[None, :, None]
   on_map_BSK = jnp.where(inside_BSK, weight_BSK, 0)
   maps_BShw = jnp.zeros(shape).at[batch_B11, query_1S1, rows_BSK, columns_BSK].add(on_map_BSK)
-  return Explanation(jnp.where(source.valid_BHW[:, None], maps_BShw, 0), pi_BM)
+  maps_BShw = jnp.where(source.valid_BHW[:, None], maps_BShw, 0)
+  return Explanation(maps_BShw, attention.pi_BM, attention.entropy())
 
 
 def rendered_maps(
@@ -131,7 +146,10 @@ def rendered_maps(
 
   maps_SBhw = jax.lax.map(contributions, jnp.eye(positions_BS2.shape[1]))
   total_SB11 = jnp.sum(maps_SBhw, axis=(2, 3), keepdims=True)
-  return Explanation(jnp.moveaxis(maps_SBhw / jnp.maximum(total_SB11, 1e-12), 0, 1), None)
+  maps_BShw = jnp.moveaxis(maps_SBhw / jnp.maximum(total_SB11, 1e-12), 0, 1)
+  weight_BSK = maps_BShw.reshape(*maps_BShw.shape[:2], -1)
+  valid_BSK = fine.valid_BHW.reshape(len(weight_BSK), 1, -1)
+  return Explanation(maps_BShw, None, relative_entropy(weight_BSK, valid_BSK))
 
 
 def pairs(values_G: jax.Array) -> jax.Array:
@@ -146,9 +164,15 @@ def at(values_BHWC: jax.Array, positions_BS2: jax.Array) -> jax.Array:
   )
 
 
-def windows(interaction, query, source, k_BhwMD, positions_BS2) -> tuple[jax.Array, jax.Array]:
+def windows(
+  interaction: NonLocalInteraction,
+  query: FeatureMap,
+  source: FeatureMap,
+  k_BhwMD: jax.Array,
+  positions_BS2: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """Returns the keys in the window of each sampled query, [B, S, K, M, D], and which take part."""
-  places_BSK2, inside_BSK = window_places(interaction.window, query, source, positions_BS2)
+  places_BSK2, inside_BSK = window_places(interaction.window or 1, query, source, positions_BS2)
   flat_BS2 = places_BSK2.reshape(len(places_BSK2), -1, 2)
 
   def taken(x_Bhw):
@@ -159,7 +183,9 @@ def windows(interaction, query, source, k_BhwMD, positions_BS2) -> tuple[jax.Arr
   return k_BSKMD, valid_BSK if interaction.outside == "masked" else jnp.ones_like(valid_BSK)
 
 
-def window_places(window, query, source, positions_BS2) -> tuple[jax.Array, jax.Array]:
+def window_places(
+  window: int, query: FeatureMap, source: FeatureMap, positions_BS2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Returns the positions in the window of each query, [B, S, K, 2], and which of them are on the map.
 
   Positions outside the map are moved to its border.
@@ -173,7 +199,13 @@ def window_places(window, query, source, positions_BS2) -> tuple[jax.Array, jax.
   return jnp.clip(places_BSK2, 0, size_2 - 1), inside_BSK
 
 
-def attention_weights(interaction, q_BSMD, k_BSKMD, valid_BSK, pi_BM) -> jax.Array:
+def attention_weights(
+  interaction: NonLocalInteraction,
+  q_BSMD: jax.Array,
+  k_BSKMD: jax.Array,
+  valid_BSK: jax.Array,
+  pi_BM: jax.Array,
+) -> jax.Array:
   """[B, S, K] float32: the mixture of softmaxes of eq. 2, 3 and 5; `k_BSKMD` may be shared by all S."""
   q_BSMD, k_BSKMD = q_BSMD.astype(jnp.float32), k_BSKMD.astype(jnp.float32)
   if k_BSKMD.shape[1] == 1:

@@ -1,5 +1,7 @@
 """The exception whose message is written for the user, and other errors in one line."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
   """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do.
@@ -18,6 +20,12 @@ class ResultsNotWrittenError(UserError):
   def __init__(self, message: object, metrics: dict[str, float]):
     super().__init__(f"{message}; the scores are complete, see the log above")
     self.metrics = metrics
+
+
+def first_of(items: Sequence[str], most: int, separator: str = ", ") -> str:
+  """Returns the first items of a list, and how many more there are, for a message."""
+  more = f" and {len(items) - most} more" if len(items) > most else ""
+  return separator.join(items[:most]) + more
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -19,7 +19,7 @@ from fpt_jax.data.datasets.checks import listed
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import UserError, first_of, one_line
 from fpt_jax.ops import masks
 from fpt_jax.run.folder import check_writable, is_full_disk
 from fpt_jax.run.lock import locked
@@ -330,16 +330,11 @@ class Reader:
 
   def decode(self, index: int, record: instances.Record | LabelRecord) -> np.ndarray:
     """Returns the record's image, uint8 RGB [height, width, 3]."""
-    try:
+    with self.reading(index, f"image id {record.image_id}"):
       image_HWC = decode_image(record.image, exif=self._exif)
       if image_HWC.shape[:2] != tuple(record.size):  # prepared by a version that ignored EXIF data
         raise ValueError(f"its size is {image_HWC.shape[:2]}, not {record.size} as in the record")
       return image_HWC
-    except ValueError as error:
-      raise UserError(
-        f"{self.name(index)}, image id {record.image_id}: {error}; delete the folder and run "
-        "--mode=prepare"
-      ) from error
 
   def has_inputs_of(self, builder: tfds.core.GeneratorBasedBuilder) -> bool:
     """Returns whether another builder reads the same records with the same source and options."""
@@ -351,12 +346,17 @@ class Reader:
 
   def decode_label(self, index: int, record: LabelRecord) -> np.ndarray:
     """Returns the record's label map, uint8 [height, width]."""
-    try:
+    with self.reading(index, f"{record.file_name}: labels"):
       return label_map.decode(record)
+
+  @contextlib.contextmanager
+  def reading(self, index: int, what: str) -> Iterator[None]:
+    """Context in which a ValueError becomes a UserError that names the record and a part of it."""
+    try:
+      yield
     except ValueError as error:
       raise UserError(
-        f"{self.name(index)}, {record.file_name}: labels: {error}; delete the folder and run "
-        "--mode=prepare"
+        f"{self.name(index)}, {what}: {error}; delete the folder and run --mode=prepare"
       ) from error
 
   def close(self) -> None:
@@ -439,12 +439,11 @@ def _check_inputs(builder: tfds.core.GeneratorBasedBuilder) -> None:
     return
   found = inputs.changes(builder)
   if found:
-    more = f"; and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
     made_from = "other inputs"
     if builder.source and builder.source != builder.info.metadata["source"]:
       made_from = f"{builder.info.metadata['source']}, not from data.source={builder.source}"
     raise UserError(
       f"data.data_dir: {builder.data_dir} was prepared from {made_from}: "
-      f"{'; '.join(found[:_SHOWN_CHANGES])}{more}; delete this folder to prepare it again, or choose "
+      f"{first_of(found, _SHOWN_CHANGES, '; ')}; delete this folder to prepare it again, or choose "
       "another data.data_dir"
     )

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import UserError, first_of, one_line
 from fpt_jax.run.checksums import checksums
 from fpt_jax.run.folder import is_remote, run_folder
 
@@ -229,9 +229,8 @@ def _check_shapes(saved: Mapping, wanted: Mapping, where: str) -> None:
     if n in saved and saved[n] != wanted[n]
   ]
   if problems:
-    shown = problems[:SHOWN_DIFFERENCES]
-    more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-    raise UserError(f"{where} belongs to another model: {'; '.join(shown)}{more}")
+    shown = first_of(problems, SHOWN_DIFFERENCES, "; ")
+    raise UserError(f"{where} belongs to another model: {shown}")
 
 
 def _check_space(checkpoints: ocp.CheckpointManager, size: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import UserError, first_of, one_line
 from fpt_jax.run.config_upgrade import upgrade
 from fpt_jax.run.folder import read_json, run_folder, write_whole
 
@@ -181,9 +181,7 @@ def record_changes(workdir: str, changed: Changes, step: int) -> None:
 
 def _shown(changed: Mapping[str, tuple[object, object]], most: int = SHOWN_DIFFERENCES) -> str:
   """Formats changes as "a was 1, now 2; b was ..."."""
-  shown = [f"{name} was {old}, now {new}" for name, (old, new) in list(changed.items())[:most]]
-  more = f" and {len(changed) - most} more" if len(changed) > most else ""
-  return "; ".join(shown) + more
+  return first_of([f"{n} was {old}, now {new}" for n, (old, new) in changed.items()], most, "; ")
 
 
 def check_same_model(

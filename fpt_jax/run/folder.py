@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
 import re
 import tempfile
 import uuid
@@ -147,8 +148,12 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
       raise
 
 
-def read_json(path: epath.Path) -> Any:
+def read_json(path: pathlib.Path | epath.Path, advice: str = "restore the file") -> Any:
   """Reads a JSON file.
+
+  Args:
+    path: the file.
+    advice: what to do if it is not valid, for messages.
 
   Raises:
     UserError: the file cannot be read, or is not valid JSON.
@@ -157,30 +162,29 @@ def read_json(path: epath.Path) -> Any:
     data = path.read_bytes()
   except OSError as error:
     raise UserError(f"{path} cannot be read ({one_line(error.strerror or error, 200)})") from error
-  return parse_json(data, str(path))
+  return parse_json(data, str(path), advice)
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, advice: str = "restore the file") -> Any:
   """Parses JSON.
 
   Args:
-    data: bytes of the text in UTF-8.
+    data: bytes of the text in UTF-8; a byte order mark, which some editors write, is skipped.
     where: where the text is, for messages.
+    advice: what to do, for messages.
 
   Raises:
     UserError: the bytes are not valid JSON, are nested too deeply, or have a number with too many digits.
   """
   try:
-    return json.loads(data.decode())
+    return json.loads(data.decode("utf-8-sig"))
   except json.JSONDecodeError as error:
     raise UserError(
-      f"{where}, line {error.lineno}: not valid JSON ({error.msg}); restore the file"
+      f"{where}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); {advice}"
     ) from error
   except UnicodeDecodeError as error:
-    raise UserError(
-      f"{where}: byte {error.start} is not text in UTF-8; restore the file"
-    ) from error
+    raise UserError(f"{where}: byte {error.start} is not text in UTF-8; {advice}") from error
   except RecursionError as error:
-    raise UserError(f"{where}: the JSON is nested too deeply; restore the file") from error
+    raise UserError(f"{where}: the JSON is nested too deeply; {advice}") from error
   except ValueError as error:  # Python limits the digits of an integer
-    raise UserError(f"{where}: {one_line(error, 100)}; restore the file") from error
+    raise UserError(f"{where}: a number has thousands of digits; {advice}") from error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import numpy as np
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, first_of
 
 # (our pattern, torch's text) of normalisations and kernels
 NORM_NAMES = (
@@ -67,8 +67,7 @@ def fit(
   unused = [n for n in state_dict if n not in used and not ignored(n)]
   problems += [f"{name} has no place in the model" for name in unused]
   if problems:
-    more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-    raise UserError(f"the weights do not fit the config's model: {'; '.join(problems[:8])}{more}")
+    raise UserError(f"the weights do not fit the config's model: {first_of(problems, 8, '; ')}")
   return arrays
 
 

@@ -109,7 +109,7 @@ def test_changes_are_appended_to_the_history(tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b"", "line 1: not valid JSON"),
+    (b"", "line 1, column 1: not valid JSON"),
     (b"\xff", "byte 0 is not text"),
     (b"[]", "is not a JSON object"),
     (b"[" * 100_000, "nested too deeply"),

@@ -131,8 +131,8 @@ def test_errors_of_buckets_are_one_line(monkeypatch, bucket):
 @pytest.mark.parametrize(
   ("data", "message"),
   [
-    (b"", "line 1: not valid JSON"),
-    (b'{"a": 1,\n}', "line 2: not valid JSON"),
+    (b"", "line 1, column 1: not valid JSON"),
+    (b'{"a": 1,\n}', "line 2, column 1: not valid JSON"),
     (b"\xff\xfe", "byte 0 is not text in UTF-8"),
     (b"[" * 100_000, "nested too deeply"),
     (b'{"a":' * 100_000, "nested too deeply"),

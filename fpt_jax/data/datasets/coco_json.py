@@ -1,6 +1,5 @@
 """Annotation files in COCO's format: reading them, and checking their entries."""
 
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from fpt_jax.data.datasets.checks import (
 )
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
+from fpt_jax.run.folder import read_json
 
 _AN_ID = "an integer of at most 64 bits"
 _LARGEST = int(np.finfo(np.float64).max)
@@ -58,24 +58,7 @@ def read_file(path: pathlib.Path) -> dict[str, list]:
   Raises:
     UserError: the file cannot be read, is not JSON, or does not have the lists of COCO's format.
   """
-  try:
-    # some editors write a byte order mark
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); "
-      "download or write the file again"
-    ) from error
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path}: not UTF-8 text ({error}); download or write it again") from error
-  except RecursionError as error:
-    raise UserError(
-      f"{path}: lists or objects are nested too deeply for an annotation file; write it again"
-    ) from error
-  except ValueError as error:  # Python reads integers of 4,300 digits at most
-    raise UserError(f"{path}: a number has thousands of digits; fix it") from error
+  content = read_json(path, "download or write it again")
   for field in ("images", "annotations", "categories"):
     if not isinstance(content, dict) or not isinstance(content.get(field), list):
       raise UserError(

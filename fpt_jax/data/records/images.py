@@ -18,7 +18,7 @@ import PIL.ExifTags
 import PIL.Image
 from absl import logging
 
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import UserError, first_of, one_line
 
 EXIF = ("apply", "ignore")
 # The formats that are read. Pillow also identifies documents, scientific data and videos, some of which
@@ -225,8 +225,7 @@ def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
       others[path.suffix.lower() or "without ending"] += 1
   passed = [f"{count} {ending}" for ending, count in sorted(others.items())]
   if folders:
-    more = f" and {len(folders) - _NAMED} more" if len(folders) > _NAMED else ""
-    passed.append(f"the sub-folders {', '.join(map(repr, folders[:_NAMED]))}{more}")
+    passed.append(f"the sub-folders {first_of(list(map(repr, folders)), _NAMED)}")
   if passed:
     logging.warning("%s: %d images; passed over: %s", folder, len(found), ", ".join(passed))
   return found

@@ -231,13 +231,8 @@ def _read(reader: Reader, index: int) -> tuple[AnyRecord, np.ndarray, np.ndarray
   """Reads a record, its image and its label map."""
   record = reader.read(index)
   image_HWC = reader.decode(index, record)
-  try:
+  with reader.reading(index, f"{record.file_name}: labels"):
     return record, image_HWC, label_map_of(record)
-  except ValueError as error:
-    raise UserError(
-      f"{reader.name(index)}, {record.file_name}: labels: {error}; delete the folder and run "
-      "--mode=prepare"
-    ) from error
 
 
 def _classes(data: ml_collections.ConfigDict) -> DatasetInfo:

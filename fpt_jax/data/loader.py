@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from fpt_jax.data.order import Plan
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 
 
 class Batches:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.backbones import BACKBONES
 from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, SEGMENTATION_PYRAMIDS
 from fpt_jax.tasks.detection.categories import adopt_classes, label_table
+from tests.runs import ROOT
 
 
 def parameters(shapes, prefix):
@@ -121,3 +123,14 @@ def test_smallest_canvas_that_holds_an_image():
   assert smallest_canvas((700, 800), buckets) == (800, 800)
   assert smallest_canvas((900, 700), buckets) == (1024, 800)
   assert smallest_canvas((1100, 33), buckets) == (1120, 64)
+
+
+def test_the_documentation_has_all_words():
+  page = (ROOT / "docs" / "configs.md").read_text()
+  for module in (detection, segmentation):
+    for word in (*module.SIZES, *module.WORDS):
+      assert f"`{word}`" in page, word
+    for setting in module.SETTINGS:
+      assert f"`{setting}=" in page, setting
+  for name in variants.FPT_NAMES:
+    assert re.search(rf"\W{name}\W", page), name

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from fpt_jax import data
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
 from tests.data_sets import HEIGHT, WIDTH, config, label_config, write_coco
 

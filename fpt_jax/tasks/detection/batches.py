@@ -15,7 +15,8 @@ from absl import logging
 
 from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.loader import Batches, assemble
-from fpt_jax.data.prepared import Reader, info
+from fpt_jax.data.prepared import info
+from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances
 
 

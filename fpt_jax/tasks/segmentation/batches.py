@@ -15,7 +15,8 @@ from pycocotools import mask as coco_mask
 
 from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.loader import Batches, assemble
-from fpt_jax.data.prepared import DatasetInfo, Reader, info
+from fpt_jax.data.prepared import DatasetInfo, info
+from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.segmentation import crops

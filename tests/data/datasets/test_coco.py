@@ -13,7 +13,7 @@ from tensorflow_datasets.core import shuffle
 from fpt_jax import data
 from fpt_jax.configs import coco_box
 from fpt_jax.configs import coco_mask as coco_mask_config
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.errors import UserError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpt_jax import data
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches
 from fpt_jax.tasks.detection.batches import images as images_with_objects

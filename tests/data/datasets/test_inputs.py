@@ -10,7 +10,7 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.data.datasets import inputs
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
 from tests.data_sets import config, label_config, write_coco
 

@@ -13,7 +13,7 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.data.datasets import ade20k, camvid, cityscapes, lip, voc2012
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError

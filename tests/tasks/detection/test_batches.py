@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from fpt_jax import data
 from fpt_jax.data import transforms
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.data.records.images import Picture, decode_image
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches

@@ -10,7 +10,7 @@ from fpt_jax import data
 from fpt_jax.configs.segmentation import segmentation
 from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.datasets import label_maps
-from fpt_jax.data.prepared import Reader
+from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection import batches as detection_batches
 from fpt_jax.tasks.segmentation import crops

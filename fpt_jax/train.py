@@ -18,6 +18,7 @@ from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.config_file import (
+  Changes,
   changes,
   check_resumable,
   check_same_model,
@@ -89,22 +90,7 @@ def _train(
   shapes = structure.shapes
   if saved.all_steps():
     start = checkpoints.choose_step(saved)
-    if before is None:
-      logging.warning(
-        "%s has checkpoints without config.json: what has changed since they were saved is not known",
-        workdir,
-      )
-    changed = {} if before is None else changes(before, config)
-    if before is not None and not before.data.digest:
-      changed.pop("data.digest", None)  # an earlier version did not note it
-    check_resumable(
-      changed,
-      old_steps=total_steps if before is None else optim.total_steps(before),
-      new_steps=total_steps,
-      start=start,
-      workdir=workdir,
-      allow=allow_config_changes,
-    )
+    changed = accepted_changes(before, config, workdir, start=start, allow=allow_config_changes)
     arrays = checkpoints.restore_model(saved, start, shapes, replicated)
     state_shapes = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
     optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes, replicated)
@@ -234,6 +220,41 @@ def _train(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results or {}
+
+
+def accepted_changes(
+  before: ConfigDict | None, config: ConfigDict, workdir: str, *, start: int, allow: bool
+) -> Changes:
+  """Returns what has changed since a run was last started.
+
+  Args:
+    before: config of the run; None if its config.json is gone.
+    config: the config to resume with.
+    workdir: folder of the run, for messages.
+    start: step to resume from.
+    allow: whether to accept changes of the training.
+
+  Raises:
+    UserError: see `check_resumable`.
+  """
+  if before is None:
+    logging.warning(
+      "%s has checkpoints without config.json: what has changed since they were saved is not known",
+      workdir,
+    )
+    return {}
+  changed = changes(before, config)
+  if not before.data.digest:
+    changed.pop("data.digest", None)  # an earlier version did not note it
+  check_resumable(
+    changed,
+    old_steps=optim.total_steps(before),
+    new_steps=optim.total_steps(config),
+    start=start,
+    workdir=workdir,
+    allow=allow,
+  )
+  return changed
 
 
 def adopt_classes(config: ConfigDict, workdir: str) -> ConfigDict | None:

@@ -31,9 +31,7 @@ def manager(
     keep: number of newest checkpoints to keep on disk; None for all.
     read_only: whether they are only read: no folder is created.
   """
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, read_only=read_only, create=not read_only
-  )
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only)
   return ocp.CheckpointManager(
     run_folder(workdir) / "checkpoints",
     options=options,

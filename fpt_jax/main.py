@@ -12,7 +12,6 @@ from collections.abc import Iterator
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -24,7 +23,7 @@ from fpt_jax.run import command_line, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
-from fpt_jax.tasks.task import check_config, task_of
+from fpt_jax.tasks.task import check_config, check_types, task_of
 from fpt_jax.train import train
 
 MODES = ("prepare", "browse", "train", "eval", "predict", "explain", "analyze")
@@ -102,11 +101,12 @@ def main() -> None:
     run_analyze(config, workdir)
     return
   run_folder(workdir)
-  sharding.initialize()
-  if mode not in ("train", "eval") and jax.process_count() > 1:
+  if mode not in ("train", "eval") and sharding.is_one_of_several():
     raise UserError(
-      f"--mode={mode} runs in one process; start it once, without the variables of several"
+      f"--mode={mode} runs in one process; start it once, with JAX_COORDINATOR_ADDRESS and, on a pod, "
+      "TPU_WORKER_HOSTNAMES unset"
     )
+  sharding.initialize()
   if mode == "train":
     train(
       config,
@@ -130,9 +130,11 @@ def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
   Raises:
     UserError: there is no run in `workdir`, or `config` describes another model.
   """
-  task = task_of(config or read_config(workdir))
+  saved = read_config(workdir)
+  check_types(saved)
+  task = task_of(config or saved)
   return config_of_run(
-    workdir, config, from_data=task.FROM_DATA, not_of_the_weights=task.NOT_OF_THE_WEIGHTS
+    saved, config, workdir, from_data=task.FROM_DATA, not_of_the_weights=task.NOT_OF_THE_WEIGHTS
   )
 
 

@@ -88,7 +88,7 @@ def restore(workdir: str, step: int | None = None) -> Restored:
 def open_run(workdir: str, config: ConfigDict, step: int | None = None) -> Restored:
   """Like `restore`, with another config of the same model; thresholds and data may differ."""
   check_config(config, training=False)
-  saved = checkpoints.manager(workdir, read_only=True)
+  saved = checkpoints.manager(workdir, create=False)
   step = checkpoints.choose_step(saved, step)
   structure = models.structure_of(config)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

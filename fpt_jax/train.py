@@ -75,9 +75,14 @@ def _train(
   before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
   config.data.digest = data.digest(config.data)
+  if not sharding.is_same_everywhere(config.data.digest):
+    raise UserError(
+      f"data.data_dir={config.data.data_dir}: the hosts have records of different files; delete them on all "
+      "hosts and prepare the same data"
+    )
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
-  mesh = sharding.mesh(config.batch_size)
+  mesh = sharding.mesh(config.batch_size, config.eval.batch_size)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
   trained = optim.trainable(config, structure.parameters())
@@ -118,6 +123,8 @@ def _train(
 
   def save(step: int) -> None:
     nonlocal last_saved
+    check_lock()
+    finite_losses(pending)
     checkpoints.save(saved, step, {**state["trained"], **state["rest"]}, state["optimizer"])
     last_saved = step
 
@@ -130,7 +137,6 @@ def _train(
       raise
     except UserError:
       if step > last_saved and (on_every_host or jax.process_count() == 1):
-        finite_losses(pending)
         save(step)
       raise
 
@@ -244,13 +250,15 @@ def accepted_changes(
     )
     return {}
   changed = changes(before, config)
-  if not before.data.digest:
+  known = bool(before.data.digest)
+  if not known:
     changed.pop("data.digest", None)  # an earlier version did not note it
   check_resumable(
     changed,
     old_steps=optim.total_steps(before),
     new_steps=optim.total_steps(config),
     start=start,
+    same_files=known and "data.digest" not in changed,
     workdir=workdir,
     allow=allow,
   )
@@ -340,8 +348,10 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
         f"{frozen_parts[0]} is frozen" if frozen_parts else "the backbone is frozen",
       )
     return arrays
-  check_preprocessing(config, read_config(config.init_from))
-  other = checkpoints.manager(config.init_from, read_only=True)
+  other_config = read_config(config.init_from)
+  check_config(other_config, training=False)
+  check_preprocessing(config, other_config)
+  other = checkpoints.manager(config.init_from, create=False)
   wanted = pretrained_shapes(config.init_from, structure.shapes)
   loaded = checkpoints.restore_matching(other, wanted, placement)
   other.close()

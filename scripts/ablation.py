@@ -58,14 +58,14 @@ def main() -> None:
   records = out / f"{options.table}.jsonl"
   failed = [] if options.report else train(table, records, options)
   shared = " ".join(options.flags)
-  lines = [line for line in read(records) if line["shared"] == shared]
-  if not lines and not failed:
+  recorded = read(records)
+  rows = {row: runs_of(row, table, recorded, options) for row in table.rows}
+  rows = {row: runs for row, runs in rows.items() if runs}
+  if not rows and not failed:
     flags = f"with the flags {shared!r}" if shared else "without further flags"
     failed = [f"{records} has no run {flags}; train one, without --report"]
-  if lines:
+  if rows:
     page, picture = out.with_suffix(".md"), out / f"{options.table}.png"
-    rows = {row: [line for line in lines if line["row"] == row.name] for row in table.rows}
-    rows = {row: runs for row, runs in rows.items() if runs}
     section = markdown(options.table, table, rows, shared, picture=f"{out.name}/{picture.name}")
     old = page.read_text() if page.exists() else ""
     page.write_text(with_section(old, options.table, section))
@@ -157,11 +157,28 @@ class Run:
     shared = " ".join(self.shared)
     return {"row": self.row.name, "seed": self.seed, "command": command, "shared": shared}
 
+  def is_recorded_in(self, line: dict) -> bool:
+    return self.recorded.items() <= line.items()
+
   @property
   def folder(self) -> str:
     """Name of the run's folder. Other flags have another one: they must not continue its checkpoints."""
     name = re.sub(r"[^a-z0-9.]+", "_", self.row.name.lower())
     return f"{name}_{hashlib.sha256(self.recorded['command'].encode()).hexdigest()[:8]}"
+
+
+def run_of(row: Row, table: Table, seed: int, options: argparse.Namespace) -> Run:
+  initialised = bool(options.init_from) or "init_from" in table.needs
+  return Run(row, seed, options.flags, initialised, table.devices)
+
+
+def runs_of(row: Row, table: Table, lines: list[dict], options: argparse.Namespace) -> list[dict]:
+  """The recorded runs of a row, of the command that it has now."""
+  return [
+    line
+    for line in lines
+    if "seed" in line and run_of(row, table, line["seed"], options).is_recorded_in(line)
+  ]
 
 
 def read(records: pathlib.Path) -> list[dict]:
@@ -184,16 +201,12 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
   """Trains the runs that are not recorded, records them, and returns a message for each that failed."""
   folder = pathlib.Path(options.runs).expanduser().resolve() / options.table
   rows = [row for row in table.rows if row.name in options.only]
-  runs = [
-    Run(row, seed, options.flags, bool(options.init_from), table.devices)
-    for seed in options.seeds
-    for row in rows
-  ]
+  runs = [run_of(row, table, seed, options) for seed in options.seeds for row in rows]
   done = read(records)
-  runs = [run for run in runs if not any(run.recorded.items() <= line.items() for line in done)]
+  runs = [run for run in runs if not any(run.is_recorded_in(line) for line in done)]
   records.parent.mkdir(parents=True, exist_ok=True)
   others = [line for path in sorted(records.parent.glob("*.jsonl")) for line in read(path)]
-  by_command = {line["command"]: line for line in others}
+  by_command = {line["command"]: line for line in others if "command" in line}
   for run in [run for run in runs if run.recorded["command"] in by_command]:
     append(records, by_command[run.recorded["command"]] | run.recorded)
     runs.remove(run)

@@ -82,3 +82,11 @@ def test_incomplete_variables_are_reported(variables, message, tmp_path):
   )  # fmt: skip
   (line,) = error_lines(process)
   assert process.returncode == 2 and message in line
+
+
+def test_modes_for_one_process_do_not_wait_for_others(tmp_path):
+  process = command(
+    "--mode=predict", f"--workdir={tmp_path}", JAX_COORDINATOR_ADDRESS="localhost:1"
+  )
+  (line,) = error_lines(process)
+  assert process.returncode == 2 and "--mode=predict runs in one process" in line

@@ -173,7 +173,7 @@ def test_other_training_data_are_noticed(tmp_path):
   file = tmp_path / "moved/annotations/instances_train2017.json"
   file.write_text(json.dumps(content))
   shutil.rmtree(tmp_path / "data")
-  with pytest.raises(UserError, match=r"with another config \(data\.digest was "):
+  with pytest.raises(UserError, match=r"the files of data\.train_split have changed"):
     train(tiny_config(**fields), str(tmp_path / "run"))
 
 

@@ -69,11 +69,11 @@ def with_words(config: str, words: str) -> str:
   return f"{config}{',' if ':' in config else ':'}{words}"
 
 
-def of_paper(base: str, rows: Iterable[tables.Row]) -> list[Row]:
+def of_paper(base: str, rows: Iterable[tables.Row], flags: tuple[str, ...] = ()) -> list[Row]:
   """The rows of a table of the paper, with another size and data set."""
   figures = [(row, row.mask[0] if row.mask else row.miou[-1] if row.miou else None) for row in rows]
   return [
-    Row(row.name.replace(", ", "+"), with_words(base, row.arg), paper=figure)
+    Row(row.name.replace(", ", "+"), with_words(base, row.arg), flags, figure)
     for row, figure in figures
   ]
 
@@ -96,7 +96,6 @@ def neck(name: str, words: str, row: str) -> Row:
 def conditioning(base: str, default: str) -> tuple[Row, ...]:
   return (
     Row("default", default),
-    Row("pyramid from 2/fan-out", base, ("--config.model.pyramid.init=fan_out",)),
     Row("literal", f"{base},literal"),
     fpt(base, "unit", "similarity_norm=unit"),
     fpt(base, "no similarity norm", "similarity_norm=none"),
@@ -135,7 +134,7 @@ ABLATIONS = {
   "table2": Table(
     "Table 2 of the paper, on Context Shapes",
     CONTEXT,
-    (*of_paper(DETECTION, tables.TABLE_2),),
+    (*of_paper(DETECTION, tables.TABLE_2, ("--config.eval.batch_size=40",)),),
     devices=8,
     note="As in the paper, 8 devices with one image each; without SBN, each has its own statistics.",
   ),
@@ -180,7 +179,10 @@ ABLATIONS = {
   "conditioning_detection": Table(
     "Conditioning, detection on Context Shapes",
     CONTEXT,
-    conditioning(DETECTION, with_words(DETECTION, FPT_DETECTION)),
+    (
+      *conditioning(DETECTION, with_words(DETECTION, FPT_DETECTION)),
+      Row("pyramid from 2/fan-out", DETECTION, ("--config.model.pyramid.init=fan_out",)),
+    ),
   ),
   "conditioning_segmentation": Table(
     "Conditioning, segmentation of Context Shapes",

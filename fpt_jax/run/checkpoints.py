@@ -21,17 +21,15 @@ from fpt_jax.run.folder import is_remote, run_folder
 SHOWN_DIFFERENCES = 4
 
 
-def manager(
-  workdir: str, keep: int | None = None, *, read_only: bool = False
-) -> ocp.CheckpointManager:
+def manager(workdir: str, keep: int | None = None, *, create: bool = True) -> ocp.CheckpointManager:
   """Opens the checkpoints of a run.
 
   Args:
     workdir: folder of the run.
     keep: number of newest checkpoints to keep on disk; None for all.
-    read_only: whether they are only read: no folder is created.
+    create: whether to make their folder if it does not exist.
   """
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only)
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
   return ocp.CheckpointManager(
     run_folder(workdir) / "checkpoints",
     options=options,

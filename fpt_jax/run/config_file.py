@@ -17,15 +17,12 @@ HISTORY_FILE = "config_history.jsonl"
 # groups of fields that the config of every run has
 GROUPS = ("data", "eval", "model", "model.fpt", "optim")
 SHOWN_DIFFERENCES = 4
-# Fields, or groups ending in ".", that a resumed run may change: its losses do not depend on them. Paths are
-# among them, because data.digest tells whether the same files are there. The number of steps may grow.
+# Fields, or groups ending in ".", that a resumed run may change: its losses do not depend on them. The number
+# of steps may grow.
 FREE_TO_CHANGE = (
   "checkpoint.",
-  "data.annotations",
-  "data.builder.splits",
   "data.data_dir",
   "data.eval_split",
-  "data.images",
   "data.num_workers",
   "data.prefetch",
   "data.skip_bad",
@@ -40,6 +37,8 @@ FREE_TO_CHANGE = (
   "steps",
   "train_images",
 )
+# fields that may change as well if data.digest tells that the same files are there
+PATHS = ("data.annotations", "data.builder.splits", "data.images")
 Changes = dict[str, tuple[object, object]]  # old and new value of each field by name
 
 
@@ -94,8 +93,9 @@ def _short(value: object) -> str:
 
 
 def config_of_run(
-  workdir: str,
+  saved: ConfigDict,
   config: ConfigDict | None,
+  workdir: str,
   *,
   from_data: Sequence[str],
   not_of_the_weights: Sequence[str],
@@ -103,16 +103,16 @@ def config_of_run(
   """Returns the config to use a run with: its own, or `config` if it describes the same model.
 
   Args:
-    workdir: folder of the run.
+    saved: the run's own config.
     config: None for the run's own config.
+    workdir: folder of the run, for messages.
     from_data: fields of `model` that a run takes from its data set. Those that `config` leaves empty are
       copied from the run; all of them, if the first is empty.
     not_of_the_weights: see `check_same_model`.
 
   Raises:
-    UserError: the folder does not hold a run, or the run has another model.
+    UserError: the run has another model.
   """
-  saved = read_config(workdir)
   if config is None:
     return saved
   if saved.model.name == config.model.name:
@@ -133,7 +133,14 @@ def changes(saved: ConfigDict, config: ConfigDict) -> Changes:
 
 
 def check_resumable(
-  changed: Changes, *, old_steps: int, new_steps: int, start: int, workdir: str, allow: bool
+  changed: Changes,
+  *,
+  old_steps: int,
+  new_steps: int,
+  start: int,
+  same_files: bool,
+  workdir: str,
+  allow: bool,
 ) -> None:
   """Checks that a run can be resumed with another config, so that its result can be explained.
 
@@ -141,6 +148,7 @@ def check_resumable(
     changed: the changes since the run's config was written.
     old_steps, new_steps: number of training steps before and after the changes.
     start: step to resume from.
+    same_files: whether the training data are known to be the same.
     workdir: folder of the run, for the message.
     allow: whether to resume whatever has changed.
 
@@ -152,7 +160,8 @@ def check_resumable(
       f"--workdir={workdir} has done {start} steps, and the config has {new_steps}; train as many or "
       "more, or choose another --workdir"
     )
-  free = tuple(name for name in changed if name.startswith(FREE_TO_CHANGE))
+  may_change = FREE_TO_CHANGE + (PATHS if same_files else ())
+  free = tuple(name for name in changed if name.startswith(may_change))
   if new_steps < old_steps:
     free = tuple(name for name in free if name not in ("steps", "train_images"))
   refused = {name: values for name, values in changed.items() if name not in free}
@@ -181,7 +190,13 @@ def record_changes(workdir: str, changed: Changes, step: int) -> None:
 
 def _shown(changed: Mapping[str, tuple[object, object]], most: int = SHOWN_DIFFERENCES) -> str:
   """Formats changes as "a was 1, now 2; b was ..."."""
-  return first_of([f"{n} was {old}, now {new}" for n, (old, new) in changed.items()], most, "; ")
+  described = [
+    "the files of data.train_split have changed"
+    if name == "data.digest"
+    else f"{name} was {old}, now {new}"
+    for name, (old, new) in changed.items()
+  ]
+  return first_of(described, most, "; ")
 
 
 def check_same_model(

@@ -45,6 +45,7 @@ _BOTH = {
 }
 _LATER_FIELDS = {  # by model
   "rcnn": {
+    "train_images": 160_000 * 8,
     "data.annotations": "",
     "data.images": "",
     "data.canvas_multiple": 32,

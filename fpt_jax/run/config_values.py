@@ -1,5 +1,6 @@
 """Checks of the values of a config, before any work begins."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ ABOVE_ZERO = Rule("more than 0", lambda value: value > 0)
 SHARE = Rule("from 0 to less than 1", lambda value: 0 <= value < 1)
 SHARES = Rule("numbers between 0 and 1", lambda values: all(0 < value <= 1 for value in values))
 KEPT = Rule("more than 0 and at most 1", lambda value: 0 < value <= 1)
-THREE = Rule("three numbers, for R, G and B", lambda values: len(values) == 3)
+THREE = Rule(
+  "three numbers, for R, G and B", lambda values: len(values) == 3 and math.isfinite(sum(values))
+)
 THREE_POSITIVE = Rule(
   "three numbers above 0, for R, G and B", lambda values: len(values) == 3 and min(values) > 0
 )

@@ -28,10 +28,9 @@ def initialize() -> None:
   Raises:
     UserError: the variables are incomplete or wrong, or the other processes cannot be reached.
   """
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-  if not (pod or address) or jax.distributed.is_initialized():
+  if not is_one_of_several() or jax.distributed.is_initialized():
     return
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
   numbers = {}
   for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
     text = os.environ.get(name, "")
@@ -53,6 +52,19 @@ def initialize() -> None:
       f"cannot join the other processes at JAX_COORDINATOR_ADDRESS={address} ({one_line(error, 200)}); set "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in every process"
     ) from error
+
+
+def is_one_of_several() -> bool:
+  """Returns whether the environment says that this process is one of several, see `initialize`."""
+  pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+  return pod or bool(os.environ.get("JAX_COORDINATOR_ADDRESS"))
+
+
+def is_same_everywhere(text: str) -> bool:
+  """Returns whether all hosts have the same text, of at most 64 bytes."""
+  row = np.frombuffer(text.encode().ljust(64, b"\0"), np.uint8)[None]
+  rows = from_all_hosts({"text": row})["text"]
+  return bool((rows == rows[:1]).all())
 
 
 def agreed(fine: bool) -> bool:
@@ -90,18 +102,19 @@ def this_host() -> dict[str, int]:
   return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
-def mesh(batch_size: int) -> Mesh:
+def mesh(*batch_sizes: int) -> Mesh:
   """Returns a mesh of all devices along one axis, "data".
 
   Raises:
-    UserError: the devices cannot share the global batch evenly.
+    UserError: the devices cannot share global batches of these sizes evenly.
   """
   devices = jax.device_count()
-  if batch_size % devices:
-    raise UserError(
-      f"a batch size of {batch_size} cannot be shared by {devices} devices; set config.batch_size and "
-      f"config.eval.batch_size to multiples of {devices}"
-    )
+  for batch_size in batch_sizes:
+    if batch_size % devices:
+      raise UserError(
+        f"a batch size of {batch_size} cannot be shared by {devices} devices; set config.batch_size and "
+        f"config.eval.batch_size to multiples of {devices}"
+      )
   return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 

@@ -141,7 +141,7 @@ def test_a_folder_that_was_deleted_is_reported(tmp_path):
 
 
 def test_reading_creates_nothing(tmp_path):
-  saved = checkpoints.manager(str(tmp_path), read_only=True)
+  saved = checkpoints.manager(str(tmp_path), create=False)
   with pytest.raises(UserError, match="has no checkpoint; train first"):
     checkpoints.choose_step(saved)
   saved.close()

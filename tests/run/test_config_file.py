@@ -24,7 +24,8 @@ def changed(**fields):
 def check(found, **options):
   check_resumable(
     found,
-    **{"old_steps": 300, "new_steps": 300, "start": 100, "workdir": "w", "allow": False} | options,
+    **dict(old_steps=300, new_steps=300, start=100, same_files=True, workdir="w", allow=False)
+    | options,
   )
 
 
@@ -67,6 +68,15 @@ def test_another_training_is_refused_unless_it_is_allowed(field, value):
   with pytest.raises(UserError, match=rf"100 steps with another config \({name} was .*, now .*\)"):
     check(found)
   check(found, allow=True)
+
+
+def test_paths_are_free_if_the_files_are_the_same():
+  found = changed(data__annotations="b.json", data__images="b")
+  check(found)
+  with pytest.raises(UserError, match=r"data\.annotations was , now b\.json; data\.images was"):
+    check(found, same_files=False)
+  with pytest.raises(UserError, match=r"\(the files of data\.train_split have changed\)"):
+    check(changed(data__digest="abc"), same_files=False)
 
 
 def test_more_steps_are_free_and_fewer_are_not():

@@ -1,5 +1,6 @@
 """The script that trains the rows of a table: records, table, and what it refuses."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from fpt_jax.configs.ablations import ABLATIONS, Row, Table
-from fpt_jax.run.command_line import load_config
+from fpt_jax.run.command_line import check_field, load_config
 from scripts import ablation
 from tests.runs import QUICK, ROOT
 
@@ -136,6 +137,16 @@ def test_other_flags_have_another_folder():
   assert len(folders) == 6 and all(folder.startswith("bfp_st_") for folder in folders)
 
 
+def test_runs_of_other_commands_are_not_reported():
+  table = ABLATIONS["camvid"]
+  options = argparse.Namespace(flags=(), init_from="")
+  row = table.rows[0]
+  now = ablation.run_of(row, table, 1, options).recorded | {"figures": {}}
+  before = now | {"command": now["command"].replace(" --config.init_from=...", "")}
+  assert "--config.init_from=..." in now["command"]
+  assert ablation.runs_of(row, table, [before, now, {"row": row.name}], options) == [now]
+
+
 def test_records_that_are_not_json_are_reported(tmp_path):
   (tmp_path / "table1.jsonl").write_text('{"row": "BFP"}\n{"row": "BF')
   with pytest.raises(SystemExit, match=r"table1\.jsonl: a line is not JSON"):
@@ -147,8 +158,16 @@ def test_every_row_is_a_config():
     names = [row.name for row in table.rows]
     assert len(set(names)) == len(names), name
     assert not any("," in row for row in names), name  # --only separates them by commas
-    for config in {row.config for row in table.rows}:
-      load_config(config)
+    for row in table.rows:
+      config = load_config(row.config)
+      for flag in row.flags:
+        path, _, value = flag.removeprefix("--config.").partition("=")
+        check_field(config, path, value)
+      sizes = [
+        int(dict(f.split("=") for f in row.flags).get(f"--config.{group}batch_size", default))
+        for group, default in (("", config.batch_size), ("eval.", config.eval.batch_size))
+      ]
+      assert all(size % table.devices == 0 for size in sizes), row
 
 
 @pytest.mark.parametrize(

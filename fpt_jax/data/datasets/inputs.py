@@ -95,11 +95,14 @@ def changes(builder: Builder) -> list[str]:
 def digest(noted: Mapping[str, Any], splits: Iterable[str]) -> str:
   """Returns a digest of the content of splits: of their files and of the options, wherever the files are.
 
+  Names of other splits, and whether bad records would be left out, change nothing in these.
+
   Args:
     noted: `metadata["inputs"]`.
     splits: names of the splits.
   """
-  options = {k: v for k, v in noted["options"].items() if k != "data.builder.splits"}
+  other = ("data.builder.splits", "data.skip_bad")
+  options = {k: v for k, v in noted["options"].items() if k not in other}
   files = {split: _content(noted["files"][split]) for split in sorted(splits)}
   text = json.dumps({"options": options, "files": files}, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:32]

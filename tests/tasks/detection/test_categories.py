@@ -194,6 +194,6 @@ def test_a_config_with_ids_alone_has_the_names_of_the_run(tmp_path):
   other = coco_box.get_config()
   other.model.update(dict(category_ids=(1, 2), num_classes=2))
   fields = dict(from_data=detection.FROM_DATA, not_of_the_weights=detection.NOT_OF_THE_WEIGHTS)
-  used = config_of_run(str(tmp_path), other, **fields)
+  used = config_of_run(read_config(str(tmp_path)), other, str(tmp_path), **fields)
   assert tuple(used.model.category_names) == ("red", "blue")
   assert tuple(read_config(str(tmp_path)).model.category_names) == ("red", "blue")

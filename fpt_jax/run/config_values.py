@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from fpt_jax.errors import UserError, one_line
 
@@ -117,25 +117,32 @@ def check_types(config: ConfigDict, default: ConfigDict) -> None:
 
   Args:
     config: the config.
-    default: a config of the same model. A field that is unset there may have any value, or be missing.
+    default: a config of the same model. A field that is unset there may have any value, or be missing; one
+      that was unset before it got a value may be unset.
 
   Raises:
     UserError: a field is missing, or has a value of another type.
   """
-  for path, expected in _fields(default):
+  for path, expected, optional in _fields(default):
     if expected is None:
       continue
     value = value_at(config, path)
-    if not _is_of_type(value, expected):
+    if not (_is_of_type(value, expected) or (optional and value is None)):
       group = isinstance(expected, ConfigDict)
       needed = "a group of fields" if group else f"of the type of its default, {expected!r}"
       raise UserError(f"config.{path}={one_line(value, 100)} must be {needed}")
 
 
-def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Yields the path and the value of each group and each field, groups before their fields."""
-  for name, value in config.items():
-    yield prefix + name, value
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+  """Yields the path and the value of each group and each field, and whether it is a placeholder's.
+
+  Groups come before their fields.
+  """
+  for name, value in config.items(preserve_field_references=True):
+    if isinstance(value, FieldReference):
+      yield prefix + name, value.get(), True
+      continue
+    yield prefix + name, value, False
     if isinstance(value, ConfigDict):
       yield from _fields(value, f"{prefix}{name}.")
 

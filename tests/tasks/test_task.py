@@ -12,6 +12,10 @@ from fpt_jax.run.config_file import read_config, write_config
 from fpt_jax.tasks.task import check_config
 
 
+def test_a_field_that_may_be_unset_is_no_wrong_type():
+  check_config(cityscapes.get_config("fpt=gt"))  # model.fpt.window, 5 by default
+
+
 @pytest.mark.parametrize("module", [coco_mask, cityscapes])
 @pytest.mark.parametrize(
   ("field", "value", "needed"),

@@ -106,6 +106,7 @@ def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
     "flip": True,
     "canvas_multiple": 32,
     "skip_bad": False,
+    "digest": "",
     "exif": "apply",
     "num_workers": 2,
     "prefetch": 2,

@@ -12,6 +12,7 @@ import pytest
 from fpt_jax import data
 
 HEIGHT, WIDTH = 20, 40
+LABEL_HEIGHT, LABEL_WIDTH = 6, 9  # of `image_folder`
 # what turns stored pixels upright, by EXIF's orientation: its table says at which sides of the upright image
 # the stored first row and first column are
 UPRIGHT = {
@@ -33,6 +34,34 @@ def encode_tagged(pixels: np.ndarray, orientation: int, name: str, **options: ob
   file = io.BytesIO()
   PIL.Image.fromarray(pixels).save(file, name, exif=exif, **options)
   return file.getvalue()
+
+
+def png(array: np.ndarray) -> bytes:
+  file = io.BytesIO()
+  PIL.Image.fromarray(array).save(file, "PNG")
+  return file.getvalue()
+
+
+def image_folder(tmp_path: pathlib.Path) -> ml_collections.ConfigDict:
+  """A user's data set: four images per split, three classes, void 9."""
+  root = tmp_path / "source"
+  rng = np.random.default_rng(0)
+  for split in ("train", "val"):
+    (root / "images" / split).mkdir(parents=True)
+    (root / "labels" / split).mkdir(parents=True)
+    for i, ending in enumerate((".jpg", ".png", ".JPEG", ".jpg")):
+      image = rng.integers(0, 256, (LABEL_HEIGHT, LABEL_WIDTH, 3), np.uint8)
+      PIL.Image.fromarray(image).save(root / "images" / split / f"{i}{ending}")
+      label = rng.choice([0, 1, 2, 9], (LABEL_HEIGHT, LABEL_WIDTH)).astype(np.uint8)
+      (root / "labels" / split / f"{i}.png").write_bytes(png(label))
+  (root / "images" / "train" / "notes.txt").write_text("not an image")
+  (root / "images" / "train" / ".hidden.jpg").write_text("not an image")
+  return label_config(
+    "image_folder",
+    tmp_path / "data",
+    source=str(root),
+    builder={"class_names": ("sky", "road", "car"), "void": 9},
+  )
 
 
 def write_coco(root: pathlib.Path) -> dict:

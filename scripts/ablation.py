@@ -86,7 +86,7 @@ def parsed_arguments() -> argparse.Namespace:
   cores = len(allowed_cores())
   parser.add_argument("--processes", type=int, default=cores, help="runs at a time")
   for option, flag in LOCAL.items():
-    parser.add_argument(f"--{option}", default="", help=f"as --{flag}; not recorded")
+    parser.add_argument(f"--{option}", default="", help=f"as --{flag}; the path is not recorded")
   parser.add_argument("--out", default=str(ROOT / "docs" / "results"), help="folder of the results")
   parser.add_argument("--report", action="store_true", help="train nothing")
   arguments = sys.argv[1:]
@@ -205,11 +205,12 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
   done = read(records)
   runs = [run for run in runs if not any(run.is_recorded_in(line) for line in done)]
   records.parent.mkdir(parents=True, exist_ok=True)
-  others = [line for path in sorted(records.parent.glob("*.jsonl")) for line in read(path)]
-  by_command = {line["command"]: line for line in others if "command" in line}
-  for run in [run for run in runs if run.recorded["command"] in by_command]:
-    append(records, by_command[run.recorded["command"]] | run.recorded)
-    runs.remove(run)
+  tables = sorted(records.parent.glob("*.jsonl"))
+  lines = {line.get("command"): line for path in tables for line in read(path)}
+  for run in runs:
+    if line := lines.get(run.recorded["command"]):
+      append(records, line | run.recorded)
+  runs = [run for run in runs if run.recorded["command"] not in lines]
   local = [f"--{flag}={value}" for key, flag in LOCAL.items() if (value := getattr(options, key))]
   configs = {run.row.config: load_config(str(ROOT / run.row.config)) for run in runs}
   for config in {str(fields.data): config for config, fields in configs.items()}.values():

@@ -110,9 +110,8 @@ def add_model(config: ConfigDict) -> None:
   fpt.rendering_transformer = True  # build the Rendering Transformers
   fpt.self_parts = 2  # softmaxes in the mixture of the Self-Transformer (N in the paper)
   fpt.grounding_parts = 4  # softmaxes in the mixture of the Grounding Transformer
-  fpt.grounding_similarity = (
-    "euclidean"  # similarity of the Grounding Transformer: euclidean or dot
-  )
+  # similarity of the Grounding Transformer: euclidean (negative squared distance) or dot
+  fpt.grounding_similarity = "euclidean"
   fpt.scope = "all"  # levels that a level interacts with: all or adjacent
   # what bounds the similarities: levels (normalised before the transformers), unit (queries and keys of
   # one length, with a trained temperature) or none
@@ -136,8 +135,8 @@ def add_model(config: ConfigDict) -> None:
   fpt.keep_probability = 0.9  # share of values that DropBlock keeps; 1.0: no DropBlock
   # share of values that DropBlock drops: linear (rises from 0 during the training) or constant
   fpt.drop_block_schedule = "linear"
-  # implementation of the attention: auto, naive, chunked or pallas; local windows: auto or naive, and auto
-  # for the other two
+  # implementation of the attention: auto, naive, chunked or pallas; local windows have two, naive and one
+  # for all other values
   fpt.implementation = "auto"
   head = model.head = ConfigDict()
   # name of the head; detection: standard or augmented (PANet); segmentation: fcn, oc_base, oc_pyramid,

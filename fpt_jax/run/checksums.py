@@ -23,7 +23,7 @@ _STEPS = np.arange(BLOCK, dtype=np.uint64) * np.uint64(STEP)
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
   """Returns the checksum of each array; all hosts get the same.
 
-  An array that a host has for itself, such as on a single device, is summed there alone.
+  Arrays that are local to each host, such as those on one device, are not added up over the hosts.
 
   Args:
     arrays: arrays by name, of any sharding, with a dtype of at most 64 bits.

@@ -82,6 +82,8 @@ def upgrade(config: ConfigDict) -> ConfigDict:
     group, field = _group(config, path)
     if field not in group:
       group[field] = ConfigDict(value) if isinstance(value, ConfigDict) else value
+  if config.model.fpt.get("implementation") == "tiled":  # what "auto" is for windows
+    config.model.fpt.implementation = "auto"
   return config
 
 

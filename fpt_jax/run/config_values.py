@@ -117,8 +117,8 @@ def check_types(config: ConfigDict, default: ConfigDict) -> None:
 
   Args:
     config: the config.
-    default: a config of the same model. A field that is unset there may have any value, or be missing; one
-      that was unset before it got a value may be unset.
+    default: a config of the same model. Fields that are placeholders there may be unset. A placeholder
+      without a default may also be missing, or have a value of any type.
 
   Raises:
     UserError: a field is missing, or has a value of another type.

@@ -84,7 +84,7 @@ def locked(
 
 
 def wait_until_free(path: epath.Path, *, wait: bool) -> None:
-  """Waits until there is no lock; a lock that has not changed for `EXPIRES` seconds is removed.
+  """Waits until the folder is not locked. Removes a lock that has not changed for `EXPIRES` seconds.
 
   Args:
     path: file of the lock.

@@ -83,8 +83,7 @@ def on_first_host(action: Callable[[], T], error_type: type[UserError] = UserErr
     What the action returns; None on the other hosts.
 
   Raises:
-    UserError: the action has raised it, on every host: a host that went on alone would wait for the first
-      one for ever.
+    UserError: the action has raised it. All hosts raise an error, so that none waits for the first one.
   """
   result, error = None, None
   if jax.process_index() == 0:

@@ -58,7 +58,7 @@ class StopSignal:
 
   @contextlib.contextmanager
   def during_evaluation(self, check_lock: Callable[[], None]) -> Iterator[None]:
-    """Context in which `check` raises Stopped once all hosts have agreed to stop, and calls `check_lock`."""
+    """Context in which `check` calls `check_lock`, and raises Stopped once all hosts agree to stop."""
     global _check
 
     def check_signal_and_lock() -> None:

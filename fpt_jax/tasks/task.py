@@ -138,7 +138,7 @@ def task_of(config: ConfigDict) -> Task:
 
 
 def check_types(config: ConfigDict) -> None:
-  """Checks that a config has all fields, with values of the right types, as a damaged file may not.
+  """Checks that a config, which may come from a damaged file, has all fields with the right types.
 
   Raises:
     UserError: a field is missing, or has a value of another type.

@@ -92,6 +92,12 @@ def test_renamed_fields_of_segmentation(tmp_path):
   assert plain.model.head.name == "fcn"
 
 
+def test_a_form_of_windows_that_had_a_name_of_its_own(tmp_path):
+  config = older(cityscapes, SEGMENTATION | {"model.fpt.implementation": "tiled"}, tmp_path)
+  assert config.model.fpt.implementation == "auto"
+  check_config(config)
+
+
 @pytest.mark.parametrize("sizes", [(), (9, 30), (269, 369, 469, 569)])
 def test_lists_of_shorter_edges_draw_as_before(sizes, tmp_path):
   config = older(cityscapes, SEGMENTATION | {"data.short_edges": list(sizes)}, tmp_path)

@@ -93,9 +93,9 @@ def changes(builder: Builder) -> list[str]:
 
 
 def digest(noted: Mapping[str, Any], splits: Iterable[str]) -> str:
-  """Returns a digest of the content of splits: of their files and of the options, wherever the files are.
+  """Returns a digest of the files of splits and of the options that change their records.
 
-  Names of other splits, and whether bad records would be left out, change nothing in these.
+  It does not depend on where the files are, on `data.skip_bad`, or on the names of other splits.
 
   Args:
     noted: `metadata["inputs"]`.

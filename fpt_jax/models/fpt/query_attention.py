@@ -78,7 +78,10 @@ def query_attention(
     k_BKMD = k_BhwMD.reshape(k_BhwMD.shape[0], -1, *k_BhwMD.shape[3:])
     k_BSKMD, valid_BSK = k_BKMD[:, None], source.valid_BHW.reshape(len(k_BKMD), 1, -1)
   else:
-    k_BSKMD, valid_BSK = windows(interaction, query, source, k_BhwMD, positions_BS2)
+    places_BSK2, inside_BSK = window_places(interaction.window, query, source, positions_BS2)
+    k_BSKMD, valid_BSK = keys_at(places_BSK2, inside_BSK, k_BhwMD, source)
+    if interaction.outside == "zero":  # zero keys take part
+      valid_BSK = jnp.ones_like(valid_BSK)
   weight_BSK = attention_weights(interaction, q_BSMD, k_BSKMD, valid_BSK, pi_BM)
   return QueryAttention(weight_BSK, valid_BSK, pi_BM)
 
@@ -164,23 +167,17 @@ def at(values_BHWC: jax.Array, positions_BS2: jax.Array) -> jax.Array:
   )
 
 
-def windows(
-  interaction: NonLocalInteraction,
-  query: FeatureMap,
-  source: FeatureMap,
-  k_BhwMD: jax.Array,
-  positions_BS2: jax.Array,
+def keys_at(
+  places_BSK2: jax.Array, inside_BSK: jax.Array, k_BhwMD: jax.Array, source: FeatureMap
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys in the window of each sampled query, [B, S, K, M, D], and which take part."""
-  places_BSK2, inside_BSK = window_places(interaction.window or 1, query, source, positions_BS2)
+  """Returns the keys at positions, [B, S, K, M, D], and which of them are valid; the others are zero."""
   flat_BS2 = places_BSK2.reshape(len(places_BSK2), -1, 2)
 
   def taken(x_Bhw):
     return at(x_Bhw, flat_BS2).reshape(*inside_BSK.shape, *x_Bhw.shape[3:])
 
   valid_BSK = inside_BSK & taken(source.valid_BHW)
-  k_BSKMD = jnp.where(valid_BSK[..., None, None], taken(k_BhwMD), 0)
-  return k_BSKMD, valid_BSK if interaction.outside == "masked" else jnp.ones_like(valid_BSK)
+  return jnp.where(valid_BSK[..., None, None], taken(k_BhwMD), 0), valid_BSK
 
 
 def window_places(

@@ -6,10 +6,11 @@
     python scripts/ablation.py table1 --report               # the table of the runs that are recorded
     python scripts/ablation.py table1 -- --config.steps=900  # flags of fpt_jax.main for all rows
 
-The tables are in fpt_jax/configs/ablations.py. Each run has one core for itself, of those that the script
-may use (`taskset -c 1 python scripts/ablation.py ...`). A finished run is one line of
-docs/results/TABLE.jsonl, and is not run again; a row that another table has with the same flags is copied
-from there. The same command continues what was interrupted. The table becomes a section of docs/results.md.
+The tables are in fpt_jax/configs/ablations.py. On a CPU, each run has one core for itself, of those that the
+script may use (`taskset -c 1 python scripts/ablation.py ...`). On a GPU, `--processes=8` trains eight runs at
+a time, with XLA's deterministic operations. A finished run is one line of docs/results/TABLE.jsonl, and is
+not run again; a row that another table has with the same flags is copied from there. The same command
+continues what was interrupted. The table becomes a section of docs/results.md.
 """
 
 import os
@@ -83,8 +84,9 @@ def parsed_arguments() -> argparse.Namespace:
   parser.add_argument("--runs", default="workdirs/ablation", help="folder of the runs")
   parser.add_argument("--seeds", default="0", help="numbers, separated by commas")
   parser.add_argument("--only", default="", help="names of rows, separated by commas; default: all")
-  cores = len(allowed_cores())
-  parser.add_argument("--processes", type=int, default=cores, help="runs at a time")
+  parser.add_argument(
+    "--processes", type=int, help="runs at a time; default: the cores on a CPU, otherwise 1"
+  )
   for option, flag in LOCAL.items():
     parser.add_argument(f"--{option}", default="", help=f"as --{flag}; the path is not recorded")
   parser.add_argument("--out", default=str(ROOT / "docs" / "results"), help="folder of the results")
@@ -97,17 +99,77 @@ def parsed_arguments() -> argparse.Namespace:
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
   except ValueError:
     parser.error(f"--seeds={options.seeds} must be numbers, separated by commas")
-  if not 1 <= options.processes <= cores:
-    parser.error(f"--processes={options.processes} must be 1 to {cores}, the number of cores")
-  for option, example in ABLATIONS[options.table].needs.items():
-    if not options.report and not getattr(options, option):
-      parser.error(f"{options.table} needs --{option}, such as --{option}={example}")
+  if not options.report:
+    check_for_training(parser, options)
   names = [row.name for row in ABLATIONS[options.table].rows]
   options.only = [name.strip() for name in options.only.split(",") if name.strip()] or names
   for name in options.only:
     if name not in names:
       parser.error(f"{options.table} has no row {name!r}; choose from {', '.join(names)}")
   return options
+
+
+def check_for_training(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+  """Ends with a message if the options or the machine do not allow the training; sets `options.machine`."""
+  table = ABLATIONS[options.table]
+  for option, example in table.needs.items():
+    if not getattr(options, option):
+      parser.error(f"{options.table} needs --{option}, such as --{option}={example}")
+  options.machine = machine = this_machine()
+  cores = len(allowed_cores())
+  if options.processes is None:
+    options.processes = cores if machine.platform == "cpu" else 1
+  most = 1 if machine.platform == "tpu" else cores
+  if not 1 <= options.processes <= most:
+    limit = "a TPU belongs to one process" if most == 1 < cores else "the number of cores"
+    parser.error(f"--processes={options.processes} must be 1 to {most}: {limit}")
+  if table.devices > 1 and machine.platform != "cpu":
+    parser.error(
+      f"{options.table} has {table.devices} devices, which a CPU can appear as: set JAX_PLATFORMS=cpu"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """What the runs are trained on.
+
+  Attributes:
+    platform: "cpu", "gpu" or "tpu".
+    name: name of the processor or of the accelerators.
+  """
+
+  platform: str
+  name: str
+
+  @property
+  def share_of_run(self) -> str:
+    """What a run has of it, for the records."""
+    return f"one core of {self.name}" if self.platform == "cpu" else f"{self.name}, shared by runs"
+
+  @property
+  def environment(self) -> dict[str, str]:
+    """Variables with which runs share a GPU and give the same figures again."""
+    if self.platform != "gpu":
+      return {}
+    return {
+      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+      "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
+    }
+
+
+def this_machine() -> Machine:
+  """Asks JAX in another process, because a process that has seen a TPU keeps it from the runs."""
+  program = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind, sep=',')"
+  environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  asked = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
+  )
+  if asked.returncode:
+    raise SystemExit(f"error: JAX finds no device: {asked.stderr.splitlines()[-1:]}")
+  platform_name, count, kind = asked.stdout.splitlines()[-1].split(",", 2)
+  if platform_name == "cpu":
+    return Machine("cpu", cpu())
+  return Machine(platform_name, kind if count == "1" else f"{count} x {kind}")
 
 
 def allowed_cores() -> list[int]:
@@ -228,7 +290,9 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
     concurrent.futures.ThreadPoolExecutor(options.processes) as pool,
     Progress(options.table, len(runs), "runs") as progress,
   ):
-    futures = [pool.submit(run_once, run, folder, local, cores, processes) for run in runs]
+    futures = [
+      pool.submit(run_once, run, options.machine, folder, local, cores, processes) for run in runs
+    ]
     try:
       for future in concurrent.futures.as_completed(futures):
         result = future.result()
@@ -247,15 +311,17 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
 
 def run_once(
   run: Run,
+  machine: Machine,
   folder: pathlib.Path,
   local: list[str],
   cores: queue.SimpleQueue,
   processes: list[subprocess.Popen],
 ) -> dict | str:
-  """Trains a run, or the rest of it, on one core; returns its record, or a message if it failed.
+  """Trains a run, or the rest of it; returns its record, or a message if it failed.
 
   Args:
     run: the run.
+    machine: what it is trained on; a CPU gives it one core.
     folder: folder of the table's runs.
     local: flags that are not recorded.
     cores: numbers of the cores that are free.
@@ -273,10 +339,10 @@ def run_once(
       stdout=log,
       stderr=log,
       cwd=ROOT,
-      env=cache | os.environ | run.environment,
+      env=cache | machine.environment | os.environ | run.environment,
     )
     processes.append(process)
-    if hasattr(os, "sched_setaffinity"):
+    if machine.platform == "cpu" and hasattr(os, "sched_setaffinity"):
       os.sched_setaffinity(process.pid, {core})
     code = process.wait()
   cores.put(core)
@@ -287,7 +353,7 @@ def run_once(
     "figures": evaluations[-1],
     "losses": [[entry["step"], entry["total_loss"]] for entry in training],
     "minutes": None if resumed else round((time.monotonic() - begun) / 60, 1),
-    "machine": f"one core of {cpu()}",
+    "machine": machine.share_of_run,
     "date": datetime.date.today().isoformat(),
   }
 

@@ -2,15 +2,18 @@
 
     python scripts/benchmark_attention.py                      # 1k, 4k and 16k tokens, and local
     python scripts/benchmark_attention.py --tokens 51200 --only chunked --repetitions 1
+    JAX_PLATFORMS=cuda python scripts/benchmark_attention.py --dtype bfloat16
 
 The others are `naive`, our einsum, and, if torch is installed, `torch naive`; `torch sdpa`, its
 scaled_dot_product_attention with one head per part (the fastest of three forms; dot product only);
 `torch shared`, our algorithm in torch; and `torch unfold` for the local attention. Times are medians of
-interleaved repetitions. Memory is the growth of the process's peak beyond the inputs, each implementation
-in a process of its own. All run on the CPU in float32.
+interleaved repetitions. Memory is the growth of the peak beyond the inputs, each implementation in a process
+of its own. All run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, float32 products are those of
+TF32 in both libraries, which is JAX's default.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import statistics
@@ -18,8 +21,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
@@ -36,6 +41,10 @@ try:
 except ImportError:
   torch = None
 
+DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
+if torch and DEVICE == "cuda":
+  torch.set_float32_matmul_precision("high")
+
 CHANNELS = 256
 WINDOW = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -49,7 +58,7 @@ def main() -> None:
   arguments = _parse_arguments()
   if arguments.weigh:
     implementation, similarity, tokens, parts = arguments.weigh
-    print(_weigh_here(implementation, similarity, int(tokens), int(parts), arguments.local_side))
+    print(_weigh_here(implementation, similarity, int(tokens), int(parts), arguments))
     return
   if torch is None:
     print("torch is not installed; only the implementations of fpt_jax are measured")
@@ -61,14 +70,18 @@ def main() -> None:
   ]
   for similarity, tokens, parts in cases:
     names = _names(similarity, arguments.only)
-    runs = {name: _global_runs(name, similarity, tokens, parts) for name in names}
-    title = f"{tokens} tokens, N={parts}, {similarity}"
+    runs = {name: _global_runs(name, similarity, tokens, parts, arguments.dtype) for name in names}
+    title = f"{tokens} tokens, N={parts}, {similarity}, {arguments.dtype}"
     _report(title, runs, arguments, (similarity, tokens, parts), unit=2 * tokens**2 * CHANNELS)
   if arguments.local_side:
     side = arguments.local_side
     names = [n for n in ("tiled", "torch unfold") if not arguments.only or n in arguments.only]
-    runs = {name: _local_runs(name, side, 2) for name in names if torch or name == "tiled"}
-    title = f"local, {side} x {side}, window {WINDOW}, N=2, dot"
+    runs = {
+      name: _local_runs(name, side, 2, arguments.dtype)
+      for name in names
+      if torch or name == "tiled"
+    }
+    title = f"local, {side} x {side}, window {WINDOW}, N=2, dot, {arguments.dtype}"
     _report(title, runs, arguments, ("dot", 0, 2), unit=None)
 
 
@@ -79,6 +92,7 @@ def _parse_arguments():
   parser.add_argument("--similarities", nargs="+", default=["dot", "euclidean"])
   parser.add_argument("--only", nargs="+", help="names of the implementations to measure")
   parser.add_argument("--local-side", type=int, default=121, help="0: no local attention")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--repetitions", type=int, default=5)
   parser.add_argument(
     "--clock", choices=CLOCKS, default="wall", help="cpu: seconds of all cores, for busy machines"
@@ -105,7 +119,7 @@ def _report(title, runs, arguments, case, unit) -> None:
   seconds, product_rate = _times(runs, arguments)
   memory = {}
   if not arguments.no_memory:
-    memory = {name: _weigh(name, case, arguments.local_side) for name in runs}
+    memory = {name: _weigh(name, case, arguments) for name in runs}
   ours = next(iter(runs))
   print(f"{'':20}{'forward':>22}{'forward + backward':>22}{'memory, both':>22}")
   for name in runs:
@@ -134,10 +148,10 @@ def _times(runs: dict[str, dict[str, Run]], arguments) -> tuple[dict, float]:
   """Medians by (name, kind), and the rate of a large matrix product in GFLOP/s, all in turns."""
   clock = CLOCKS[arguments.clock]
   side = 4096
-  a = jnp.ones((side, side))
+  a = jax.random.normal(jax.random.key(0), (side, side), arguments.dtype)
   product = jax.jit(jnp.matmul).lower(a, a).compile()
   everything = {(name, kind): run for name, kinds in runs.items() for kind, run in kinds.items()}
-  everything["product"] = lambda: jax.block_until_ready(product(a, a))
+  everything["product", ""] = lambda: jax.block_until_ready(product(a, a))
   taken = {key: [] for key in everything}
   for key in everything if arguments.repetitions > 1 else ():
     everything[key]()
@@ -147,13 +161,13 @@ def _times(runs: dict[str, dict[str, Run]], arguments) -> tuple[dict, float]:
       run()
       taken[key].append(clock() - start)
   medians = {key: statistics.median(values) for key, values in taken.items()}
-  return medians, 2 * side**3 / medians.pop("product") / 1e9
+  return medians, 2 * side**3 / medians.pop(("product", "")) / 1e9
 
 
-def _weigh(name, case, local_side) -> float:
+def _weigh(name, case, arguments) -> float:
   """MB of a process that runs one implementation forward and backward."""
-  command = [sys.executable, __file__, "--local-side", str(local_side)]
-  command += ["--weigh", name, *map(str, case)]
+  command = [sys.executable, __file__, "--local-side", str(arguments.local_side)]
+  command += ["--dtype", arguments.dtype, "--weigh", name, *map(str, case)]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode:
     print(f"{name} could not be weighed: {done.stderr.splitlines()[-1:] or done.returncode}")
@@ -161,11 +175,11 @@ def _weigh(name, case, local_side) -> float:
   return float(done.stdout.split()[-1])
 
 
-def _weigh_here(name, similarity, tokens, parts, local_side) -> float:
+def _weigh_here(name, similarity, tokens, parts, arguments) -> float:
   runs = (
-    _global_runs(name, similarity, tokens, parts)
+    _global_runs(name, similarity, tokens, parts, arguments.dtype)
     if tokens
-    else _local_runs(name, local_side, parts)
+    else _local_runs(name, arguments.local_side, parts, arguments.dtype)
   )
   return peak_growth(runs["both"])
 
@@ -175,7 +189,7 @@ def _draw(*shapes) -> list[np.ndarray]:
   return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
 
 
-def _global_runs(name, similarity, tokens, parts) -> dict[str, Run]:
+def _global_runs(name, similarity, tokens, parts, dtype) -> dict[str, Run]:
   D = CHANNELS // parts
   part_shape, shape = (1, tokens, parts, D), (1, tokens, CHANNELS)
   inputs = _draw(part_shape, part_shape, shape, shape)
@@ -183,16 +197,24 @@ def _global_runs(name, similarity, tokens, parts) -> dict[str, Run]:
   scale = D**-0.5
   if not name.startswith("torch"):
     return _jax_runs(
-      lambda *x: mos_attention(*x, similarity=similarity, scale=scale, implementation=name), inputs
+      lambda *x: mos_attention(*x, similarity=similarity, scale=scale, implementation=name),
+      inputs,
+      dtype,
     )
   if "sdpa" in name:
-    return _torch_runs(lambda *x: _torch_sdpa(*x, scale, name.split()[-1]), inputs)
+    return _torch_runs(
+      functools.partial(_torch_sdpa, scale=scale, phrasing=name.split()[-1]), inputs, dtype
+    )
   if name == "torch shared":
-    return _torch_runs(lambda *x: _torch_shared(*x, scale, similarity), inputs)
-  return _torch_runs(lambda *x: _torch_naive(*x, scale, similarity), inputs)
+    return _torch_runs(
+      functools.partial(_torch_shared, scale=scale, similarity=similarity), inputs, dtype
+    )
+  return _torch_runs(
+    functools.partial(_torch_naive, scale=scale, similarity=similarity), inputs, dtype
+  )
 
 
-def _local_runs(name, side, parts) -> dict[str, Run]:
+def _local_runs(name, side, parts, dtype) -> dict[str, Run]:
   D = CHANNELS // parts
   part_shape, shape = (1, side, side, parts, D), (1, side, side, CHANNELS)
   inputs = _draw(part_shape, part_shape, shape, shape)
@@ -201,12 +223,13 @@ def _local_runs(name, side, parts) -> dict[str, Run]:
     return _jax_runs(
       lambda *x: local_mos_attention(*x, window=WINDOW, scale=D**-0.5, implementation="tiled"),
       inputs,
+      dtype,
     )
-  return _torch_runs(lambda *x: _torch_unfold(*x, D**-0.5), inputs)
+  return _torch_runs(functools.partial(_torch_unfold, scale=D**-0.5), inputs, dtype)
 
 
-def _jax_runs(attention, inputs) -> dict[str, Run]:
-  inputs = [jnp.asarray(x) for x in inputs]
+def _jax_runs(attention, inputs, dtype) -> dict[str, Run]:
+  inputs = [jnp.asarray(x, dtype) for x in inputs]
   gradient = lambda *x: jax.vjp(attention, *x[:-1])[1](x[-1])
   forward = jax.jit(attention).lower(*inputs[:-1]).compile()
   both = jax.jit(gradient).lower(*inputs).compile()
@@ -216,18 +239,21 @@ def _jax_runs(attention, inputs) -> dict[str, Run]:
   }
 
 
-def _torch_runs(attention, inputs) -> dict[str, Run]:
-  *inputs, dout = [torch.from_numpy(x) for x in inputs]
+def _torch_runs(attention, inputs, dtype) -> dict[str, Run]:
+  *inputs, dout = [torch.from_numpy(x).to(DEVICE, getattr(torch, dtype)) for x in inputs]
   leaves = [x.requires_grad_() for x in inputs]
+  wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
 
   def forward():
     with torch.no_grad():
       attention(*leaves)
+    wait()
 
-  return {
-    "forward": forward,
-    "both": lambda: torch.autograd.grad(attention(*leaves), leaves, dout),
-  }
+  def both():
+    torch.autograd.grad(attention(*leaves), leaves, dout)
+    wait()
+
+  return {"forward": forward, "both": both}
 
 
 def _torch_scores(q_BQMD, k_BKMD, scale, similarity):
@@ -264,7 +290,7 @@ def _torch_sdpa(q_BQMD, k_BKMD, v_BKC, pi_BM, scale, phrasing):
 
 def _torch_shared(q_BQMD, k_BKMD, v_BKC, pi_BM, scale, similarity):
   """As `chunked`: scores as a dot product with a bias, then one value product for all parts."""
-  bias_BMK = torch.zeros(pi_BM.shape[0], pi_BM.shape[1], k_BKMD.shape[1])
+  bias_BMK = k_BKMD.new_zeros(pi_BM.shape[0], pi_BM.shape[1], k_BKMD.shape[1])
   if similarity == "euclidean":
     bias_BMK = -scale * (k_BKMD**2).sum(-1).transpose(1, 2)
     scale = 2 * scale
@@ -295,7 +321,7 @@ def _shared_function(block=256):
       for start, lse in zip(range(0, q.shape[1], block), ctx.lses, strict=True):
         rows = slice(start, start + block)
         dw = dout[:, rows] @ v.mT
-        w = 0
+        w: Any = 0
         for m in range(q.shape[2]):
           s = q[:, rows, m] @ k[:, :, m].mT + bias[:, m, None]
           p = s.sub_(lse[m][..., None]).exp_()

@@ -3,11 +3,13 @@
 
     python scripts/benchmark_step.py                      # 320 x 320, one image, backbone frozen
     python scripts/benchmark_step.py --size 640 --train_backbone
+    JAX_PLATFORMS=cuda python scripts/benchmark_step.py --size 800 --batch 4 --dtype bfloat16
 
 `configs/coco_mask.py:torchvision` and maskrcnn_resnet50_fpn as its pretrained weights are used: frozen
 BatchNorm, losses and gradients of all trained parameters. It needs torch and torchvision in addition to
 requirements.txt. Times are medians of interleaved repetitions. Memory is the growth of the peak, each in a
-process of its own. Both run on the CPU in float32.
+process of its own. Both run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, float32 products are
+those of TF32 in both libraries, torch's layout is channels_last, and `--dtype bfloat16` is its autocast.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
@@ -27,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpt_jax import models, optim
-from fpt_jax.configs import coco_mask
+from fpt_jax.run.command_line import load_config
 from fpt_jax.weights.torchvision import from_torchvision
 from scripts.process_memory import peak_growth
 
@@ -39,6 +42,12 @@ try:
   from torchvision.ops.misc import FrozenBatchNorm2d
 except ImportError as missing:
   sys.exit(f"error: {missing}; pip install torch torchvision to compare with them")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
+if DEVICE == "cuda":
+  torch.set_float32_matmul_precision("high")
+  torch.backends.cudnn.benchmark = True
 
 CLASSES = 91
 BITMAP = 112
@@ -53,13 +62,13 @@ def main() -> None:
   scene = draw_scene(arguments)
   makers = {
     "fpt_jax": lambda: our_step(theirs, scene, arguments),
-    "torchvision": lambda: their_step(theirs, scene),
+    "torchvision": lambda: their_step(theirs, scene, arguments),
   }
   if arguments.weigh:
     print(peak_growth(makers[arguments.weigh]()))
     return
   steps = {name: make() for name, make in makers.items()}
-  losses = {name: step() for name, step in steps.items()}  # warm-up
+  losses = {name: [step() for _ in range(3)][-1] for name, step in steps.items()}  # warm-up
   for loss in sorted(losses["torchvision"]):
     print(f"{loss:<18}" + "".join(f"{name} {losses[name][loss]:<12.5g}" for name in steps))
   seconds = {name: [] for name in steps}
@@ -70,7 +79,8 @@ def main() -> None:
       seconds[name].append(time.perf_counter() - begun)
   medians = {name: statistics.median(values) for name, values in seconds.items()}
   trained = "all trained" if arguments.train_backbone else "backbone frozen"
-  print(f"\n{arguments.size} x {arguments.size}, {arguments.batch} image(s), {trained}")
+  work = f"{arguments.size} x {arguments.size}, {arguments.batch} image(s), {trained}"
+  print(f"\n{work}, {arguments.dtype}, {jax.devices()[0].device_kind}")
   print(f"{'':14}{'step':>10}{'memory':>12}")
   for name, median in medians.items():
     print(f"{name:14}{median:>8.3f} s{weigh(name):>9.0f} MB")
@@ -83,6 +93,7 @@ def parse_arguments():
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--objects", type=int, default=8, help="instances per image")
   parser.add_argument("--train_backbone", action="store_true", help="gradients of all layers")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--repetitions", type=int, default=7)
   parser.add_argument("--weigh", help=argparse.SUPPRESS)
   return parser.parse_args()
@@ -124,10 +135,11 @@ def draw_scene(arguments) -> list[dict[str, np.ndarray]]:
 
 def our_step(theirs: MaskRCNN, scene, arguments) -> Step:
   """Losses and gradients, compiled."""
-  config = coco_mask.get_config("torchvision")
+  config = load_config(str(ROOT / "configs/coco_mask.py:torchvision"))
   config.model.backbone.frozen = not arguments.train_backbone
+  config.model.dtype = arguments.dtype
   structure = models.structure_of(config)
-  state_dict = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+  state_dict = {name: tensor.cpu().numpy() for name, tensor in theirs.state_dict().items()}
   arrays = {n: jnp.asarray(a) for n, a in from_torchvision(state_dict, structure.shapes).items()}
   trained = {n: arrays[n] for n in optim.trainable(config, structure.parameters())}
   batch = jax.device_put(our_batch(scene, config.data.max_instances))
@@ -176,20 +188,25 @@ def our_batch(scene, max_instances: int) -> dict[str, np.ndarray]:
   }
 
 
-def their_step(model: MaskRCNN, scene) -> Step:
-  images = [torch.from_numpy(image["image_HWC"]).permute(2, 0, 1).contiguous() for image in scene]
+def their_step(model: MaskRCNN, scene, arguments) -> Step:
+  tensor = lambda array: torch.from_numpy(array).to(DEVICE)
+  images = [tensor(image["image_HWC"]).permute(2, 0, 1).contiguous() for image in scene]
   targets = [
     {
-      "boxes": torch.from_numpy(image["boxes_G4"]),
-      "labels": torch.from_numpy(image["labels_G"]),
-      "masks": torch.from_numpy(image["masks_GHW"]),
+      "boxes": tensor(image["boxes_G4"]),
+      "labels": tensor(image["labels_G"]),
+      "masks": tensor(image["masks_GHW"]),
     }
     for image in scene
   ]
+  if DEVICE == "cuda":
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+  low_precision = arguments.dtype == "bfloat16"
 
   def step():
     model.zero_grad(set_to_none=True)
-    losses = model(images, targets)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=low_precision):
+      losses = model(images, targets)
     sum(losses.values()).backward()
     return {name: float(loss.detach()) for name, loss in losses.items()}
 

@@ -17,7 +17,7 @@ import contextvars
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,26 @@ Implementation = Literal["auto", "naive", "chunked", "pallas"]
 
 # Up to this many scores, the whole matrix needs little memory, and one einsum has the least overhead.
 _NAIVE_MAX_SCORES = 1 << 18
-# For "chunked", measured on CPUs: scores of a block of queries in one part, bounds on the number of
-# queries in a block, and the largest number of keys in one product.
-_BLOCK_SCORES = 1 << 21
-_MIN_BLOCK, _MAX_BLOCK = 64, 256
-_MAX_PIECE = 4096
 
+
+class _Blocks(NamedTuple):
+  """How "chunked" cuts queries and keys.
+
+  Attributes:
+    scores: scores of a block of queries in one part.
+    least, most: bounds on the number of queries in a block.
+    piece: largest number of keys in one product.
+  """
+
+  scores: int
+  least: int
+  most: int
+  piece: int
+
+
+# Measured. A CPU wants what fits into its caches, a GPU few and large kernels.
+_CPU_BLOCKS = _Blocks(scores=1 << 21, least=64, most=256, piece=4096)
+_GPU_BLOCKS = _Blocks(scores=1 << 26, least=64, most=4096, piece=16384)
 
 _written_out = contextvars.ContextVar("written_out", default=False)
 
@@ -227,9 +241,14 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
   return q_BQMD * jnp.asarray(scale, q_BQMD.dtype), bias_BMK
 
 
+def _blocks() -> _Blocks:
+  return _GPU_BLOCKS if jax.default_backend() == "gpu" else _CPU_BLOCKS
+
+
 def _block_of_queries(Q: int, K: int) -> int:
-  """Returns the number of queries per block: about `_BLOCK_SCORES` scores, with all blocks nearly full."""
-  most = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // K // 8 * 8))
+  """Returns the number of queries per block: about `scores` scores, with all blocks nearly full."""
+  limits = _blocks()
+  most = max(limits.least, min(limits.most, limits.scores // K // 8 * 8))
   blocks = -(-Q // most)
   return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
 
@@ -237,7 +256,7 @@ def _block_of_queries(Q: int, K: int) -> int:
 def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list[Keys]:
   """Divides the keys into pieces of about equal length, which fit into the caches."""
   K, M = k_BKMD.shape[1:3]
-  length = -(-K // (16 * -(-K // _MAX_PIECE))) * 16
+  length = -(-K // (16 * -(-K // _blocks().piece))) * 16
   pieces = [slice(start, min(start + length, K)) for start in range(0, K, length)]
   return [
     Keys(

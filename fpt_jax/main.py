@@ -19,7 +19,7 @@ from fpt_jax import analyze, configs, data, explain, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.restored import open_run
-from fpt_jax.run import command_line, sharding
+from fpt_jax.run import cluster, command_line, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
@@ -57,6 +57,14 @@ _TAKE_OVER = flags.DEFINE_bool(
   False,
   "Train in --workdir even if another process is training in it; that process stops.",
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "HOST:PORT of the first of several processes that train or evaluate together; also set --num_processes and "
+  "--process_id. TPU pods, Slurm and Open MPI need none of them.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.", lower_bound=0)
 _STEP = flags.DEFINE_integer(
   "step", None, "Step of the checkpoint for eval, predict and explain; the newest by default."
 )
@@ -101,12 +109,13 @@ def main() -> None:
     run_analyze(config, workdir)
     return
   run_folder(workdir)
-  if mode not in ("train", "eval") and sharding.is_one_of_several():
+  processes = cluster.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if processes and mode not in ("train", "eval"):
     raise UserError(
-      f"--mode={mode} runs in one process; start it once, with JAX_COORDINATOR_ADDRESS and, on a pod, "
-      "TPU_WORKER_HOSTNAMES unset"
+      f"--mode={mode} runs in one process, and {processes.source} tells of several; start it alone, on a "
+      "host of a TPU pod with JAX_PLATFORMS=cpu"
     )
-  sharding.initialize()
+  cluster.join(processes)
   if mode == "train":
     train(
       config,

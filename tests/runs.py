@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,13 @@ def tiny_config(arg: str = "", **fields) -> ConfigDict:
 def tiny_segmentation_config(arg: str = "", **fields) -> ConfigDict:
   """Like `tiny_config`, for `cityscapes.py:demo,{arg}`."""
   return _tiny(cityscapes.get_config(f"demo,{arg}"), SEGMENTATION_FIELDS, fields)
+
+
+def free_port() -> int:
+  """Returns a port of localhost that no process listens on."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
 
 
 def shared_data_dir() -> str:

@@ -3,8 +3,6 @@
 Data parallelism: every device has all weights and its share of the images of a global batch.
 """
 
-import math
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,51 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import UserError
 
 T = TypeVar("T")
-
-
-def initialize() -> None:
-  """Joins the other hosts of a TPU pod or cluster; on a single host it does nothing.
-
-  A pod is recognised by the environment variables of its runtime. Elsewhere, JAX_COORDINATOR_ADDRESS has the
-  address of the first process, JAX_NUM_PROCESSES their number, and JAX_PROCESS_ID the index of this one;
-  under Slurm and Open MPI, which tell JAX the last two, they can be left out.
-
-  Raises:
-    UserError: the variables are incomplete or wrong, or the other processes cannot be reached.
-  """
-  if not is_one_of_several() or jax.distributed.is_initialized():
-    return
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  numbers = {}
-  for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
-    text = os.environ.get(name, "")
-    if text and not text.isdecimal():
-      raise UserError(f"{name}={text} must be a number")
-    if text:
-      numbers[argument] = int(text)
-  if numbers.get("process_id", 0) >= numbers.get("num_processes", math.inf):
-    raise UserError(
-      f"JAX_PROCESS_ID={numbers['process_id']} must be less than "
-      f"JAX_NUM_PROCESSES={numbers['num_processes']}"
-    )
-  # the collectives of several CPU processes; other devices have their own
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  try:
-    jax.distributed.initialize(**numbers)
-  except (ValueError, RuntimeError) as error:
-    raise UserError(
-      f"cannot join the other processes at JAX_COORDINATOR_ADDRESS={address} ({one_line(error, 200)}); set "
-      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in every process"
-    ) from error
-
-
-def is_one_of_several() -> bool:
-  """Returns whether the environment says that this process is one of several, see `initialize`."""
-  pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-  return pod or bool(os.environ.get("JAX_COORDINATOR_ADDRESS"))
 
 
 def is_same_everywhere(text: str) -> bool:

@@ -1,0 +1,196 @@
+"""Which environments tell of several processes, and that such processes find each other."""
+
+import contextlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fpt_jax.errors import UserError
+from fpt_jax.run import cluster
+from tests.runs import ROOT, free_port
+
+NAMES = ("JAX_COORDINATOR", "JAX_NUM", "JAX_PROCESS", "MEGASCALE", "TPU_", "SLURM", "OMPI", "GCE_")
+SLURM = {
+  "SLURM_JOB_ID": "77",
+  "SLURM_STEP_NODELIST": "localhost",
+  "SLURM_NTASKS": "2",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+  "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911",
+  "OMPI_COMM_WORLD_SIZE": "2",
+  "OMPI_COMM_WORLD_RANK": "0",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+def without_clusters() -> dict[str, str]:
+  return {name: value for name, value in os.environ.items() if not name.startswith(NAMES)}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+  """Sets variables in an environment that tells of no other process."""
+  for name in set(os.environ) - set(without_clusters()):
+    monkeypatch.delenv(name)
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+
+  def set_all(values: dict[str, str]) -> None:
+    for name, value in values.items():
+      monkeypatch.setenv(name, value)
+
+  return set_all
+
+
+@pytest.mark.parametrize(
+  ("values", "source"),
+  [
+    ({}, None),
+    ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1"}, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, "TPU_PROCESS_ADDRESSES"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
+    ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, "MEGASCALE_NUM_SLICES"),
+    (SLURM, "Slurm"),
+    (SLURM | {"SLURM_NTASKS": "1"}, None),
+    ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),  # sbatch without srun
+    (OPEN_MPI, "Open MPI"),
+    (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    (SLURM | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1"}, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1"),
+  ],
+)
+def test_environments(values, source, variables):
+  variables(values)
+  found = cluster.find()
+  assert (found and found.source) == source
+
+
+def test_arguments_come_first(variables):
+  variables(SLURM)
+  found = cluster.find("10.0.0.1:1234", 4, 3)
+  expected = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3}
+  assert found is not None and found.arguments == expected
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("10.0.0.1:1234", 4, None), "belong together"),
+    (("", None, 1), "belong together"),
+    (("10.0.0.1", 4, 1), "--coordinator=10.0.0.1 must be HOST:PORT"),
+    (("10.0.0.1:1234", 4, 4), "--process_id=4 must be 0 to 3"),
+  ],
+)
+def test_arguments_that_do_not_fit(arguments, message, variables):
+  variables({})
+  with pytest.raises(UserError, match=message):
+    cluster.find(*arguments)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "must be less than JAX_NUM_PROCESSES=2"),
+    ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two must be a number"),
+  ],
+)
+def test_variables_that_do_not_fit(values, message, variables):
+  variables({"JAX_COORDINATOR_ADDRESS": "localhost:1"} | values)
+  with pytest.raises(UserError, match=message):
+    cluster.find()
+
+
+@contextlib.contextmanager
+def metadata_server(status: int, text: str):
+  """A server with the part of Google Cloud's metadata that lists the hosts of a slice."""
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers["Metadata-Flavor"] == "Google"
+      assert self.path.endswith("/instance/attributes/worker-network-endpoints")
+      self.send_response(status)
+      self.end_headers()
+      self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.serve_forever).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def tpu_chips(tmp_path, monkeypatch):
+  """PCI devices of which one is from Google."""
+  for index, vendor in enumerate(("0x8086", "0x1ae0")):
+    (tmp_path / str(index)).mkdir()
+    (tmp_path / str(index) / "vendor").write_text(f"{vendor}\n")
+  monkeypatch.setattr(cluster, "_PCI_DEVICES", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("status", "text", "source"),
+  [
+    (200, "unknown:0:10.0.0.1,unknown:1:10.0.0.2", "the metadata of the TPU VM"),
+    (200, "10.0.0.1,10.0.0.2", "the metadata of the TPU VM"),
+    (200, "unknown:0:10.0.0.1", None),
+    (404, "", None),
+  ],
+)
+def test_tpu_vms_ask_the_metadata_server(status, text, source, variables, tpu_chips):
+  with metadata_server(status, text) as address:
+    variables({"GCE_METADATA_IP": address})
+    found = cluster.find()
+  assert (found and found.source) == source
+
+
+def test_a_metadata_server_that_fails_is_no_single_host(variables, tpu_chips):
+  """A host that went on alone would leave the others waiting."""
+  with metadata_server(503, "") as address:
+    variables({"GCE_METADATA_IP": address})
+    with pytest.raises(UserError, match=r"does not say which hosts .*503.*TPU_SKIP_MDS_QUERY=1"):
+      cluster.find()
+  variables({"GCE_METADATA_IP": f"127.0.0.1:{free_port()}"})
+  with pytest.raises(UserError, match="does not say which hosts"):
+    cluster.find()
+  variables({"TPU_SKIP_MDS_QUERY": "1"})
+  assert cluster.find() is None
+
+
+def test_machines_without_tpu_chips_are_not_asked(variables, tmp_path, monkeypatch):
+  monkeypatch.setattr(cluster, "_PCI_DEVICES", str(tmp_path))
+  variables({"GCE_METADATA_IP": f"127.0.0.1:{free_port()}"})
+  assert cluster.find() is None
+
+
+@pytest.mark.parametrize(
+  "rank_names", [("SLURM_PROCID",), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")]
+)
+def test_processes_of_a_launcher_find_each_other(rank_names):
+  """Slurm and Open MPI by their variables; no launcher is started."""
+  launcher = SLURM if rank_names[0] in SLURM else OPEN_MPI
+  program = (
+    "from fpt_jax.run import cluster; cluster.join(cluster.find()); "
+    "import jax; print(jax.process_index(), jax.process_count())"
+  )
+  common = without_clusters() | launcher | {"JAX_COORDINATOR_PORT": str(free_port())}
+  common |= {"JAX_PLATFORMS": "cpu"}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", program],
+      env=common | dict.fromkeys(rank_names, str(i)),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  assert [process.communicate()[0].split() for process in processes] == [["0", "2"], ["1", "2"]]

@@ -1,16 +1,25 @@
 """The command line reports every mistake in one line, and writes pictures and JSON for every image."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import command, config_file, error_lines, succeed
+from tests.runs import ROOT, command, config_file, error_lines, succeed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DEMO = "--config=configs/coco_mask.py:demo"
+
+
+def test_the_start_loads_only_what_it_needs():
+  """These packages take seconds to import; they are loaded where they are used."""
+  heavy = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "jax.experimental.pallas")
+  program = f"import sys, fpt_jax.main; print([name for name in {heavy} if name in sys.modules])"
+  assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "[]\n"
 
 
 @pytest.mark.slow

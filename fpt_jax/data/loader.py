@@ -3,6 +3,8 @@
 B images of this host.
 """
 
+from __future__ import annotations
+
 import atexit
 import os
 import weakref
@@ -11,10 +13,13 @@ from typing import ClassVar
 
 import ml_collections
 import numpy as np
-import tensorflow as tf
+from etils import epy
 
 from fpt_jax.data.order import Plan
 from fpt_jax.data.reader import Reader
+
+with epy.lazy_imports():
+  import tensorflow as tf
 
 
 class Batches:
@@ -33,7 +38,7 @@ class Batches:
     self._reader, self._failures = reader, failures
     Batches._open.add(self)
 
-  def __iter__(self) -> "Batches":
+  def __iter__(self) -> Batches:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
@@ -51,7 +56,7 @@ class Batches:
         raise
     raise self._failures[0]
 
-  def __enter__(self) -> "Batches":
+  def __enter__(self) -> Batches:
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -1,5 +1,7 @@
 """Data sets on disk: prepared once as records, and what is known about them."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import io
@@ -8,14 +10,17 @@ import weakref
 from collections.abc import Iterator
 
 import ml_collections
-import tensorflow_datasets as tfds
 from absl import logging
-from etils import epath
+from etils import epath, epy
 
-from fpt_jax.data.datasets import BUILDERS, inputs
+from fpt_jax.data import datasets
+from fpt_jax.data.datasets import inputs
 from fpt_jax.errors import UserError, first_of, one_line
 from fpt_jax.run.folder import check_writable, is_full_disk
 from fpt_jax.run.lock import locked
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 _SHOWN_CHANGES = 3
 # Builders of open readers. What their records were prepared from is not checked again: whoever edits an
@@ -132,8 +137,9 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
 
 
 def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
-  if data.name not in BUILDERS:
-    raise UserError(f"data.name={data.name!r} is not a data set; choose one of {sorted(BUILDERS)}")
+  names = sorted((*datasets.INSTANCES, *datasets.LABEL_MAPS))
+  if data.name not in names:
+    raise UserError(f"data.name={data.name!r} is not a data set; choose one of {names}")
   directory = os.path.expanduser(data.data_dir)
   if "://" in directory:
     raise UserError(
@@ -159,7 +165,7 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
     arguments |= paths
   with undamaged(f"{directory} (data.name={data.name!r})"):
     try:
-      return BUILDERS[data.name](data_dir=directory, **arguments)
+      return datasets.builder(data.name, data_dir=directory, **arguments)
     except TypeError as error:
       raise UserError(f"data.builder: {error}") from error
 

@@ -1,12 +1,14 @@
 """Random access to prepared records."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 
 from fpt_jax.data.datasets import LABEL_MAPS
 from fpt_jax.data.prepared import in_use, prepared_builder
@@ -15,6 +17,9 @@ from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.ops import masks
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 
 class Reader:

@@ -1,17 +1,22 @@
 """Whether prepared records can be trained on, and whether they are those that a run was trained on."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 
 from fpt_jax.data.datasets import inputs
 from fpt_jax.data.datasets.checks import listed
 from fpt_jax.data.prepared import undamaged
 from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 
 def check_trainable(data: ml_collections.ConfigDict) -> None:

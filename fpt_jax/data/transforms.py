@@ -4,11 +4,16 @@ H W rows and columns, G ground truths, m pixels along each side of an instance's
 Boxes are (x0, y0, x1, y1) in pixels, float32.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 import numpy as np
-import tensorflow as tf
+from etils import epy
+
+with epy.lazy_imports():
+  import tensorflow as tf
 
 _SCALE = 0x5CA1E  # separates these random numbers from others of the same seed
 

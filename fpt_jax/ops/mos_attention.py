@@ -31,7 +31,6 @@ from fpt_jax.ops.attention_blocks import (
   biased_product,
   product,
 )
-from fpt_jax.ops.mos_attention_tpu import mos_attention_tpu
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +132,7 @@ def mos_attention(
   if implementation == "naive":
     out_BQC = _naive(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK)
   else:
-    attention = mos_attention_tpu if implementation == "pallas" else _chunked
+    attention = _pallas() if implementation == "pallas" else _chunked
     bias_has_gradient = similarity == "euclidean"
     pi_BM = pi_BM.astype(jnp.float32)
     out_BQC = attention(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient)
@@ -142,6 +141,13 @@ def mos_attention(
     if mean_B1C is None
     else out_BQC + (_weight_sum(pi_BM, key_valid_BK) * mean_B1C).astype(v_BKC.dtype)
   )
+
+
+def _pallas():
+  """The TPU kernels; importing Pallas takes a tenth of the program's start, so only where they are used."""
+  from fpt_jax.ops.mos_attention_tpu import mos_attention_tpu
+
+  return mos_attention_tpu
 
 
 def _weight_sum(pi_BM, key_valid_BK):

@@ -5,18 +5,23 @@ resume training; and `checksums` of all arrays, which are compared whenever arra
 in the run's folder describes the model.
 """
 
+from __future__ import annotations
+
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
+from etils import epy
 
 from fpt_jax.errors import UserError, first_of, one_line
 from fpt_jax.run.checksums import checksums
 from fpt_jax.run.folder import is_remote, run_folder
+
+with epy.lazy_imports():
+  import orbax.checkpoint as ocp
 
 SHOWN_DIFFERENCES = 4
 

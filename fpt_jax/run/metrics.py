@@ -1,15 +1,20 @@
 """The metrics of a run on disk: `metrics.jsonl` and TensorBoard events."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
 import sys
 from collections.abc import Mapping
 
-import tensorflow as tf
+from etils import epy
 
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.folder import parse_json, run_folder, write_whole
+
+with epy.lazy_imports():
+  import tensorflow as tf
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -1,15 +1,20 @@
 """Colours, fonts and contact sheets for the pictures of both tasks; images are uint8 RGB."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from etils import epy
 from PIL import Image, ImageDraw, ImageFont
+
+with epy.lazy_imports():
+  import matplotlib
+  import matplotlib.backends.backend_agg
+  import matplotlib.figure
 
 Color = tuple[int, int, int]
 MIN_EDGE = 400  # pixels; smaller pictures are enlarged, so that names have room
@@ -94,9 +99,9 @@ def contact_sheet(
   return np.asarray(sheet)
 
 
-def pixels_of(figure: Figure) -> np.ndarray:
+def pixels_of(figure: matplotlib.figure.Figure) -> np.ndarray:
   """Returns a figure of matplotlib as uint8 RGB."""
-  canvas = FigureCanvasAgg(figure)
+  canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -6,19 +6,19 @@ Zhou et al., "Scene Parsing through ADE20K Dataset", CVPR 2017.
 
 import pathlib
 
-from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.datasets import layouts
 from fpt_jax.data.records.label_map import VOID
 
 _FOLDERS = {"train": "training", "val": "validation"}
 
 
-def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
+def _pairs(root: pathlib.Path, split: str) -> layouts.Pairs:
   folder = _FOLDERS.get(split, split)
-  return label_maps.pair_folders(root / "images" / folder, root / "annotations" / folder)
+  return layouts.pair_folders(root / "images" / folder, root / "annotations" / folder)
 
 
 # the first word of each line of objectInfo150.txt
-_NAMES = label_maps.names(
+_NAMES = layouts.names(
   "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, "
   "person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, "
   "shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, "
@@ -35,10 +35,10 @@ _NAMES = label_maps.names(
   "traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, "
   "radiator, glass, clock, flag"
 )
-LAYOUT = label_maps.Layout(
+LAYOUT = layouts.Layout(
   name="ade20k",
   class_names=_NAMES,
-  palette=label_maps.colors(
+  palette=layouts.colors(
     "787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d "
     "787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 "
     "0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 "

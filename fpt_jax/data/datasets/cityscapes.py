@@ -5,7 +5,7 @@ Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", 
 
 import pathlib
 
-from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.datasets import layouts
 from fpt_jax.data.records.label_map import VOID
 
 # the number of each class in the label files, which hold 0..33; the others are not evaluated
@@ -14,24 +14,24 @@ _NUM_IDS = 34
 _IMAGE, _LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
-def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
+def _pairs(root: pathlib.Path, split: str) -> layouts.Pairs:
   labels = root / "gtFine" / split
-  label_maps.list_folder(labels)
+  layouts.list_folder(labels)
   return [
     (image, labels / city.name / (image.name.removesuffix(_IMAGE) + _LABEL))
-    for city in label_maps.list_folder(root / "leftImg8bit" / split)
-    for image in label_maps.list_folder(city)
+    for city in layouts.list_folder(root / "leftImg8bit" / split)
+    for image in layouts.list_folder(city)
     if image.name.endswith(_IMAGE)
   ]
 
 
-LAYOUT = label_maps.Layout(
+LAYOUT = layouts.Layout(
   name="cityscapes",
-  class_names=label_maps.names(
+  class_names=layouts.names(
     "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
     "terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle"
   ),
-  palette=label_maps.colors(
+  palette=layouts.colors(
     "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 "
     "00008e 000046 003c64 005064 0000e6 770b20"
   ),

@@ -41,7 +41,7 @@ import PIL.ImageDraw
 import tensorflow_datasets as tfds
 from pycocotools import mask as coco_mask
 
-from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.datasets import layouts
 from fpt_jax.data.records import instances
 from fpt_jax.data.records.examples import ordered_key
 from fpt_jax.errors import UserError
@@ -109,7 +109,7 @@ class ContextShapes(tfds.core.GeneratorBasedBuilder):
       "category_names": CATEGORIES,
       "category_ids": list(range(1, len(CATEGORIES) + 1)),
       "class_names": ("background", *CATEGORIES),
-      "palette": label_maps.numbered_colors(1 + len(CATEGORIES)),
+      "palette": layouts.numbered_colors(1 + len(CATEGORIES)),
       "sizes": {split: [[self._image_size] * 2] * count for split, count in self._sizes.items()},
     }
     return tfds.core.DatasetInfo(

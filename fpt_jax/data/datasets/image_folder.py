@@ -2,32 +2,29 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
-from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.datasets import layouts
 from fpt_jax.data.datasets.checks import check_names, quoted
 from fpt_jax.data.records.label_map import VOID
 from fpt_jax.errors import UserError
 
+# of `data.builder`, beside those of `LabelMaps`
+FIELDS = ("num_classes", "class_names", "void")
 
-def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
-  return label_maps.pair_folders(root / "images" / split, root / "labels" / split)
+
+def _pairs(root: pathlib.Path, split: str) -> layouts.Pairs:
+  return layouts.pair_folders(root / "images" / split, root / "labels" / split)
 
 
-def builder(
-  *,
-  num_classes: int = 0,
-  class_names: Sequence[str] = (),
-  void: int = VOID,
-  **arguments: Any,
-) -> label_maps.LabelMaps:
-  """Returns the builder of a user's data set.
+def layout_of(
+  *, num_classes: int = 0, class_names: Sequence[str] = (), void: int = VOID
+) -> tuple[layouts.Layout, dict[str, object]]:
+  """Returns the layout of a user's data set, and the values of the config that it was made from.
 
   Args:
     num_classes: number of classes; the label files hold 0..num_classes-1. 0 to use the number of names.
     class_names: names of the classes 0, 1, ...; () to name the classes by their numbers.
     void: value that marks unlabelled pixels in the label files; -1 if every pixel is labelled.
-    **arguments: further arguments of `LabelMaps`.
 
   Raises:
     UserError: the arguments contradict each other.
@@ -50,17 +47,17 @@ def builder(
     raise UserError(
       f"data.builder.void={void} must be -1, or from {len(names)} (the number of classes) to 255"
     )
-  layout = label_maps.Layout(
+  layout = layouts.Layout(
     name="image_folder",
     class_names=names,
-    palette=label_maps.numbered_colors(len(names)),
+    palette=layouts.numbered_colors(len(names)),
     class_of_id={i: i for i in range(len(names))} | ({} if void == -1 else {void: VOID}),
     splits=("train", "val"),
     pairs=_pairs,
   )
-  options = {
+  options: dict[str, object] = {
     "data.builder.num_classes": len(names),
     "data.builder.class_names": names,
     "data.builder.void": void,
   }
-  return label_maps.LabelMaps(layout, options=options, **arguments)
+  return layout, options

@@ -5,6 +5,8 @@ time of its last change in ns, and a digest of its content. A file of another si
 time differs, as in a copy, the digest decides.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
@@ -14,8 +16,11 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import tensorflow_datasets as tfds
 from absl import logging
+from etils import epy
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 Note = Sequence[Any] | None  # bytes, time and digest of a file; None if it could not be read
 _SAMPLE = 1000  # images whose content is compared if the times of more have changed

@@ -6,18 +6,18 @@ Everingham et al., "The Pascal Visual Object Classes Challenge: A Retrospective"
 
 import pathlib
 
-from fpt_jax.data.datasets import label_maps
+from fpt_jax.data.datasets import layouts
 from fpt_jax.data.records.label_map import VOID
 from fpt_jax.errors import UserError, one_line
 
 
-def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
+def _pairs(root: pathlib.Path, split: str) -> layouts.Pairs:
   names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
   if not names.is_file():
     raise UserError(f"{names}: no such file; see data.source, data.builder.splits")
   images, labels = root / "JPEGImages", root / "SegmentationClass"
-  label_maps.list_folder(images)
-  label_maps.list_folder(labels)
+  layouts.list_folder(images)
+  layouts.list_folder(labels)
   try:
     listed = names.read_text(encoding="utf-8").split()
   except (OSError, UnicodeDecodeError) as error:
@@ -25,14 +25,14 @@ def _pairs(root: pathlib.Path, split: str) -> label_maps.Pairs:
   return [(images / f"{name}.jpg", labels / f"{name}.png") for name in listed]
 
 
-_NAMES = label_maps.names(
+_NAMES = layouts.names(
   "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, "
   "dog, horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor"
 )
-LAYOUT = label_maps.Layout(
+LAYOUT = layouts.Layout(
   name="voc2012",
   class_names=_NAMES,
-  palette=label_maps.numbered_colors(len(_NAMES)),
+  palette=layouts.numbered_colors(len(_NAMES)),
   class_of_id={i: i for i in range(len(_NAMES))} | {255: VOID},
   splits=("train", "val"),
   pairs=_pairs,

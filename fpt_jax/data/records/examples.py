@@ -1,11 +1,16 @@
 """What the records of all data sets have in common: the image's fields, and their order on disk."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
+from etils import epy
+
+with epy.lazy_imports():
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
 
 
 def image_features() -> dict[str, Any]:

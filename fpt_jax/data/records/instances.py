@@ -3,15 +3,20 @@
 G ground truths (instances), m = `BITMAP` pixels along each side of an instance's bitmap.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections.abc import Mapping
 
 import numpy as np
-import tensorflow_datasets as tfds
+from etils import epy
 
 from fpt_jax.data.records.examples import image_features, parse_example
 from fpt_jax.ops import masks
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 BITMAP = 112
 

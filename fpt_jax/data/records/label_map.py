@@ -3,15 +3,20 @@
 H W rows and columns of the image file. Classes are 0..num_classes-1; `VOID` marks unlabelled pixels.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import io
 
 import numpy as np
 import PIL.Image
-import tensorflow_datasets as tfds
+from etils import epy
 
 from fpt_jax.data.records.examples import image_features, parse_example
 from fpt_jax.data.records.images import FORMATS, describe, load_turned
+
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 VOID = 255
 _PNG_END = b"IEND\xaeB`\x82"

@@ -4,20 +4,25 @@ Shapes: B images of this host, G = `max_instances` ground truths, m side of an i
 pixels, N images of a split, K canvases, V views.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import cast
 
 import ml_collections
 import numpy as np
-import tensorflow as tf
 from absl import logging
+from etils import epy
 
 from fpt_jax.data import canvases, order, transforms
 from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import info
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances
+
+with epy.lazy_imports():
+  import tensorflow as tf
 
 
 def train_batches(

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy
 from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
 from fpt_jax.models.heads.rpn import anchors_of_canvas, sampled_anchors
 from fpt_jax.ops import masks as mask_ops
@@ -219,7 +219,7 @@ def _tint(
     return
   window = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
   inside = mask_HW[window]
-  depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1][inside][:, None]
+  depth = scipy.ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1][inside][:, None]
   # a contour takes at most half of a thin object
   thickness = min(0.75 * line, max(1.0, depth.max() / 2))
   alpha = np.maximum(0.38, 0.95 * np.clip(thickness + 0.5 - depth, 0, 1)).astype(np.float32)

@@ -5,12 +5,14 @@ image, N images of a split, K canvases. Label maps hold classes 0..num_classes-1
 there is no class.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 
 import ml_collections
 import numpy as np
-import tensorflow as tf
+from etils import epy
 from pycocotools import mask as coco_mask
 
 from fpt_jax.data import canvases, order, transforms
@@ -20,6 +22,9 @@ from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.segmentation import crops
+
+with epy.lazy_imports():
+  import tensorflow as tf
 
 AnyRecord = label_map.LabelRecord | instances.Record
 
@@ -97,7 +102,7 @@ def train_batches(
       "label_BHW": tf.cast(crops.pad_label(label_hw, tf.constant(canvas)), tf.int32),
     }
 
-  fields = _FIELDS | {"resized_B2": (tf.int32, (2,)), "offset_B2": (tf.int32, (2,))}
+  fields = _fields() | {"resized_B2": (tf.int32, (2,)), "offset_B2": (tf.int32, (2,))}
   return assemble(data, reader, plan, fields, load, finish)
 
 
@@ -164,7 +169,7 @@ def eval_batches(
       "original_label_BHW": crops.pad_label(example["original_label_BHW"], original),
     }
 
-  fields = _FIELDS | {"original_label_BHW": (tf.uint8, (None, None))}
+  fields = _fields() | {"original_label_BHW": (tf.uint8, (None, None))}
   return assemble(data, reader, plan, fields, load, finish)
 
 
@@ -207,15 +212,16 @@ def label_map_of(record: AnyRecord) -> np.ndarray:
   return label_HW
 
 
-_FIELDS = {
-  "image_BHWC": (tf.uint8, (None, None, 3)),
-  "label_BHW": (tf.uint8, (None, None)),
-  "size_B2": (tf.int32, (2,)),
-  "original_size_B2": (tf.int32, (2,)),
-  "image_id_B": (tf.int64, ()),
-  "file_name_B": (tf.string, ()),
-  "valid_B": (tf.bool, ()),
-}
+def _fields() -> dict[str, tuple[tf.DType, tuple[int | None, ...]]]:
+  return {
+    "image_BHWC": (tf.uint8, (None, None, 3)),
+    "label_BHW": (tf.uint8, (None, None)),
+    "size_B2": (tf.int32, (2,)),
+    "original_size_B2": (tf.int32, (2,)),
+    "image_id_B": (tf.int64, ()),
+    "file_name_B": (tf.string, ()),
+    "valid_B": (tf.bool, ()),
+  }
 
 
 def _names(record: AnyRecord, valid: bool) -> dict[str, np.ndarray]:

@@ -3,12 +3,17 @@
 Shapes: H W rows and columns of an image file, h w those of the crop.
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import numpy as np
-import tensorflow as tf
+from etils import epy
 
 from fpt_jax.data import VOID, transforms
+
+with epy.lazy_imports():
+  import tensorflow as tf
 
 _CROP = 0xC409  # separates these random numbers from others of the same seed
 

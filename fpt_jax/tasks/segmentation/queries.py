@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from ml_collections import ConfigDict
-from scipy import ndimage
 
 from fpt_jax.tasks.queries import Query, Question
 from fpt_jax.tasks.segmentation.prediction import on_canvas
@@ -34,7 +34,7 @@ def queries(
   classes, pixels = np.unique(label_HW, return_counts=True)
   chosen = []
   for k in classes[np.argsort(-pixels, kind="stable")][:MOST_QUERIES]:
-    depth_HW = ndimage.distance_transform_edt(np.pad(label_HW == k, 1))[1:-1, 1:-1]
+    depth_HW = scipy.ndimage.distance_transform_edt(np.pad(label_HW == k, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(np.argmax(depth_HW), depth_HW.shape)
     chosen.append(Query(config.model.class_names[k], x + 0.5, y + 0.5))
   return chosen

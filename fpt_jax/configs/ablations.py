@@ -122,7 +122,7 @@ def frozen_coco(title: str, size: str, flags: tuple[str, ...]) -> Table:
     *baselines(base, flags),
     Row("BFP+FPT", base, flags),
   )
-  return Table(title, ("bbox/AP50", "bbox/AP"), rows, needs=real("coco"))
+  return Table(title, ("bbox/AP50", "bbox/AP"), rows, needs=real("coco_small"))
 
 
 ABLATIONS = {
@@ -210,7 +210,7 @@ ABLATIONS = {
       *baselines("configs/voc2012.py:small", VOC_SMALL),
       Row("UFP+FPT", "configs/voc2012.py:small", VOC_SMALL),
     ),
-    needs=real("voc2012"),
+    needs=real("voc2012_small"),
   ),
   "coco_120": frozen_coco("COCO at 120 pixels, frozen ImageNet features", "tiny", COCO_SMALL),
   "coco_192": frozen_coco(

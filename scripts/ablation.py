@@ -141,20 +141,19 @@ class Machine:
   platform: str
   name: str
 
-  @property
-  def share_of_run(self) -> str:
-    """What a run has of it, for the records."""
-    return f"one core of {self.name}" if self.platform == "cpu" else f"{self.name}, shared by runs"
+  def share_of(self, runs: int) -> str:
+    """What each of several runs at a time has of it, for the records."""
+    if self.platform == "cpu":
+      return f"one core of {self.name}"
+    return self.name if runs == 1 else f"{self.name}, shared by up to {runs} runs"
 
   @property
   def environment(self) -> dict[str, str]:
     """Variables with which runs share a GPU and give the same figures again."""
     if self.platform != "gpu":
       return {}
-    return {
-      "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-      "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
-    }
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
 
 
 def this_machine() -> Machine:
@@ -290,8 +289,10 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
     concurrent.futures.ThreadPoolExecutor(options.processes) as pool,
     Progress(options.table, len(runs), "runs") as progress,
   ):
+    share = options.machine.share_of(options.processes)
     futures = [
-      pool.submit(run_once, run, options.machine, folder, local, cores, processes) for run in runs
+      pool.submit(run_once, run, options.machine, share, folder, local, cores, processes)
+      for run in runs
     ]
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -312,6 +313,7 @@ def train(table: Table, records: pathlib.Path, options: argparse.Namespace) -> l
 def run_once(
   run: Run,
   machine: Machine,
+  share: str,
   folder: pathlib.Path,
   local: list[str],
   cores: queue.SimpleQueue,
@@ -322,6 +324,7 @@ def run_once(
   Args:
     run: the run.
     machine: what it is trained on; a CPU gives it one core.
+    share: what it has of the machine, for its record.
     folder: folder of the table's runs.
     local: flags that are not recorded.
     cores: numbers of the cores that are free.
@@ -330,8 +333,6 @@ def run_once(
   workdir = folder / run.folder
   resumed = workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
-  # runs that differ in the seed alone share their compiled programs
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
   core, begun = cores.get(), time.monotonic()
   with (workdir / "log.txt").open("a") as log:
     process = subprocess.Popen(
@@ -339,7 +340,7 @@ def run_once(
       stdout=log,
       stderr=log,
       cwd=ROOT,
-      env=cache | machine.environment | os.environ | run.environment,
+      env=os.environ | machine.environment | run.environment,
     )
     processes.append(process)
     if machine.platform == "cpu" and hasattr(os, "sched_setaffinity"):
@@ -353,7 +354,7 @@ def run_once(
     "figures": evaluations[-1],
     "losses": [[entry["step"], entry["total_loss"]] for entry in training],
     "minutes": None if resumed else round((time.monotonic() - begun) / 60, 1),
-    "machine": machine.share_of_run,
+    "machine": share,
     "date": datetime.date.today().isoformat(),
   }
 

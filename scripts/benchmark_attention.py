@@ -7,9 +7,9 @@
 The others are `naive`, our einsum, and, if torch is installed, `torch naive`; `torch sdpa`, its
 scaled_dot_product_attention with one head per part (the fastest of three forms; dot product only);
 `torch shared`, our algorithm in torch; and `torch unfold` for the local attention. Times are medians of
-interleaved repetitions. Memory is the growth of the peak beyond the inputs, each implementation in a process
-of its own. All run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, float32 products are those of
-TF32 in both libraries, which is JAX's default.
+interleaved repetitions. Memory is the growth of the process's peak beyond the inputs, each implementation
+in a process of its own. All run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, memory is not
+measured, and float32 products are those of TF32 in both libraries, which is JAX's default.
 """
 
 import argparse
@@ -43,6 +43,8 @@ except ImportError:
 
 DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
 if torch and DEVICE == "cuda":
+  if not torch.cuda.is_available():
+    sys.exit("error: JAX sees a GPU and torch does not; install torch for CUDA, or uninstall it")
   torch.set_float32_matmul_precision("high")
 
 CHANNELS = 256
@@ -118,7 +120,7 @@ def _report(title, runs, arguments, case, unit) -> None:
   print(f"\n{title}", flush=True)
   seconds, product_rate = _times(runs, arguments)
   memory = {}
-  if not arguments.no_memory:
+  if not arguments.no_memory and DEVICE == "cpu":
     memory = {name: _weigh(name, case, arguments) for name in runs}
   ours = next(iter(runs))
   print(f"{'':20}{'forward':>22}{'forward + backward':>22}{'memory, both':>22}")

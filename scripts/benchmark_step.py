@@ -7,9 +7,10 @@
 
 `configs/coco_mask.py:torchvision` and maskrcnn_resnet50_fpn as its pretrained weights are used: frozen
 BatchNorm, losses and gradients of all trained parameters. It needs torch and torchvision in addition to
-requirements.txt. Times are medians of interleaved repetitions. Memory is the growth of the peak, each in a
-process of its own. Both run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, float32 products are
-those of TF32 in both libraries, torch's layout is channels_last, and `--dtype bfloat16` is its autocast.
+requirements.txt. Times are medians of interleaved repetitions. Memory is the growth of the process's peak,
+each in a process of its own. Both run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, memory is not
+measured, float32 products are those of TF32 in both libraries, torch's layout is channels_last, and
+`--dtype bfloat16` is its autocast.
 """
 
 import argparse
@@ -46,6 +47,8 @@ except ImportError as missing:
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
 if DEVICE == "cuda":
+  if not torch.cuda.is_available():
+    sys.exit("error: JAX sees a GPU and torch does not; install torch for CUDA")
   torch.set_float32_matmul_precision("high")
   torch.backends.cudnn.benchmark = True
 
@@ -81,9 +84,10 @@ def main() -> None:
   trained = "all trained" if arguments.train_backbone else "backbone frozen"
   work = f"{arguments.size} x {arguments.size}, {arguments.batch} image(s), {trained}"
   print(f"\n{work}, {arguments.dtype}, {jax.devices()[0].device_kind}")
-  print(f"{'':14}{'step':>10}{'memory':>12}")
+  print(f"{'':14}{'step':>10}" + (f"{'memory':>12}" if DEVICE == "cpu" else ""))
   for name, median in medians.items():
-    print(f"{name:14}{median:>8.3f} s{weigh(name):>9.0f} MB")
+    memory = f"{weigh(name):>9.0f} MB" if DEVICE == "cpu" else ""
+    print(f"{name:14}{median:>8.3f} s{memory}")
   print(f"ratio {medians['fpt_jax'] / medians['torchvision']:.2f}")
 
 

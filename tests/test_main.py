@@ -22,6 +22,19 @@ def test_the_start_loads_only_what_it_needs():
   assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "[]\n"
 
 
+def test_pictures_are_drawn_in_a_fresh_process():
+  """With nothing loaded but what the command line loads."""
+  program = (
+    "import fpt_jax.main, numpy as np; from fpt_jax.tasks.segmentation import draw; "
+    "picture = draw.draw_confusion(np.ones((2, 2), int), ('a', 'b')); "
+    "from fpt_jax.tasks import attention_pictures as drawn; axis = drawn.figures.Figure().subplots(); "
+    "axis.add_patch(drawn.patches.Rectangle((0, 0), 1, 1)); print(picture.dtype, picture.ndim)"
+  )
+  assert (
+    subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "uint8 3\n"
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("flags", "words"),

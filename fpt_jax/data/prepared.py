@@ -163,9 +163,10 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
         f"data.{field} is for data.name='coco', not for {data.name!r}; leave it empty"
       )
     arguments |= paths
+  builder = datasets.builder_of(data.name)
   with undamaged(f"{directory} (data.name={data.name!r})"):
     try:
-      return datasets.builder(data.name, data_dir=directory, **arguments)
+      return builder(data_dir=directory, **arguments)
     except TypeError as error:
       raise UserError(f"data.builder: {error}") from error
 

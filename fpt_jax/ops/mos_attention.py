@@ -45,7 +45,7 @@ class _Blocks(NamedTuple):
   """How "chunked" cuts queries and keys.
 
   Attributes:
-    scores: scores of a block of queries in one part.
+    scores: scores of a block of queries in one part, of one image.
     least, most: bounds on the number of queries in a block.
     piece: largest number of keys in one product.
   """
@@ -247,13 +247,16 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
   return q_BQMD * jnp.asarray(scale, q_BQMD.dtype), bias_BMK
 
 
-def _blocks() -> _Blocks:
-  return _GPU_BLOCKS if jax.default_backend() == "gpu" else _CPU_BLOCKS
+def _blocks(B: int) -> _Blocks:
+  """How the attention of B images is cut; on a GPU they share the scores of a block."""
+  if jax.default_backend() != "gpu":
+    return _CPU_BLOCKS
+  return _GPU_BLOCKS._replace(scores=_GPU_BLOCKS.scores // B)
 
 
-def _block_of_queries(Q: int, K: int) -> int:
+def _block_of_queries(B: int, Q: int, K: int) -> int:
   """Returns the number of queries per block: about `scores` scores, with all blocks nearly full."""
-  limits = _blocks()
+  limits = _blocks(B)
   most = max(limits.least, min(limits.most, limits.scores // K // 8 * 8))
   blocks = -(-Q // most)
   return Q if blocks == 1 else min(most, -(-Q // (8 * blocks)) * 8)
@@ -261,8 +264,8 @@ def _block_of_queries(Q: int, K: int) -> int:
 
 def _cut_keys(k_BKMD, v_BKC, bias_BMK) -> list[Keys]:
   """Divides the keys into pieces of about equal length, which fit into the caches."""
-  K, M = k_BKMD.shape[1:3]
-  length = -(-K // (16 * -(-K // _blocks().piece))) * 16
+  B, K, M, _ = k_BKMD.shape
+  length = -(-K // (16 * -(-K // _blocks(B).piece))) * 16
   pieces = [slice(start, min(start + length, K)) for start in range(0, K, length)]
   return [
     Keys(
@@ -283,7 +286,7 @@ def _chunked_forward(q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, bias_has_gradient):
   del bias_has_gradient
   Q, K = q_BQMD.shape[1], k_BKMD.shape[1]
   keys = _cut_keys(k_BKMD, v_BKC, bias_BMK)
-  q_NBqMD = _split(q_BQMD, _block_of_queries(Q, K))
+  q_NBqMD = _split(q_BQMD, _block_of_queries(len(q_BQMD), Q, K))
   out_NBqC, rows = lax.map(lambda q_BqMD: attend(q_BqMD, keys, pi_BM), q_NBqMD)
   return _join(out_NBqC, Q), (q_BQMD, k_BKMD, v_BKC, pi_BM, bias_BMK, rows)
 

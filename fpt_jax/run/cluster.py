@@ -1,23 +1,21 @@
 """Which processes train together, and how this one joins them."""
 
 import dataclasses
-import math
+import http.client
 import os
-import pathlib
 import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from fpt_jax.errors import UserError, one_line
 
-# Google's PCI vendor, by which a machine with TPU chips is recognised, as JAX does.
-_PCI_DEVICES = "/sys/bus/pci/devices"
-_GOOGLE = "0x1ae0"
 _METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _SECONDS = 5  # that the metadata server of a TPU VM may take
+_FLAGS = "--coordinator, --num_processes and --process_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Cluster:
   """
 
   source: str
-  arguments: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+  arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find(
@@ -40,11 +38,11 @@ def find(
 
   In this order: the arguments; JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; a TPU pod,
   on GKE or made with `gcloud compute tpus tpu-vm create`, unless JAX_PLATFORMS excludes TPUs; `srun` of Slurm
-  with several tasks; `mpirun` of Open MPI with several processes.
+  with several tasks; `mpirun` of Open MPI 4 with several processes.
 
   Args:
     coordinator: HOST:PORT of the first process.
-    num_processes: number of processes.
+    num_processes: number of processes; 1 alone for a process on its own, whatever the environment says.
     process_id: index of this process.
 
   Returns:
@@ -53,16 +51,23 @@ def find(
   Raises:
     UserError: what is given is incomplete or wrong.
   """
+  if (coordinator, num_processes, process_id) == ("", 1, None):
+    return None
   if coordinator or (num_processes, process_id) != (None, None):
     return _named_by_arguments(coordinator, num_processes, process_id)
   if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
     return _named_by_variables(address)
   if _wants_tpu() and (source := _tpu_pod()):
     return Cluster(source)
-  # `sbatch` without `srun` sets the number of tasks, but starts one process
-  if "SLURM_STEP_NODELIST" in os.environ and _number("SLURM_NTASKS", 1) > 1:
+  # of this step: `sbatch` and `salloc` set the number of tasks for the shell too, which is one process
+  if "SLURM_STEP_NODELIST" in os.environ and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
     return Cluster("Slurm", {"cluster_detection_method": "slurm"})
-  if "OMPI_MCA_orte_hnp_uri" in os.environ and _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
+  if _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
+    if "OMPI_MCA_orte_hnp_uri" not in os.environ:
+      raise UserError(
+        "OMPI_COMM_WORLD_SIZE tells of several processes, but only Open MPI 4 says where the first one is; "
+        f"set {_FLAGS} in every process, or --num_processes=1 for processes on their own"
+      )
     return Cluster("Open MPI", {"cluster_detection_method": "ompi"})
   return None
 
@@ -79,11 +84,10 @@ def join(cluster: Cluster | None) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(**cluster.arguments)
-  except (ValueError, RuntimeError) as error:
+  except (ValueError, RuntimeError, OSError) as error:
     raise UserError(
-      f"cannot join the other processes that {cluster.source} names ({one_line(error, 200)}); set "
-      "--coordinator, --num_processes and --process_id, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-      "JAX_PROCESS_ID, in every process"
+      f"cannot join the other processes that {cluster.source} names ({one_line(error, 200)}); set {_FLAGS}, "
+      "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, in every process"
     ) from error
 
 
@@ -101,21 +105,25 @@ def _named_by_arguments(coordinator, num_processes, process_id) -> Cluster:
     "coordinator_address": coordinator,
     "num_processes": num_processes,
     "process_id": process_id,
+    # which would give each process one GPU under Slurm, and ask the metadata server on a TPU VM
+    "cluster_detection_method": "deactivate",
   }
   return Cluster(f"--coordinator={coordinator}", arguments)
 
 
 def _named_by_variables(address: str) -> Cluster:
   """Under Slurm and Open MPI, the numbers may be left out."""
-  numbers = {}
+  numbers: dict[str, Any] = {}
   for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
     if os.environ.get(name):
       numbers[argument] = _number(name, 0)
-  if numbers.get("process_id", 0) >= numbers.get("num_processes", math.inf):
-    raise UserError(
-      f"JAX_PROCESS_ID={numbers['process_id']} must be less than "
-      f"JAX_NUM_PROCESSES={numbers['num_processes']}"
-    )
+  if len(numbers) == 2:
+    if numbers["process_id"] >= numbers["num_processes"]:
+      raise UserError(
+        f"JAX_PROCESS_ID={numbers['process_id']} must be less than "
+        f"JAX_NUM_PROCESSES={numbers['num_processes']}"
+      )
+    numbers["cluster_detection_method"] = "deactivate"
   return Cluster(f"JAX_COORDINATOR_ADDRESS={address}", numbers)
 
 
@@ -139,40 +147,35 @@ def _tpu_pod() -> str:
   for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):  # GKE
     if name in os.environ:
       return name if "," in os.environ[name] else ""
-  if _has_tpu_chips() and "," in _hosts_of_tpu_vm():
-    return "the metadata of the TPU VM"
-  return ""
-
-
-def _has_tpu_chips() -> bool:
-  vendors = pathlib.Path(_PCI_DEVICES).glob("*/vendor")
-  return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+  return "the metadata of the TPU VM" if "," in _hosts_of_tpu_vm() else ""
 
 
 def _hosts_of_tpu_vm() -> str:
-  """The hosts of the slice that this TPU VM belongs to, separated by commas; "" if it is not on GCE.
+  """The hosts of the slice that this TPU VM belongs to, separated by commas; "" if this is none on GCE.
 
   Raises:
     UserError: the metadata server fails. A host that went on alone would leave the others waiting.
   """
-  if "TPU_SKIP_MDS_QUERY" in os.environ:
+  if "TPU_SKIP_MDS_QUERY" in os.environ:  # JAX sets it on machines without TPU chips
     return ""
   server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
   request = urllib.request.Request(
     f"http://{server}/{_METADATA}", headers={"Metadata-Flavor": "Google"}
   )
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
   try:
-    with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+    with direct.open(request, timeout=_SECONDS) as answer:
       return answer.read().decode()
   except urllib.error.HTTPError as error:
     if error.code == 404:
       return ""
     problem = one_line(error, 200)
-  except OSError as error:
-    if isinstance(getattr(error, "reason", None), socket.gaierror):
+  except (OSError, http.client.HTTPException) as error:
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
       return ""  # no such server outside of Google Cloud
     problem = one_line(error, 200)
   raise UserError(
     f"the TPU VM's metadata server {server} does not say which hosts belong together ({problem}); set "
-    "TPU_SKIP_MDS_QUERY=1 for a single host, or --coordinator, --num_processes and --process_id"
+    f"--num_processes=1 for a single host, or {_FLAGS}"
   )

@@ -1,15 +1,18 @@
 """What every command shares: the config flag, quiet logs, and errors in one line."""
 
 import difflib
+import hashlib
 import logging as python_logging
 import os
 import pathlib
+import platform
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -17,6 +20,13 @@ from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.config_upgrade import RENAMED
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+
+_COMPILATION_CACHE = flags.DEFINE_string(
+  "compilation_cache",
+  "~/.cache/fpt_jax",
+  "Folder of compiled programs, which later runs of the same user read instead of compiling again; off for "
+  "none. JAX_COMPILATION_CACHE_DIR has precedence.",
+)
 
 
 def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> None:
@@ -33,11 +43,31 @@ def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> 
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+      keep_compiled_programs(_COMPILATION_CACHE.value)
       command()
     except UserError as error:
       report_and_exit(error)
 
   app.run(main, flags_parser=lambda argv: parse_flags(find_config(argv, benchmarks)))
+
+
+def keep_compiled_programs(folder: str) -> None:
+  """Sets the folder of JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR does.
+
+  Programs for CPUs may use every instruction of the machine, so each kind of CPU has a folder of its own:
+  hosts of a cluster often share the home of a user.
+
+  Args:
+    folder: the folder, or "off".
+  """
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder == "off":
+    return
+  information = pathlib.Path("/proc/cpuinfo")
+  text = information.read_text() if information.exists() else platform.processor()
+  instructions = sorted(set(re.findall(r"^(?:flags|Features)\s*:.*", text, re.MULTILINE))) or [text]
+  kind = hashlib.sha256("\n".join(instructions).encode()).hexdigest()[:8]
+  path = os.path.join(os.path.expanduser(folder), f"{platform.machine()}_{kind}")
+  jax.config.update("jax_compilation_cache_dir", path)
 
 
 def quiet_log() -> None:

@@ -15,9 +15,8 @@ from fpt_jax.tasks import pictures
 from fpt_jax.tasks.queries import Query
 
 with epy.lazy_imports():
-  import matplotlib.axes
-  import matplotlib.figure
-  import matplotlib.patches
+  from matplotlib import axes, patches
+  from matplotlib import figure as figures
 
 PICTURE_WIDTH = 2.4  # inches of one picture of a grid
 DPI = 100
@@ -88,7 +87,7 @@ def draw(
   sources = sorted({source for row in rows for source in row.maps})
   cell = (PICTURE_WIDTH, PICTURE_WIDTH * height / width + 0.45)
   columns = 1 + len(sources)
-  figure = matplotlib.figure.Figure(
+  figure = figures.Figure(
     figsize=(columns * cell[0], len(rows) * cell[1]), dpi=DPI, layout="constrained"
   )
   grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -115,7 +114,7 @@ def draw(
   return pictures.pixels_of(figure)
 
 
-def draw_map(axis: matplotlib.axes.Axes, seen: Map) -> None:
+def draw_map(axis: axes.Axes, seen: Map) -> None:
   """Draws weights over a picture; position i is centred on pixel i * stride."""
   weight_hw, stride = seen.weight_hw, seen.stride
   start = 0.5 - stride / 2
@@ -129,11 +128,9 @@ def draw_map(axis: matplotlib.axes.Axes, seen: Map) -> None:
   )
 
 
-def draw_query(axis: matplotlib.axes.Axes, query: Query, ratio: float) -> None:
+def draw_query(axis: axes.Axes, query: Query, ratio: float) -> None:
   """Marks the position, and the object's box, on a picture that is scaled by `ratio`."""
   axis.plot(query.x * ratio, query.y * ratio, "+", color="cyan", markersize=9, markeredgewidth=1.5)
   if query.box is not None:
     x0, y0, x1, y1 = (edge * ratio for edge in query.box)
-    axis.add_patch(
-      matplotlib.patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan")
-    )
+    axis.add_patch(patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan"))

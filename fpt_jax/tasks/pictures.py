@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 with epy.lazy_imports():
   import matplotlib
-  import matplotlib.backends.backend_agg
-  import matplotlib.figure
+  from matplotlib import figure as figures
+  from matplotlib.backends import backend_agg
 
 Color = tuple[int, int, int]
 MIN_EDGE = 400  # pixels; smaller pictures are enlarged, so that names have room
@@ -99,9 +99,9 @@ def contact_sheet(
   return np.asarray(sheet)
 
 
-def pixels_of(figure: matplotlib.figure.Figure) -> np.ndarray:
+def pixels_of(figure: figures.Figure) -> np.ndarray:
   """Returns a figure of matplotlib as uint8 RGB."""
-  canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  canvas = backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -126,24 +126,27 @@ def test_equals_the_equations_at_two_thousand_tokens(implementation, similarity,
 
 
 @pytest.mark.parametrize(
-  ("tokens", "platform", "block", "piece"),
+  ("images", "tokens", "platform", "block", "piece"),
   [
-    (16384, "cpu", 128, 4096),
-    (4096, "gpu", 4096, 4096),
-    (16384, "gpu", 4096, 16384),
-    (51200, "gpu", 1280, 12800),
+    (1, 16384, "cpu", 128, 4096),
+    (1, 4096, "gpu", 4096, 4096),
+    (1, 16384, "gpu", 4096, 16384),
+    (8, 16384, "gpu", 512, 16384),
+    (1, 51200, "gpu", 1280, 12800),
   ],
 )
-def test_a_gpu_has_larger_blocks(tokens, platform, block, piece, monkeypatch):
+def test_a_gpu_has_larger_blocks_of_bounded_memory(
+  images, tokens, platform, block, piece, monkeypatch
+):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
   part_BQMD, value_BQC, pi_BM = (
     jax.ShapeDtypeStruct(shape, jnp.float32)
-    for shape in ((1, tokens, 2, 4), (1, tokens, 8), (1, 2))
+    for shape in ((images, tokens, 2, 4), (images, tokens, 8), (images, 2))
   )
   chunked = functools.partial(mos_attention, implementation="chunked")
   traced = str(jax.make_jaxpr(chunked)(part_BQMD, part_BQMD, value_BQC, pi_BM))
-  assert f"f32[1,{block},{piece}]" in traced
-  assert f"f32[{tokens // block},1,{block},8]" in traced or block == tokens
+  assert f"f32[{images},{block},{piece}]" in traced
+  assert f"f32[{tokens // block},{images},{block},8]" in traced or block == tokens
 
 
 def test_keys_and_queries_in_several_pieces():

@@ -18,6 +18,7 @@ SLURM = {
   "SLURM_JOB_ID": "77",
   "SLURM_STEP_NODELIST": "localhost",
   "SLURM_NTASKS": "2",
+  "SLURM_STEP_NUM_TASKS": "2",
   "SLURM_PROCID": "0",
   "SLURM_LOCALID": "0",
 }
@@ -35,14 +36,17 @@ def without_clusters() -> dict[str, str]:
 
 @pytest.fixture
 def variables(monkeypatch):
-  """Sets variables in an environment that tells of no other process."""
+  """Sets variables in an environment that tells of no other process, and has no metadata server."""
   for name in set(os.environ) - set(without_clusters()):
     monkeypatch.delenv(name)
   monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
 
   def set_all(values: dict[str, str]) -> None:
     for name, value in values.items():
       monkeypatch.setenv(name, value)
+    if "GCE_METADATA_IP" in values:
+      monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
 
   return set_all
 
@@ -58,8 +62,8 @@ def variables(monkeypatch):
     ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
     ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, "MEGASCALE_NUM_SLICES"),
     (SLURM, "Slurm"),
-    (SLURM | {"SLURM_NTASKS": "1"}, None),
-    ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),  # sbatch without srun
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # the shell of salloc
+    ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # sbatch without srun
     (OPEN_MPI, "Open MPI"),
     (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
     (SLURM | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1"}, "JAX_COORDINATOR_ADDRESS=10.0.0.1:1"),
@@ -75,7 +79,10 @@ def test_arguments_come_first(variables):
   variables(SLURM)
   found = cluster.find("10.0.0.1:1234", 4, 3)
   expected = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3}
-  assert found is not None and found.arguments == expected
+  # so that JAX does not look at Slurm's variables
+  assert found is not None
+  assert found.arguments == expected | {"cluster_detection_method": "deactivate"}
+  assert cluster.find(num_processes=1) is None
 
 
 @pytest.mark.parametrize(
@@ -122,18 +129,11 @@ def metadata_server(status: int, text: str):
       pass
 
   with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-    threading.Thread(target=server.serve_forever).start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture
-def tpu_chips(tmp_path, monkeypatch):
-  """PCI devices of which one is from Google."""
-  for index, vendor in enumerate(("0x8086", "0x1ae0")):
-    (tmp_path / str(index)).mkdir()
-    (tmp_path / str(index) / "vendor").write_text(f"{vendor}\n")
-  monkeypatch.setattr(cluster, "_PCI_DEVICES", str(tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+      yield f"127.0.0.1:{server.server_port}"
+    finally:
+      server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -145,44 +145,58 @@ def tpu_chips(tmp_path, monkeypatch):
     (404, "", None),
   ],
 )
-def test_tpu_vms_ask_the_metadata_server(status, text, source, variables, tpu_chips):
+def test_tpu_vms_ask_the_metadata_server(status, text, source, variables):
   with metadata_server(status, text) as address:
     variables({"GCE_METADATA_IP": address})
     found = cluster.find()
   assert (found and found.source) == source
 
 
-def test_a_metadata_server_that_fails_is_no_single_host(variables, tpu_chips):
+def test_a_metadata_server_that_fails_is_no_single_host(variables):
   """A host that went on alone would leave the others waiting."""
   with metadata_server(503, "") as address:
     variables({"GCE_METADATA_IP": address})
-    with pytest.raises(UserError, match=r"does not say which hosts .*503.*TPU_SKIP_MDS_QUERY=1"):
+    with pytest.raises(UserError, match=r"does not say which hosts .*503.*--num_processes=1"):
       cluster.find()
   variables({"GCE_METADATA_IP": f"127.0.0.1:{free_port()}"})
   with pytest.raises(UserError, match="does not say which hosts"):
     cluster.find()
+  assert cluster.find(num_processes=1) is None
   variables({"TPU_SKIP_MDS_QUERY": "1"})
   assert cluster.find() is None
 
 
-def test_machines_without_tpu_chips_are_not_asked(variables, tmp_path, monkeypatch):
-  monkeypatch.setattr(cluster, "_PCI_DEVICES", str(tmp_path))
-  variables({"GCE_METADATA_IP": f"127.0.0.1:{free_port()}"})
+def test_outside_of_google_cloud_there_is_no_server(variables):
+  variables({"GCE_METADATA_IP": "metadata.invalid"})
   assert cluster.find() is None
 
 
+def test_open_mpi_5_does_not_say_where_the_first_process_is(variables):
+  variables({name: value for name, value in OPEN_MPI.items() if "uri" not in name})
+  with pytest.raises(UserError, match=r"only Open MPI 4 says .*--num_processes=1 for processes"):
+    cluster.find()
+
+
+JAX = {"JAX_COORDINATOR_ADDRESS": "localhost:PORT", "JAX_NUM_PROCESSES": "2"}
+
+
 @pytest.mark.parametrize(
-  "rank_names", [("SLURM_PROCID",), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")]
+  ("launcher", "rank_names"),
+  [
+    (SLURM, ("SLURM_PROCID",)),
+    (OPEN_MPI, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")),
+    (JAX, ("JAX_PROCESS_ID",)),
+  ],
 )
-def test_processes_of_a_launcher_find_each_other(rank_names):
-  """Slurm and Open MPI by their variables; no launcher is started."""
-  launcher = SLURM if rank_names[0] in SLURM else OPEN_MPI
+def test_processes_find_each_other(launcher, rank_names):
+  """By the variables of a launcher; none is started."""
   program = (
     "from fpt_jax.run import cluster; cluster.join(cluster.find()); "
     "import jax; print(jax.process_index(), jax.process_count())"
   )
-  common = without_clusters() | launcher | {"JAX_COORDINATOR_PORT": str(free_port())}
-  common |= {"JAX_PLATFORMS": "cpu"}
+  common = without_clusters() | launcher | {"JAX_COORDINATOR_PORT": "PORT", "JAX_PLATFORMS": "cpu"}
+  port = str(free_port())
+  common = {name: value.replace("PORT", port) for name, value in common.items()}
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", program],
@@ -193,4 +207,5 @@ def test_processes_of_a_launcher_find_each_other(rank_names):
     )
     for i in range(2)
   ]
-  assert [process.communicate()[0].split() for process in processes] == [["0", "2"], ["1", "2"]]
+  results = [process.communicate(timeout=120)[0].split() for process in processes]
+  assert results == [["0", "2"], ["1", "2"]]

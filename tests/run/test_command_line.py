@@ -2,14 +2,21 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from fpt_jax import configs
 from fpt_jax.errors import UserError
-from fpt_jax.run.command_line import check_field, find_config, load_config
+from fpt_jax.run.command_line import (
+  check_field,
+  find_config,
+  keep_compiled_programs,
+  load_config,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BENCHMARKS = configs.benchmarks()
@@ -155,3 +162,27 @@ def test_overrides_of_fields_that_do_not_exist_are_reported(path, value, words):
   with pytest.raises(UserError, match=words):
     check_field(config, path, value)
   check_field(config, "data.images", "/data")
+
+
+@pytest.fixture
+def cache_folder(monkeypatch):
+  """JAX's own setting; it has the value of before afterwards."""
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield lambda: jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_for_each_kind_of_cpu(cache_folder, monkeypatch):
+  monkeypatch.setenv("HOME", "/home/someone")
+  keep_compiled_programs("~/.cache/fpt_jax")
+  folder, _, kind = cache_folder().rpartition("/")
+  assert folder == "/home/someone/.cache/fpt_jax" and kind.startswith(f"{platform.machine()}_")
+
+
+@pytest.mark.parametrize(("folder", "variable"), [("off", ""), ("/a", "/b")])
+def test_the_compilation_cache_is_off_or_that_of_jax(folder, variable, cache_folder, monkeypatch):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+  keep_compiled_programs(folder)
+  assert cache_folder() is None

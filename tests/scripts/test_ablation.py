@@ -187,3 +187,29 @@ def test_errors(arguments, message, tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit) as error:
     ablation.main()
   assert message in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("machine", "arguments", "message"),
+  [
+    (("gpu", "NVIDIA X"), ("table2",), "set JAX_PLATFORMS=cpu"),
+    (("tpu", "TPU v5"), ("table1", "--processes=2"), "a TPU belongs to one process"),
+  ],
+)
+def test_accelerators_have_limits(machine, arguments, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(ablation, "this_machine", lambda: ablation.Machine(*machine))
+  monkeypatch.setattr(ablation, "allowed_cores", lambda: [0, 1])
+  monkeypatch.setattr(sys, "argv", ["ablation.py", f"--out={tmp_path}", *arguments])
+  with pytest.raises(SystemExit):
+    ablation.main()
+  assert message in capsys.readouterr().err
+
+
+def test_runs_on_a_gpu_share_it_and_are_deterministic(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/a")
+  gpu, cpu = ablation.Machine("gpu", "NVIDIA X"), ablation.Machine("cpu", "AMD Y")
+  assert gpu.environment["XLA_FLAGS"] == "--xla_dump_to=/tmp/a --xla_gpu_deterministic_ops=true"
+  assert gpu.environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false" and not cpu.environment
+  assert gpu.share_of(1) == "NVIDIA X" and gpu.share_of(8) == "NVIDIA X, shared by up to 8 runs"
+  assert cpu.share_of(2) == "one core of AMD Y"
+  assert ablation.this_machine().platform == "cpu"

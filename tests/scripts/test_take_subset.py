@@ -60,5 +60,5 @@ def test_voc(take, tmp_path):
 
 
 def test_another_data_set_is_refused(take):
-  with pytest.raises(SystemExit, match="does not exist; is .*full complete"):
+  with pytest.raises(SystemExit, match=r"does not exist; is .*full complete"):
     take("voc2012")

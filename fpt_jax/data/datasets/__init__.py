@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 from etils import epy
 
@@ -19,30 +20,28 @@ INSTANCES = ("coco", "context_shapes")
 LABEL_MAPS = (*LAYOUTS, "image_folder")
 
 
-def builder(name: str, **arguments: Any) -> tfds.core.GeneratorBasedBuilder:
-  """Returns the builder of a data set, one of `INSTANCES` and `LABEL_MAPS`.
+def builder_of(name: str) -> Callable[..., tfds.core.GeneratorBasedBuilder]:
+  """Returns the function that makes the builder of a data set, a class of TFDS or one like it.
 
   Args:
-    name: `config.data.name`.
-    **arguments: those of the builder's class, and for "image_folder" those of `image_folder.layout_of`.
+    name: `config.data.name`, one of `INSTANCES` and `LABEL_MAPS`.
 
   Raises:
-    TypeError: an argument does not exist.
-    UserError: the value of an argument is wrong.
+    ValueError: there is no such data set.
   """
-  # the modules of the builders, which load TensorFlow, are imported where one is needed
+  # the modules of the builders load TensorFlow, so they are imported where one is needed
   if name == "coco":
     from fpt_jax.data.datasets.coco import CocoInstances
 
-    return CocoInstances(**arguments)
+    return CocoInstances
   if name == "context_shapes":
     from fpt_jax.data.datasets.context_shapes import ContextShapes
 
-    return ContextShapes(**arguments)
+    return ContextShapes
   from fpt_jax.data.datasets.label_maps import LabelMaps
 
   if name in LAYOUTS:
-    return LabelMaps(LAYOUTS[name], **arguments)
-  of_layout = {key: arguments.pop(key) for key in image_folder.FIELDS if key in arguments}
-  layout, options = image_folder.layout_of(**of_layout)
-  return LabelMaps(layout, options=options, **arguments)
+    return functools.partial(LabelMaps, LAYOUTS[name])
+  if name == "image_folder":
+    return image_folder.builder
+  raise ValueError(f"no data set is called {name!r}")

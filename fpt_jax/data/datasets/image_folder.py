@@ -1,30 +1,38 @@
 """Any data set of the user's: images/<split>/* and labels/<split>/*.png, 8 bits per pixel."""
 
+from __future__ import annotations
+
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from fpt_jax.data.datasets import layouts
 from fpt_jax.data.datasets.checks import check_names, quoted
 from fpt_jax.data.records.label_map import VOID
 from fpt_jax.errors import UserError
 
-# of `data.builder`, beside those of `LabelMaps`
-FIELDS = ("num_classes", "class_names", "void")
+if TYPE_CHECKING:
+  from fpt_jax.data.datasets.label_maps import LabelMaps
 
 
 def _pairs(root: pathlib.Path, split: str) -> layouts.Pairs:
   return layouts.pair_folders(root / "images" / split, root / "labels" / split)
 
 
-def layout_of(
-  *, num_classes: int = 0, class_names: Sequence[str] = (), void: int = VOID
-) -> tuple[layouts.Layout, dict[str, object]]:
-  """Returns the layout of a user's data set, and the values of the config that it was made from.
+def builder(
+  *,
+  num_classes: int = 0,
+  class_names: Sequence[str] = (),
+  void: int = VOID,
+  **arguments: Any,
+) -> LabelMaps:
+  """Returns the builder of a user's data set.
 
   Args:
     num_classes: number of classes; the label files hold 0..num_classes-1. 0 to use the number of names.
     class_names: names of the classes 0, 1, ...; () to name the classes by their numbers.
     void: value that marks unlabelled pixels in the label files; -1 if every pixel is labelled.
+    **arguments: further arguments of `LabelMaps`.
 
   Raises:
     UserError: the arguments contradict each other.
@@ -55,9 +63,11 @@ def layout_of(
     splits=("train", "val"),
     pairs=_pairs,
   )
-  options: dict[str, object] = {
+  options = {
     "data.builder.num_classes": len(names),
     "data.builder.class_names": names,
     "data.builder.void": void,
   }
-  return layout, options
+  from fpt_jax.data.datasets.label_maps import LabelMaps  # which loads TensorFlow
+
+  return LabelMaps(layout, options=options, **arguments)

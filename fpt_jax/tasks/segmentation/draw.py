@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fpt_jax.tasks import pictures
 
 with epy.lazy_imports():
-  import matplotlib.figure
+  from matplotlib import figure as figures
 
 BORDER = (255, 255, 255)  # colour of the line between two classes
 OPACITY = 0.65  # opacity of the colours over the image
@@ -112,7 +112,7 @@ def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndar
   truth_T1 = counts_TP.sum(axis=1, keepdims=True)
   share_TP = 100 * counts_TP / np.maximum(truth_T1, 1)
   edge = 2.5 + 0.34 * len(class_names)  # inches
-  figure = matplotlib.figure.Figure(figsize=(edge, edge), dpi=100, layout="constrained")
+  figure = figures.Figure(figsize=(edge, edge), dpi=100, layout="constrained")
   axes = figure.add_subplot()
   axes.imshow(share_TP, cmap="Blues", vmin=0, vmax=100)
   axes.set_xticks(range(len(class_names)), class_names, rotation=90)

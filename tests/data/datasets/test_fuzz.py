@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from fpt_jax.data import datasets
+from fpt_jax.data.datasets import image_folder
 from fpt_jax.data.datasets.coco import CocoInstances
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
@@ -199,12 +199,8 @@ def test_label_files_of_other_bytes(folder):
     written, skip_bad = drawn
     (folder / "labels/train/0.png").write_bytes(written)
     (folder / "labels/val/0.png").write_bytes(LABEL)
-    builder = datasets.builder(
-      "image_folder",
-      num_classes=3,
-      data_dir=str(folder / "data"),
-      source=str(folder),
-      skip_bad=skip_bad,
+    builder = image_folder.builder(
+      num_classes=3, data_dir=str(folder / "data"), source=str(folder), skip_bad=skip_bad
     )
     try:
       for examples in builder._split_generators(None).values():

@@ -112,7 +112,7 @@ def main() -> None:
   processes = cluster.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if processes and mode not in ("train", "eval"):
     raise UserError(
-      f"--mode={mode} runs in one process, and {processes.source} tells of several; start it once, with "
+      f"--mode={mode} runs in one process, but {processes.source} names several; start it once, with "
       "--num_processes=1 (on a host of a TPU pod also with JAX_PLATFORMS=cpu)"
     )
   cluster.join(processes)

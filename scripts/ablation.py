@@ -26,22 +26,21 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import platform
 import queue
 import re
 import signal
 import subprocess
 import time
 
-import numpy as np
 from absl import logging
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from fpt_jax.configs.ablations import ABLATIONS, Row, Table
 from fpt_jax.run.command_line import load_config
 from fpt_jax.run.metrics import losses_and_evaluations
 from fpt_jax.run.progress import Progress
+from scripts.ablation_page import draw, markdown, with_section
+from scripts.machine import Machine, allowed_cores, this_machine
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAIN = (sys.executable, "-m", "fpt_jax.main")
@@ -127,55 +126,6 @@ def check_for_training(parser: argparse.ArgumentParser, options: argparse.Namesp
     parser.error(
       f"{options.table} has {table.devices} devices, which a CPU can appear as: set JAX_PLATFORMS=cpu"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-  """What the runs are trained on.
-
-  Attributes:
-    platform: "cpu", "gpu" or "tpu".
-    name: name of the processor or of the accelerators.
-  """
-
-  platform: str
-  name: str
-
-  def share_of(self, runs: int) -> str:
-    """What each of several runs at a time has of it, for the records."""
-    if self.platform == "cpu":
-      return f"one core of {self.name}"
-    return self.name if runs == 1 else f"{self.name}, shared by up to {runs} runs"
-
-  @property
-  def environment(self) -> dict[str, str]:
-    """Variables with which runs share a GPU and give the same figures again."""
-    if self.platform != "gpu":
-      return {}
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
-
-
-def this_machine() -> Machine:
-  """Asks JAX in another process, because a process that has seen a TPU keeps it from the runs."""
-  program = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].device_kind, sep=',')"
-  environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-  asked = subprocess.run(
-    [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
-  )
-  if asked.returncode:
-    raise SystemExit(f"error: JAX finds no device: {asked.stderr.splitlines()[-1:]}")
-  platform_name, count, kind = asked.stdout.splitlines()[-1].split(",", 2)
-  if platform_name == "cpu":
-    return Machine("cpu", cpu())
-  return Machine(platform_name, kind if count == "1" else f"{count} x {kind}")
-
-
-def allowed_cores() -> list[int]:
-  """Numbers of the cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return sorted(os.sched_getaffinity(0))
-  return list(range(os.cpu_count() or 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,101 +307,6 @@ def run_once(
     "machine": share,
     "date": datetime.date.today().isoformat(),
   }
-
-
-def cpu() -> str:
-  """Name of the CPU."""
-  info = pathlib.Path("/proc/cpuinfo")
-  names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-  return names[0] if names else platform.processor() or platform.machine()
-
-
-def values(runs: list[dict], metric: str) -> list[float]:
-  return [run["figures"][metric] for run in runs if metric in run["figures"]]
-
-
-def with_section(page: str, name: str, section: str) -> str:
-  """The text of a page whose section of a table is replaced, or added at the end."""
-  begin, end = f"<!-- {name}, written by scripts/ablation.py -->", f"<!-- end of {name} -->"
-  marked = f"{begin}\n\n{section}\n{end}"
-  if begin not in page:
-    return f"{page.rstrip()}\n\n{marked}\n".lstrip()
-  before, _, rest = page.partition(begin)
-  _, found, after = rest.partition(end)
-  if not found:
-    raise SystemExit(f"error: the page has {begin} without {end}; correct it by hand")
-  return before + marked + after
-
-
-def markdown(
-  name: str, table: Table, rows: dict[Row, list[dict]], shared: str, *, picture: str
-) -> str:
-  """The section of a table: the command, the table with means and standard deviations, and the picture."""
-  every = [run for runs in rows.values() for run in runs]
-  has_paper = any(row.paper is not None for row in rows)
-  header = ["row", *table.metrics, *(["paper"] if has_paper else []), "seeds", "minutes"]
-  lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-  for row, runs in rows.items():
-    cells = [row.name, *(mean_and_deviation(values(runs, metric)) for metric in table.metrics)]
-    if has_paper:
-      cells.append("-" if row.paper is None else f"{row.paper:.1f}")
-    minutes = [run["minutes"] for run in runs if run["minutes"] is not None]
-    cells += [str(len(runs)), f"{np.mean(minutes):.0f}" if minutes else "-"]
-    lines.append(cells)
-  seeds = ",".join(str(seed) for seed in sorted({run["seed"] for run in every}))
-  command = f"python scripts/ablation.py {name} --seeds={seeds}"
-  if len(rows) < len(table.rows):
-    command += f" '--only={','.join(row.name for row in rows)}'"
-  command += "".join(f" --{option}={example}" for option, example in table.needs.items())
-  command += shared and f" -- {shared}"
-  dates = " to ".join(dict.fromkeys(f([run["date"] for run in every]) for f in (min, max)))
-  machines = " or ".join(sorted({run["machine"] for run in every}))
-  notes = f"Mean and standard deviation over the seeds. Each run: {machines}; {dates}."
-  if table.note:
-    notes += f" {table.note}"
-  if has_paper:
-    notes += " The paper's figures are those of its own data and size."
-  return "\n\n".join(
-    [
-      f"## {table.title}",
-      f"```bash\n{command}\n```",
-      "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
-      notes,
-      f"![Left: the training loss, averaged over the seeds. Right: {table.metrics[0]}]({picture})\n",
-    ]
-  )
-
-
-def mean_and_deviation(figures: list[float]) -> str:
-  if not figures:
-    return "-"
-  deviation = deviation_of(figures)
-  return f"{np.mean(figures):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-
-def deviation_of(figures: list[float]) -> float | None:
-  """Standard deviation of a sample; None for a single figure."""
-  return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
-
-
-def draw(table: Table, rows: dict[Row, list[dict]]) -> Figure:
-  """Left: the loss of each row, averaged over the seeds. Right: the table's first metric."""
-  figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
-  curves, bars = figure.subplots(1, 2)
-  for i, (row, runs) in enumerate(rows.items()):
-    losses = [dict(map(tuple, run["losses"])) for run in runs]
-    steps = sorted(set.intersection(*(set(by_step) for by_step in losses)))
-    means = [np.mean([by_step[step] for by_step in losses]) for step in steps]
-    curves.plot(steps, means, label=row.name, linestyle="-" if i < 10 else "--")
-    if found := values(runs, table.metrics[0]):
-      bars.barh(row.name, np.mean(found), xerr=deviation_of(found))
-  curves.set(xlabel="step", ylabel="total loss", yscale="log")
-  curves.legend(fontsize=8)
-  bars.invert_yaxis()
-  bars.set_xlabel(table.metrics[0])
-  for axes in (curves, bars):
-    axes.grid(alpha=0.3)
-  return figure
 
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ def find(
     return _named_by_variables(address)
   if _wants_tpu() and (source := _tpu_pod()):
     return Cluster(source)
-  # of this step: `sbatch` and `salloc` set the number of tasks for the shell too, which is one process
+  # SLURM_NTASKS does not do: `sbatch` and `salloc` set it for their shell too, which is one process
   if "SLURM_STEP_NODELIST" in os.environ and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
     return Cluster("Slurm", {"cluster_detection_method": "slurm"})
   if _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
     if "OMPI_MCA_orte_hnp_uri" not in os.environ:
       raise UserError(
-        "OMPI_COMM_WORLD_SIZE tells of several processes, but only Open MPI 4 says where the first one is; "
+        "OMPI_COMM_WORLD_SIZE is above 1, but only Open MPI 4 says where the first process is; "
         f"set {_FLAGS} in every process, or --num_processes=1 for processes on their own"
       )
     return Cluster("Open MPI", {"cluster_detection_method": "ompi"})
@@ -141,7 +141,7 @@ def _wants_tpu() -> bool:
 
 
 def _tpu_pod() -> str:
-  """What says that this host belongs to a TPU pod; "" if nothing does."""
+  """Returns what says that this host belongs to a TPU pod, "" if nothing does."""
   if _number("MEGASCALE_NUM_SLICES", 1) > 1:
     return "MEGASCALE_NUM_SLICES"
   for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):  # GKE
@@ -151,7 +151,7 @@ def _tpu_pod() -> str:
 
 
 def _hosts_of_tpu_vm() -> str:
-  """The hosts of the slice that this TPU VM belongs to, separated by commas; "" if this is none on GCE.
+  """Returns the hosts of this TPU VM's slice, separated by commas; "" on machines that are no TPU VM.
 
   Raises:
     UserError: the metadata server fails. A host that went on alone would leave the others waiting.

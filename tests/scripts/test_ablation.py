@@ -10,7 +10,7 @@ import pytest
 
 from fpt_jax.configs.ablations import ABLATIONS, Row, Table
 from fpt_jax.run.command_line import check_field, load_config
-from scripts import ablation
+from scripts import ablation, ablation_page
 from tests.runs import QUICK, ROOT
 
 FLAGS = (
@@ -100,27 +100,27 @@ def test_table_and_curves_of_recorded_runs():
   }
   one = {table.rows[0]: rows[table.rows[0]]}
   shared = "--config.steps=40"
-  page = ablation.markdown("two", table, one, shared, picture="two.png")
+  page = ablation_page.markdown("two", table, one, shared, picture="two.png")
   assert "two --seeds=0,1 '--only=A' -- --config.steps=40\n" in page
-  page = ablation.markdown("two", table, rows, shared, picture="two.png")
+  page = ablation_page.markdown("two", table, rows, shared, picture="two.png")
   assert "python scripts/ablation.py two --seeds=0,1 -- --config.steps=40\n" in page
   # the deviation of 10 and 20 from 15 is 5; with one degree of freedom less, the square root of 50
   assert "| A | 15.0 ± 7.1 | 50.0 | 30.0 | 2 | 2 |\n" in page
   assert "| B | 5.0 | - | - | 1 | 2 |\n" in page
   assert "one core; 2026-01-01 to 2026-01-02" in page
-  curves, bars = ablation.draw(table, rows).axes
+  curves, bars = ablation_page.draw(table, rows).axes
   assert [line.get_ydata().tolist() for line in curves.lines[:2]] == [[3.0, 1.5], [1.0, 0.5]]
   assert [patch.get_width() for patch in bars.patches] == [15.0, 5.0]
 
 
 def test_a_section_is_replaced_or_added():
-  page = ablation.with_section("# Results\n\nText.\n", "one", "ONE\n")
-  page = ablation.with_section(page, "two", "TWO\n")
-  again = ablation.with_section(page, "one", "NEW\n")
+  page = ablation_page.with_section("# Results\n\nText.\n", "one", "ONE\n")
+  page = ablation_page.with_section(page, "two", "TWO\n")
+  again = ablation_page.with_section(page, "one", "NEW\n")
   assert page.startswith("# Results\n\nText.\n\n<!-- one") and again == page.replace("ONE", "NEW")
-  assert ablation.with_section("", "one", "ONE\n").startswith("<!-- one")
+  assert ablation_page.with_section("", "one", "ONE\n").startswith("<!-- one")
   with pytest.raises(SystemExit, match="without <!-- end of one -->"):
-    ablation.with_section(page.replace("<!-- end of one -->", ""), "one", "NEW\n")
+    ablation_page.with_section(page.replace("<!-- end of one -->", ""), "one", "NEW\n")
 
 
 def test_other_flags_have_another_folder():

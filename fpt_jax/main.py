@@ -165,8 +165,8 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=eval."""
   check_writable(run_folder(workdir) / "eval")
   restored = open_run(workdir, config, _STEP.value)
-  mesh = sharding.mesh(config.eval.batch_size)
-  arrays = sharding.replicate(restored.arrays, mesh)
+  mesh = sharding.mesh(config.mesh.shape, batch_sizes=(config.eval.batch_size,))
+  arrays = sharding.place(restored.arrays, mesh)
   task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)
 
 

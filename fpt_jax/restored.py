@@ -4,14 +4,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import models
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run import checkpoints
+from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.config_file import read_config
 from fpt_jax.tasks.task import Found, check_config, task_of
 
@@ -91,7 +90,6 @@ def open_run(workdir: str, config: ConfigDict, step: int | None = None) -> Resto
   saved = checkpoints.manager(workdir, create=False)
   step = checkpoints.choose_step(saved, step)
   structure = models.structure_of(config)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  arrays = checkpoints.restore_model(saved, step, structure.shapes, device)
+  arrays = checkpoints.restore_model(saved, step, sharding.on_one_device(structure.shapes))
   saved.close()
   return Restored(config, step, structure, arrays)

@@ -82,7 +82,7 @@ def _train(
     )
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
-  mesh = sharding.mesh(config.batch_size, config.eval.batch_size)
+  mesh = sharding.mesh(config.mesh.shape, batch_sizes=(config.batch_size, config.eval.batch_size))
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
   trained = optim.trainable(config, structure.parameters())
@@ -92,19 +92,25 @@ def _train(
 
   # Initial state: the run's newest checkpoint, or other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
-  shapes = structure.shapes
+  shapes = sharding.laid_out(structure.shapes, mesh)
+  state_shapes = training_state(
+    shapes,
+    trained,
+    sharding.laid_out(jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained}), mesh),
+  )
+  state_shardings = sharding.shardings(state_shapes)
+  logging.info("%s", sharding.describe(mesh, state_shapes, config.batch_size))
   if saved.all_steps():
     start = checkpoints.choose_step(saved)
     changed = accepted_changes(before, config, workdir, start=start, allow=allow_config_changes)
-    arrays = checkpoints.restore_model(saved, start, shapes, replicated)
-    state_shapes = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
-    optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes, replicated)
+    arrays = checkpoints.restore_model(saved, start, shapes)
+    optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes["optimizer"])
     logging.info("resuming at step %d of %s", start, saved.directory)
     sharding.on_first_host(lambda: record_changes(workdir, changed, start))
   else:
     start = 0
-    arrays = starting_arrays(config, structure, replicated)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=replicated)(
+    arrays = starting_arrays(config, shapes)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=state_shardings["optimizer"])(
       {n: arrays[n] for n in trained}
     )
   sharding.on_first_host(lambda: write_config(workdir, config))
@@ -112,7 +118,7 @@ def _train(
   train_step = jax.jit(
     make_train_step(structure, optimizer, total_steps),
     donate_argnums=0,
-    out_shardings=replicated,
+    out_shardings=(state_shardings, replicated, replicated),
   )
   metrics = sharding.on_first_host(lambda: MetricsWriter(workdir, start))
   rate = optim.schedule(config)
@@ -333,13 +339,21 @@ def make_train_step(
   return train_step
 
 
-def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[str, jax.Array]:
+def starting_arrays(
+  config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
   """Returns random weights, replaced by those of `config.init_from` where its arrays fit the model.
+
+  Args:
+    config: config of the run.
+    shapes: shape, dtype and sharding of each array of the model by name.
 
   Raises:
     UserError: `config.init_from` has no array that fits, or its weights need other preprocessing.
   """
-  arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)), placement)
+  arrays = initial_arrays(
+    lambda: models.build(config, nnx.Rngs(config.seed)), sharding.shardings(shapes)
+  )
   if not config.init_from:
     frozen_parts = [name for name in config.optim.frozen if within(name, "backbone")]
     if config.model.backbone.frozen or frozen_parts:
@@ -352,8 +366,8 @@ def starting_arrays(config: ConfigDict, structure: Skeleton, placement) -> dict[
   check_config(other_config, training=False)
   check_preprocessing(config, other_config)
   other = checkpoints.manager(config.init_from, create=False)
-  wanted = pretrained_shapes(config.init_from, structure.shapes)
-  loaded = checkpoints.restore_matching(other, wanted, placement)
+  wanted = pretrained_shapes(config.init_from, shapes)
+  loaded = checkpoints.restore_matching(other, wanted)
   other.close()
   fresh = sorted(set(arrays) - set(loaded))
   if fresh:

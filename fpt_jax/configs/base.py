@@ -20,6 +20,10 @@ def base() -> ConfigDict:
   # length of the training: number of images, counting each as often as it is used
   config.train_images = 160_000 * 8
   config.steps = 0  # number of training steps; 0: train_images / batch_size
+  mesh = config.mesh = ConfigDict()
+  # number of devices along the axes of the mesh, (data, fsdp, query); -1: those that remain. data: images;
+  # fsdp: images, with the weights and the optimizer's state stored in shares; query: rows of an image
+  mesh.shape = (-1, 1, 1)
   config.log_every = 20  # training steps between two lines of metrics in the log
   add_data(config)
   add_model(config)

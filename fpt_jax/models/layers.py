@@ -11,6 +11,7 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.ops.mesh import axis_size
 
 NORMS = ("sync_bn", "bn", "frozen_bn", "group_norm", "none")
 # Accepted spellings of the dtype of the computation, and JAX's name of each.
@@ -204,7 +205,9 @@ class BatchNorm(nnx.Module):
   def batch_statistics(self, x_BHWC, valid_BHW) -> tuple[jax.Array, jax.Array]:
     """[N, C] float32 mean and variance of each of N groups of images."""
     batch, height, width, channels = x_BHWC.shape
-    groups = 1 if self.synchronised else jax.device_count()
+    groups = 1
+    if not self.synchronised:
+      groups = axis_size(x_BHWC, "data") * axis_size(x_BHWC, "fsdp")
     if batch % groups:
       raise ValueError(
         f"norm 'bn' needs the same number of images on every device, got {batch} images for "

@@ -24,6 +24,7 @@ from fpt_jax.ops import boxes, losses, sampling
 from fpt_jax.ops.masks import mask_targets
 from fpt_jax.ops.nms import batched_nms
 from fpt_jax.ops.roi_align import multilevel_roi_align
+from fpt_jax.run.sharding import in_shares, rows_over_query, whole_images
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_DETECTION_SIDE = 1e-2
@@ -110,6 +111,7 @@ class RCNN(nnx.Module):
 
   def levels_of_normalized(self, image_BHWC, valid_BHW, *, train: bool) -> Pyramid:
     """Computes the levels that FPT transforms; arguments as for `features_of_normalized`."""
+    image_BHWC, valid_BHW = rows_over_query((image_BHWC, valid_BHW))
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("backbone"):
       levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train)
@@ -152,7 +154,8 @@ class RCNN(nnx.Module):
   def losses_of_features(self, pyramid, batch, rpn_key, roi_key) -> dict[str, jax.Array]:
     """Computes the losses of P2..P6; arguments and result as for `losses`, with two PRNG keys."""
     canvas = batch["image_BHWC"].shape[1:3]
-    logits, deltas = self.rpn(pyramid)
+    logits, deltas = whole_images(self.rpn(pyramid))
+    pyramid = whole_images(pyramid)  # a region may lie anywhere
     anchors_LA4 = self.rpn.anchors(pyramid, canvas)
     gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
     result = self.rpn.losses(logits, deltas, anchors_LA4, gt_boxes_BG4, gt_valid_BG, rpn_key)
@@ -264,8 +267,11 @@ class RCNN(nnx.Module):
           canonical_size=self.config.canonical_size,
         )
 
+      def images(regions, features):
+        return jax.vmap(one_image)(features, *regions)
+
       features = tuple(level.values_BHWC for level in levels)
-      return jax.vmap(one_image)(features, boxes_BR4, valid_BR)
+      return in_shares(images, (boxes_BR4, valid_BR), features)
 
     levels = pyramid[:-1]
     if self.config.head.name == "augmented":
@@ -307,12 +313,12 @@ class RCNN(nnx.Module):
       boxes_BM4 (pixels of the canvas), scores_BM in descending order, -1 where there is no box, and
       labels_BM; M is `max_candidates`, or the number of all boxes if that is smaller.
     """
-    logits, deltas = self.rpn(pyramid)
+    logits, deltas = whole_images(self.rpn(pyramid))
     proposals_BN4, _, valid_BN = self.rpn.propose(
       logits, deltas, self.rpn.anchors(pyramid, canvas), size_B2, train=False
     )
-    class_logits_BNK, box_deltas_BNK4 = self.box_head(
-      self.pool(pyramid, proposals_BN4, valid_BN, self.config.box_head)
+    class_logits_BNK, box_deltas_BNK4 = whole_images(
+      self.box_head(self.pool(whole_images(pyramid), proposals_BN4, valid_BN, self.config.box_head))
     )
     return jax.vmap(self.select_candidates)(
       proposals_BN4, valid_BN, class_logits_BNK, box_deltas_BNK4, size_B2
@@ -340,6 +346,7 @@ class RCNN(nnx.Module):
 
   def masks(self, pyramid, detections: dict[str, jax.Array]) -> jax.Array:
     """[B, D, m, m]: mask probabilities of detections, relative to their boxes."""
+    pyramid = whole_images(pyramid)
     found = {k: detections[k] for k in ("boxes_BD4", "valid_BD", "labels_BD")}
 
     def probabilities(found):

@@ -16,6 +16,7 @@ from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import SEGMENTATION_PYRAMIDS, build_pyramid
 from fpt_jax.ops.losses import segmentation_loss
 from fpt_jax.ops.resize import upsample_bilinear
+from fpt_jax.run.sharding import rows_over_query
 
 
 class Segmenter(nnx.Module):
@@ -67,6 +68,7 @@ class Segmenter(nnx.Module):
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
+    normalized_BHWC, valid_BHW = rows_over_query((normalized_BHWC, valid_BHW))
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
@@ -126,7 +128,7 @@ class Segmenter(nnx.Module):
     """
     main_key, auxiliary_key = jax.random.split(key)
     levels = self.backbone_levels(batch["image_BHWC"], batch["size_B2"], train=True)
-    labels_BHW = batch["label_BHW"]
+    labels_BHW = rows_over_query(batch["label_BHW"])
 
     def loss(logits: FeatureMap) -> jax.Array:
       logits_BHWK = enlarged(logits, labels_BHW.shape[1:])

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
+from fpt_jax.run.sharding import whole_weights
+
 Arrays = dict[str, jax.Array]
 
 
@@ -43,7 +45,8 @@ class Skeleton:
     return {name for name, (_, v) in self.variables.items() if isinstance(v, nnx.Param)}
 
   def fill(self, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-    """Returns the model with these arrays, given by name."""
+    """Returns the model with these arrays, given by name; weights that are stored in shares are gathered."""
+    arrays = whole_weights(arrays)
     state = nnx.from_flat_state(
       [(path, v.replace(arrays[name])) for name, (path, v) in self.variables.items()]
     )
@@ -64,7 +67,13 @@ def arrays_of(model: nnx.Module) -> Arrays:
 
 
 def initial_arrays(
-  build: Callable[[], nnx.Module], sharding: jax.sharding.Sharding | None = None
+  build: Callable[[], nnx.Module],
+  shardings: jax.sharding.Sharding | dict[str, jax.sharding.Sharding] | None = None,
 ) -> Arrays:
-  """Returns the arrays of the model that `build` returns, computed in one compiled program."""
-  return jax.jit(lambda: arrays_of(build()), out_shardings=sharding)()
+  """Returns the arrays of the model that `build` returns, computed in one compiled program.
+
+  Args:
+    build: function that returns the model.
+    shardings: sharding of every array, or of each one by name; None leaves it to the compiler.
+  """
+  return jax.jit(lambda: arrays_of(build()), out_shardings=shardings)()

@@ -27,6 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from fpt_jax.ops.mesh import mesh_of
+
 # Queries and keys per block: they fit into 16 MB of VMEM, v5e's default, along with the accumulators.
 _BLOCK = 512
 _LANES = 128
@@ -132,7 +134,7 @@ def _run(call, args):
 
   @jax.custom_batching.custom_vmap
   def on_all_devices(*args):
-    mesh = _mesh(args[0])
+    mesh = mesh_of(args[0])
     if mesh.size <= 1:
       return on_one_device(*args)
     # XLA cannot partition a kernel; `shard_map` states that images are independent.
@@ -154,14 +156,6 @@ def _run(call, args):
     return outs, (True,) * len(outs)
 
   return on_all_devices(*args)
-
-
-def _mesh(x) -> jax.sharding.AbstractMesh:
-  """Returns the mesh of a traced array; an empty one if it is on one device or already local."""
-  mesh = jax.sharding.get_abstract_mesh()
-  mesh = jax.typeof(x).sharding.mesh if mesh.empty else mesh
-  local = jax.sharding.AxisType.Manual in mesh.axis_types
-  return jax.sharding.AbstractMesh((), ()) if local else mesh
 
 
 def _dot(a, b, contract):

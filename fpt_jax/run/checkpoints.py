@@ -94,29 +94,28 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 
 
 def restore_model(
-  checkpoints: ocp.CheckpointManager, step: int, shapes: Mapping, sharding
+  checkpoints: ocp.CheckpointManager, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-  """Restores the model's arrays at a step with a sharding, whatever devices they were saved from.
+  """Restores the model's arrays at a step, whatever devices they were saved from.
 
   Args:
     checkpoints: checkpoints of the run.
     step: one of their steps.
-    shapes: shapes of the model's arrays by name, see `Skeleton.shapes`.
-    sharding: sharding of every array.
+    shapes: shape, dtype and sharding of the model's arrays by name, see `sharding.laid_out`.
 
   Raises:
     UserError: the checkpoint belongs to another model, or cannot be read.
   """
-  return _restore(checkpoints, step, "model", dict(shapes), sharding)
+  return _restore(checkpoints, step, "model", dict(shapes))
 
 
-def restore_optimizer(checkpoints: ocp.CheckpointManager, step: int, shapes, sharding):
+def restore_optimizer(checkpoints: ocp.CheckpointManager, step: int, shapes):
   """Restores the optimizer's state at a step; `shapes` is a tree of shapes. See `restore_model`."""
-  return _restore(checkpoints, step, "optimizer", shapes, sharding)
+  return _restore(checkpoints, step, "optimizer", shapes)
 
 
 def restore_matching(
-  checkpoints: ocp.CheckpointManager, shapes: Mapping, sharding
+  checkpoints: ocp.CheckpointManager, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
   """Restores those arrays of the newest checkpoint whose names and shapes the model has as well.
 
@@ -130,7 +129,7 @@ def restore_matching(
     raise UserError(
       f"step {step} in {checkpoints.directory} has no array with a name and shape of the model"
     )
-  return _read(checkpoints, step, "model", common, sharding, partial=True)
+  return _read(checkpoints, step, "model", common, partial=True)
 
 
 def choose_step(checkpoints: ocp.CheckpointManager, step: int | None = None) -> int:
@@ -147,11 +146,11 @@ def choose_step(checkpoints: ocp.CheckpointManager, step: int | None = None) -> 
   return max(steps) if step is None else step
 
 
-def _restore(checkpoints, step, item, shapes, sharding):
+def _restore(checkpoints, step, item, shapes):
   saved = _saved_shapes(checkpoints, step, item)
   wanted = {name: tuple(leaf.shape) for name, leaf in _leaves(shapes).items()}
   _check_shapes(saved, wanted, _where(checkpoints, step))
-  return _read(checkpoints, step, item, shapes, sharding, partial=False)
+  return _read(checkpoints, step, item, shapes, partial=False)
 
 
 def _where(checkpoints, step) -> str:
@@ -173,8 +172,7 @@ def _saved_shapes(checkpoints, step, item) -> dict[str, tuple[int, ...]]:
   return {name: tuple(leaf.shape) for name, leaf in _leaves(saved.tree).items()}
 
 
-def _read(checkpoints, step, item, shapes, sharding, partial):
-  target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+def _read(checkpoints, step, item, target, partial):
   args = {
     item: ocp.args.PyTreeRestore(
       target,

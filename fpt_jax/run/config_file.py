@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
   "eval.",
   "init_from",
   "log_every",
+  "mesh.",
   "model.fpt.implementation",
   "model.palette",
   "model.rpn.test.",

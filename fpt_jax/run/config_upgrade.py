@@ -21,6 +21,7 @@ RENAMED = {
   "model.test.flip": "eval.flip",
 }
 _BOTH = {
+  "mesh": ConfigDict({"shape": (-1, 1, 1)}),
   "data.builder": ConfigDict(),
   # earlier versions ignored it in data sets and applied it to files
   "data.exif": "apply",

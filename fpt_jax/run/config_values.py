@@ -44,6 +44,14 @@ TRAIN_SIZES = Rule(
   "positive numbers of pixels; if there are two, the smaller one first",
   lambda sizes: all(s >= 1 for s in sizes) and (len(sizes) != 2 or sizes[0] <= sizes[1]),
 )
+MESH = Rule(
+  "three numbers of devices, (data, fsdp, query), each 1 or more and at most one of them -1",
+  lambda shape: (
+    len(shape) == 3
+    and all(type(n) is int and (n >= 1 or n == -1) for n in shape)
+    and list(shape).count(-1) <= 1
+  ),
+)
 ODD = Rule(
   "an odd number, or unset", lambda value: value is None or (value >= 1 and value % 2 == 1)
 )
@@ -75,6 +83,7 @@ TRAINING_RULES = {
   "checkpoint.keep": POSITIVE,
 }
 RULES = {
+  "mesh.shape": MESH,
   "data.exif": one_of("apply", "ignore"),
   "data.short_edge": NOT_NEGATIVE,
   "data.buckets": SIZES,

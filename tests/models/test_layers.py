@@ -40,7 +40,7 @@ from fpt_jax.models.layers import Norm
 from fpt_jax.models.state import arrays_of, skeleton
 
 inputs = np.load(sys.argv[1])
-mesh = sharding.mesh(8)
+mesh = sharding.mesh(batch_sizes=(8,))
 batch = sharding.to_devices({k: inputs[k] for k in ("x", "valid", "weight")}, mesh)
 results = {}
 for kind in ("bn", "sync_bn"):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fpt_jax.errors import UserError
-from fpt_jax.run import checkpoints
+from fpt_jax.run import checkpoints, sharding
 
-SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+COUNT = sharding.on_one_device(jax.ShapeDtypeStruct((), jnp.int32))
 SHAPES = {"conv.kernel": (3, 3, 8, 8), "conv.bias": (8,), "norm.mean": (64,)}
 
 
@@ -37,10 +37,10 @@ def restored(folder, step=None):
   saved = checkpoints.manager(str(folder))
   try:
     step = checkpoints.choose_step(saved, step)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(step))
-    model = checkpoints.restore_model(saved, step, shapes, SHARDING)
-    state = {"trace": shapes, "count": jax.ShapeDtypeStruct((), jnp.int32)}
-    return step, model, checkpoints.restore_optimizer(saved, step, state, SHARDING)
+    shapes = sharding.on_one_device(arrays(step))
+    model = checkpoints.restore_model(saved, step, shapes)
+    state = {"trace": shapes, "count": COUNT}
+    return step, model, checkpoints.restore_optimizer(saved, step, state)
   finally:
     saved.close()
 
@@ -104,13 +104,13 @@ def test_changed_values_are_named_with_what_to_do(folder, tmp_path, monkeypatch)
   checkpoints.save(saved, 3, arrays(3))
   checkpoints.finish(saved)
   monkeypatch.undo()
-  shapes = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
+  shapes = sharding.on_one_device(arrays(3))
   with pytest.raises(
     UserError, match=r"step 3 in .* is damaged \(model: conv\.bias and 2 more arrays"
   ):
-    checkpoints.restore_model(saved, 3, shapes, SHARDING)
+    checkpoints.restore_model(saved, 3, shapes)
   with pytest.raises(UserError, match=r"there is no other checkpoint"):
-    checkpoints.restore_matching(saved, shapes, SHARDING)
+    checkpoints.restore_matching(saved, shapes)
   saved.close()
 
 
@@ -126,9 +126,7 @@ def test_a_missing_optimizer_is_not_called_damage(tmp_path):
   checkpoints.save(saved, 0, arrays(0))
   checkpoints.finish(saved)
   with pytest.raises(UserError, match="has no optimizer; evaluate it, or start from it"):
-    checkpoints.restore_optimizer(
-      saved, 0, {"count": jax.ShapeDtypeStruct((), jnp.int32)}, SHARDING
-    )
+    checkpoints.restore_optimizer(saved, 0, {"count": COUNT})
   saved.close()
 
 

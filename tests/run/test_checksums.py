@@ -66,8 +66,8 @@ saved = checkpoints.manager(sys.argv[1])
 checkpoints.save(saved, 1, {"x": jax.device_put(x, layouts[1])})
 checkpoints.finish(saved)
 for layout in layouts:
-  shapes = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
-  found = checkpoints.restore_model(saved, 1, shapes, layout)["x"]
+  shapes = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)}
+  found = checkpoints.restore_model(saved, 1, shapes)["x"]
   assert found.sharding == layout and (np.asarray(found) == x).all()
 print("equal")
 """

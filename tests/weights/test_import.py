@@ -67,8 +67,7 @@ def test_the_script_makes_a_checkpoint(tmp_path):
   config = coco_mask.get_config("demo")
   config.seed, config.init_from = 1, str(tmp_path / "run")
   config.model.channel_order, config.model.pixel_std = "bgr", (0.004,) * 3
-  placement = sharding.replicated(sharding.mesh(1))
-  start = starting_arrays(config, models.structure_of(config), placement)
+  start = starting_arrays(config, sharding.on_one_device(models.structure_of(config).shapes))
   name = "backbone.stages.2.1.conv2.kernel"
   np.testing.assert_array_equal(start[name], kernel)
   # arrays that were not imported depend on the run's seed
@@ -154,7 +153,6 @@ def imported(arg, folder):
 def test_only_pretrained_arrays_that_are_missing_are_warned_about(tmp_path, caplog, monkeypatch):
   plain = imported("demo", str(tmp_path / "plain"))
   augmented = imported("demo,backbone=resnet18_aa", str(tmp_path / "augmented"))
-  placement = sharding.replicated(sharding.mesh(1))
   for folder, suffix, missing in (
     (plain, "nl", False),
     (plain, "gc", False),
@@ -163,14 +161,14 @@ def test_only_pretrained_arrays_that_are_missing_are_warned_about(tmp_path, capl
   ):
     arg = f"demo,backbone=resnet18_{suffix}"
     monkeypatch.setattr(
-      "fpt_jax.train.initial_arrays", lambda build, placement, arg=arg: zeros(arg)
+      "fpt_jax.train.initial_arrays", lambda build, shardings, arg=arg: zeros(arg)
     )
     config = coco_mask.get_config(arg)
     config.model.backbone.frozen = True
     config.init_from = folder
     caplog.clear()
     with caplog.at_level("WARNING"):
-      start = starting_arrays(config, structure(arg), placement)
+      start = starting_arrays(config, sharding.on_one_device(structure(arg).shapes))
     assert start.keys() == structure(arg).shapes.keys()
     found = [r.getMessage() for r in caplog.records if "backbone is frozen" in r.getMessage()]
     assert len(found) == missing

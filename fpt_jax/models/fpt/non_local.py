@@ -15,6 +15,7 @@ from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.layers import conv
 from fpt_jax.ops.local_attention import Outside, local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
+from fpt_jax.run.sharding import in_shares
 
 EPSILON = 1e-6  # added to the mean square of a query or a key
 
@@ -121,14 +122,28 @@ class NonLocalInteraction(nnx.Module):
         implementation="naive" if self.implementation == "naive" else "auto",
       )
     batch, height, width, *part = q_BHWMD.shape
-    out_BQC = mos_attention(
+
+    def attention(q_BQMD, others):
+      k_BKMD, v_BKC, pi_BM, valid_BK = others
+      return mos_attention(
+        q_BQMD,
+        k_BKMD,
+        v_BKC,
+        pi_BM,
+        similarity=self.similarity,
+        scale=self.scale,
+        key_valid_BK=valid_BK,
+        implementation=self.implementation,
+      )
+
+    out_BQC = in_shares(
+      attention,
       q_BHWMD.reshape(batch, height * width, *part),
-      k_BhwMD.reshape(batch, -1, *part),
-      v_BhwC.reshape(batch, -1, v_BhwC.shape[-1]),
-      pi_BM,
-      similarity=self.similarity,
-      scale=self.scale,
-      key_valid_BK=source.valid_BHW.reshape(batch, -1),
-      implementation=self.implementation,
+      (
+        k_BhwMD.reshape(batch, -1, *part),
+        v_BhwC.reshape(batch, -1, v_BhwC.shape[-1]),
+        pi_BM,
+        source.valid_BHW.reshape(batch, -1),
+      ),
     )
     return out_BQC.reshape(batch, height, width, -1)

@@ -90,7 +90,7 @@ def evaluated(monkeypatch, tmp_path, run, categories):
     "valid_BD": np.ones((1, 2), bool),
   }
   monkeypatch.setattr(views, "detector", lambda *_: lambda arrays, seen: found)
-  metrics = detection.evaluate(run, None, {}, sharding.mesh(1), str(tmp_path))
+  metrics = detection.evaluate(run, None, {}, sharding.mesh(), str(tmp_path))
   results = json.loads((tmp_path / RESULTS_FILE).read_text())
   return metrics, [result["category_id"] for result in results]
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -61,7 +60,7 @@ def test_predictions_equal_those_of_evaluation(finished, rng):
 def test_a_window_of_the_images_size_changes_no_metric(finished):
   workdir, metrics = finished
   restored = fpt_jax.restore(str(workdir))
-  mesh = sharding.mesh(jax.device_count())
+  mesh = sharding.mesh()
   arrays = sharding.replicate(restored.arrays, mesh)
   restored.config.eval.update({"window": (64, 64), "overlap": 0.5})
   arguments = (restored.config, restored.structure, arrays, mesh, str(workdir))

@@ -1,0 +1,86 @@
+"""Trains a tiny run on several layouts of eight devices: python -m tests.layouts TASK DATA_DIR OUT.
+
+It has to start in an environment with eight devices, see `runs.host_devices`.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fpt_jax import data, models, optim
+from fpt_jax.models.state import initial_arrays
+from fpt_jax.run import sharding
+from fpt_jax.tasks.task import task_of
+from fpt_jax.train import make_train_step, training_state
+from tests.runs import tiny_config, tiny_segmentation_config
+
+CONFIGS = {"detection": tiny_config, "segmentation": tiny_segmentation_config}
+STEPS = {"detection": 1, "segmentation": 10}
+LAYOUTS = ((1, 1, 1), (2, 2, 2))  # the second one uses every axis
+
+
+def trained(config, mesh: jax.sharding.Mesh, steps: int) -> dict:
+  """Returns the losses of each step, the gradient of the first step, and the number of compilations."""
+  task, structure = task_of(config), models.structure_of(config)
+  names = optim.trainable(config, structure.parameters())
+  optimizer = optim.optimizer(config)
+  shapes = sharding.laid_out(structure.shapes, mesh)
+  moments = jax.eval_shape(optimizer.init, {n: shapes[n] for n in names})
+  state_shapes = training_state(shapes, names, sharding.laid_out(moments, mesh))
+  placement, whole = sharding.shardings(state_shapes), sharding.replicated(mesh)
+  arrays = initial_arrays(
+    lambda: models.build(config, nnx.Rngs(config.seed)), sharding.shardings(shapes)
+  )
+  before = {n: np.asarray(arrays[n]) for n in names}
+  moments = jax.jit(optimizer.init, out_shardings=placement["optimizer"])(
+    {n: arrays[n] for n in names}
+  )
+  state = training_state(arrays, names, moments)
+  step = jax.jit(
+    make_train_step(structure, optimizer, steps), out_shardings=(placement, whole, whole)
+  )
+  key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=whole)()
+  losses, change = [], {}
+  with task.train_batches(config, 0) as batches:
+    for i in range(steps):
+      batch = next(batches)
+      batch = sharding.to_devices({k: batch[k] for k in task.BATCH_KEYS}, mesh)
+      numbers = sharding.replicate({"step": np.int32(i), "measure": np.bool_(False)}, mesh)
+      state, found, _ = step(state, batch, numbers["step"], key, numbers["measure"])
+      losses.append({name: float(value) for name, value in found.items()})
+      if i == 0:
+        change = {n: np.asarray(state["trained"][n]) - before[n] for n in names}
+  assert sharding.shardings(state) == placement
+  return {"losses": losses, "change": change, "compilations": step._cache_size()}
+
+
+def main() -> None:
+  task, data_dir, out = sys.argv[1:]
+  config = CONFIGS[task](batch_size=8, data__data_dir=data_dir)
+  if not data.is_prepared(config.data):
+    data.prepare(config.data)
+  task_of(config).adopt_classes(config, data.info(config.data))
+  results = []
+  for shape in LAYOUTS:
+    devices = jax.devices()[: int(np.prod(shape))]
+    mesh = sharding.mesh(shape, batch_sizes=(config.batch_size,), devices=devices)
+    results.append(trained(config, mesh, STEPS[task]))
+  one, eight = results
+  drift = {n: float(np.abs(eight["change"][n] - c).max()) for n, c in one["change"].items()}
+  size = {n: float(np.abs(c).max()) for n, c in one["change"].items()}
+  report = {
+    "one": one["losses"],
+    "eight": eight["losses"],
+    "drift": drift,
+    "size": size,
+    "compilations": [r["compilations"] for r in results],
+  }
+  with open(out, "w") as file:
+    json.dump(report, file)
+
+
+if __name__ == "__main__":
+  main()

@@ -108,7 +108,6 @@ def test_layouts_compute_the_same(task, tolerance, tmp_path):
   for one, eight in zip(report["one"], report["eight"], strict=True):
     for name, value in one.items():
       assert eight[name] == pytest.approx(value, rel=tolerance), name
-  # with SGD, the first update is the gradient times the rate
   largest = max(report["size"].values())
   for name, drift in report["drift"].items():
     assert drift <= 1e-4 * max(report["size"][name], 1e-2 * largest), name

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
   "log_every",
   "model.fpt.implementation",
   "model.palette",
+  "model.remat",
   "model.rpn.test.",
   "model.test.",
   "steps",

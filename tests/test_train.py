@@ -20,7 +20,8 @@ from fpt_jax.errors import UserError
 from fpt_jax.run import checkpoints
 from fpt_jax.run.profile import Steps
 from fpt_jax.tasks import detection
-from fpt_jax.train import train
+from fpt_jax.tasks.task import task_of
+from fpt_jax.train import make_train_step, train, training_state
 from tests.data_sets import write_coco
 from tests.runs import (
   command,
@@ -142,6 +143,48 @@ def test_accumulation_trains_like_whole_batches_and_resumes_exactly(tmp_path):
       k: v for k, v in entry.items() if k not in speeds
     }
   assert all((arrays[n] == after[n]).all() for n in after)
+
+
+def equations_of(jaxpr, scope=""):
+  """Yields the equations of a jaxpr and of those inside it, with the scopes around each."""
+  for equation in jaxpr.eqns:
+    name = f"{scope}/{equation.source_info.name_stack}"
+    yield equation, name
+    for value in equation.params.values():
+      for item in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(item, "jaxpr", item)
+        if hasattr(inner, "eqns"):
+          yield from equations_of(inner, name)
+
+
+@pytest.mark.parametrize("make", [tiny_config, tiny_segmentation_config])
+def test_bfloat16_is_the_dtype_of_layers_only(make):
+  config = make(model__dtype="bfloat16")
+  structure, optimizer, task = models.structure_of(config), optim.optimizer(config), task_of(config)
+  shapes = structure.shapes
+  trained = {n: shapes[n] for n in optim.trainable(config, structure.parameters())}
+  state = training_state(shapes, trained, jax.eval_shape(optimizer.init, trained))
+  batch = task.batch_shapes(config, 2, task.canvas(config))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  scalars = jax.ShapeDtypeStruct((), np.int32), key, jax.ShapeDtypeStruct((), bool)
+  step = make_train_step(structure, optimizer, total_steps=8)
+  jaxpr, (updated, losses, _) = jax.make_jaxpr(step, return_shape=True)(state, batch, *scalars)
+  for leaf in jax.tree.leaves((state, updated, losses)):
+    assert leaf.dtype in (np.float32, np.int32)  # int32: counts of steps
+
+  products = {"bfloat16": 0, "other": 0}
+  for equation, scope in equations_of(jaxpr.jaxpr):
+    dtypes = {v.aval.dtype.name for v in equation.invars}
+    if equation.primitive.name == "conv_general_dilated":
+      assert dtypes == {"bfloat16"}, scope
+    # scores, mixtures and interpolation are not layers
+    elsewhere = ("attention", "upsample", "roi_align", "bins", "mixture", "masks")
+    if equation.primitive.name == "dot_general" and not any(s in scope for s in elsewhere):
+      sizes = [v.aval.size for v in (*equation.invars, *equation.outvars)]
+      # the size of a product is the geometric mean of its three arrays
+      kind = "bfloat16" if dtypes == {"bfloat16"} else "other"
+      products[kind] += np.sqrt(np.prod(np.float64(sizes)))
+  assert products["other"] < 0.01 * products["bfloat16"]
 
 
 def test_parts_that_the_devices_cannot_share_are_refused(tmp_path):

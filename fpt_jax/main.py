@@ -15,11 +15,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from fpt_jax import analyze, configs, data, explain, predict
+from fpt_jax import analyze, configs, data, explain, optim, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.restored import open_run
-from fpt_jax.run import cluster, command_line, sharding
+from fpt_jax.run import cluster, command_line, profile, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
@@ -56,6 +56,12 @@ _TAKE_OVER = flags.DEFINE_bool(
   "take_over",
   False,
   "Train in --workdir even if another process is training in it; that process stops.",
+)
+_PROFILE_STEPS = flags.DEFINE_string(
+  "profile_steps",
+  "",
+  "FIRST:LAST, such as 20:25: write a profiler trace of these training steps, both included, into the folder "
+  "profile of --workdir. The first step of a process also compiles.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -109,6 +115,9 @@ def main() -> None:
     run_analyze(config, workdir)
     return
   run_folder(workdir)
+  profile_steps = None
+  if mode == "train":
+    profile_steps = profile.parsed_steps(_PROFILE_STEPS.value, optim.total_steps(config))
   processes = cluster.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if processes and mode not in ("train", "eval"):
     raise UserError(
@@ -122,6 +131,7 @@ def main() -> None:
       workdir,
       allow_config_changes=_ALLOW_CONFIG_CHANGES.value,
       take_over=_TAKE_OVER.value,
+      profile_steps=profile_steps,
     )
   elif mode == "browse":
     browse(config or read_config(workdir), workdir, _NUM_IMAGES.value)

@@ -1,5 +1,6 @@
 """SGD with momentum, its schedules, and which parameters are trained."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -79,10 +80,32 @@ def trainable(config, parameters: set[str]) -> set[str]:
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """Returns SGD with momentum; weight decay is added to the gradient before the momentum (paper, 4.1)."""
+  """Returns SGD with momentum; weight decay is added to the gradient before the momentum (paper, 4.1).
+
+  If `config.optim.accumulate_steps` is more than 1, it takes the gradients of so many parts of a batch one
+  after the other. Its updates are zero until the last part, which gives the update of the mean gradient. The
+  schedule counts batches.
+  """
   optim = config.optim
-  return optax.chain(
+  sgd = optax.chain(
     optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
     optax.add_decayed_weights(optim.weight_decay),
     optax.sgd(schedule(config), momentum=optim.momentum),
+  )
+  if optim.accumulate_steps == 1:
+    return sgd
+  return optax.MultiSteps(sgd, optim.accumulate_steps).gradient_transformation()
+
+
+def mean_gradient(gradients, state):
+  """Returns the mean of the gradients of a batch up to its latest part.
+
+  Args:
+    gradients: gradients of the latest part.
+    state: state of the optimizer before it takes them.
+  """
+  if not isinstance(state, optax.MultiStepsState):
+    return gradients
+  return jax.tree.map(
+    lambda g, mean: mean + (g - mean) / (state.mini_step + 1), gradients, state.acc_grads
   )

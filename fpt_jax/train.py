@@ -30,6 +30,7 @@ from fpt_jax.run.config_file import (
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.run.lock import TakenOverError, locked_by_first_host
 from fpt_jax.run.metrics import MetricsWriter, has_metric
+from fpt_jax.run.profile import Steps, Trace
 from fpt_jax.run.progress import Clock
 from fpt_jax.run.stop import Stopped, StopSignal
 from fpt_jax.tasks.task import check_config, check_types, task_of
@@ -43,6 +44,7 @@ def train(
   *,
   allow_config_changes: bool = False,
   take_over: bool = False,
+  profile_steps: Steps | None = None,
 ) -> dict[str, float]:
   """Trains from the newest checkpoint of `workdir`, or from the start, to the config's last step.
 
@@ -52,6 +54,7 @@ def train(
     allow_config_changes: whether a run is resumed even if its config has changed in a way that changes the
       training; see `run.config_file.FREE_TO_CHANGE` for what may change in any case.
     take_over: whether to take the folder over from a process that is training in it.
+    profile_steps: steps to trace into the folder `profile` of the run, see `run.profile`.
 
   Returns:
     The metrics of the last evaluation.
@@ -61,11 +64,15 @@ def train(
   """
   check_config(config)
   with locked_by_first_host(workdir, take_over=take_over) as check_lock:
-    return _train(config, workdir, check_lock, allow_config_changes)
+    return _train(config, workdir, check_lock, allow_config_changes, profile_steps)
 
 
 def _train(
-  config: ConfigDict, workdir: str, check_lock: Callable[[], None], allow_config_changes: bool
+  config: ConfigDict,
+  workdir: str,
+  check_lock: Callable[[], None],
+  allow_config_changes: bool,
+  profile_steps: Steps | None,
 ) -> dict[str, float]:
   # Data. Records are prepared by the first run.
   task = task_of(config)
@@ -83,6 +90,8 @@ def _train(
 
   # Model and optimizer: a skeleton, and dictionaries of arrays.
   mesh = sharding.mesh(config.mesh.shape, batch_sizes=(config.batch_size, config.eval.batch_size))
+  parts = config.optim.accumulate_steps
+  check_parts(config, mesh)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
   trained = optim.trainable(config, structure.parameters())
@@ -116,7 +125,7 @@ def _train(
   sharding.on_first_host(lambda: write_config(workdir, config))
   state = training_state(arrays, trained, optimizer_state)
   train_step = jax.jit(
-    make_train_step(structure, optimizer, total_steps),
+    make_train_step(structure, optimizer, total_steps, parts),
     donate_argnums=0,
     out_shardings=(state_shardings, replicated, replicated),
   )
@@ -124,6 +133,7 @@ def _train(
   rate = optim.schedule(config)
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
+  trace = Trace(workdir, profile_steps, start)
   pending: list[tuple[int, dict[str, jax.Array]]] = []
   last_saved = start
 
@@ -182,19 +192,29 @@ def _train(
   # The loop. Losses are fetched only when they are logged, so that the devices never wait.
   results: dict[str, float] | None = {}
   stopping, done = False, start
-  with checkpoints.closing(saved), task.train_batches(config, start) as batches, stop:
+  with checkpoints.closing(saved), task.train_batches(config, start) as batches, stop, trace:
     if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
       results = run_evaluation(start)
       stopping = results is None
     for done in () if stopping else range(start + 1, total_steps + 1):
       with clock.waiting(), keeping(done - 1, on_every_host=False):
         host_batch = next(batches)
-      batch = sharding.to_devices({k: host_batch[k] for k in task.BATCH_KEYS}, mesh)
-      numbers = {"step": np.int32(done - 1), "measure": np.bool_(logged(done))}
-      numbers = sharding.replicate(numbers, mesh)
-      with jax.transfer_guard("disallow"):
-        state, losses, figures = train_step(state, batch, numbers["step"], key, numbers["measure"])
-      pending.append((done, losses))
+      trace.begin(done, state)
+      for part in range(parts):
+        host_part = {k: np.split(host_batch[k], parts)[part] for k in task.BATCH_KEYS}
+        batch = sharding.to_devices(host_part, mesh)
+        measure = logged(done) and part == parts - 1
+        numbers = {"step": np.int32((done - 1) * parts + part), "measure": np.bool_(measure)}
+        numbers = sharding.replicate(numbers, mesh)
+        with (
+          jax.transfer_guard("disallow"),
+          jax.profiler.StepTraceAnnotation("train_step", step_num=done),
+        ):
+          state, losses, figures = train_step(
+            state, batch, numbers["step"], key, numbers["measure"]
+          )
+        pending.append((done, losses))
+      trace.end(done, state)
       if done == start + 1:
         jax.block_until_ready(losses)
         logging.info("first step, compilation included: %.0f s", clock.restart(done))
@@ -209,8 +229,8 @@ def _train(
         check_lock()
       if log_due:
         speeds = clock.speeds(done)
-        health = jax.device_get(figures) if logged(done) else {}
-        write_metrics(done, losses | {"lr": float(rate(done - 1))} | speeds | health)
+        measured = jax.device_get(figures) if logged(done) else {}
+        write_metrics(done, losses | {"lr": float(rate(done - 1))} | speeds | measured)
         if metrics:
           logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
@@ -232,6 +252,25 @@ def _train(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results or {}
+
+
+def check_parts(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Checks that the devices can share the images of each of the `config.optim.accumulate_steps` parts.
+
+  Raises:
+    UserError: they cannot.
+  """
+  images, left = divmod(config.batch_size, config.optim.accumulate_steps)
+  try:
+    sharding.over_batch(mesh).shard_shape((images,))
+    shared = left == 0
+  except ValueError:
+    shared = False
+  if not shared:
+    raise UserError(
+      f"config.batch_size={config.batch_size} cannot be computed in config.optim.accumulate_steps="
+      f"{config.optim.accumulate_steps} equal parts on {mesh.size} device(s); choose a multiple of both"
+    )
 
 
 def accepted_changes(
@@ -308,12 +347,16 @@ def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer
 
 
 def make_train_step(
-  structure: Skeleton, optimizer: optax.GradientTransformation, total_steps: int
+  structure: Skeleton, optimizer: optax.GradientTransformation, total_steps: int, parts: int = 1
 ) -> Callable:
   """Returns the pure function of one step: (state, batch, step, key, measure) -> (state, losses, figures).
 
-  `figures` are those of FPT's health, see `models.fpt.health`; zeros unless `measure` is true. The key is the
-  same in every step. It is an argument so that runs with different seeds share the compiled program.
+  If a step computes its batch in several parts, each part is a call, and `step` counts the parts since the
+  beginning of the training.
+
+  `figures` are `norms` and those of FPT's health, see `models.fpt.health`; the latter are zeros unless
+  `measure` is true. The key is the same in every step. It is an argument so that runs with different seeds
+  share the compiled program.
 
   Randomness is a function of the seed and the step alone, so that a resumed run equals an
   uninterrupted one. Only `state["trained"]` is differentiated.
@@ -324,7 +367,10 @@ def make_train_step(
       model = structure.fill({**trained, **state["rest"]})
       measured = Figures(wanted=measure)
       losses = model.losses(
-        batch, jax.random.fold_in(key, step), progress=step / total_steps, measured=measured
+        batch,
+        jax.random.fold_in(key, step),
+        progress=step // parts / total_steps,
+        measured=measured,
       )
       updated = arrays_of(model)
       total = sum(losses.values())
@@ -334,9 +380,26 @@ def make_train_step(
     gradients, (losses, rest, figures) = jax.grad(total_loss, has_aux=True)(state["trained"])
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["trained"])
     trained = optax.apply_updates(state["trained"], updates)
+    gradients = optim.mean_gradient(gradients, state["optimizer"])
+    figures |= norms(gradients, trained, updates)
     return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses, figures
 
   return train_step
+
+
+def norms(gradients, trained, updates) -> dict[str, jax.Array]:
+  """Returns the Euclidean norms of a step over all trained parameters together, float32 scalars.
+
+  Args:
+    gradients: gradients of the losses, before clipping and weight decay.
+    trained: parameters after the update.
+    updates: what was added to them.
+  """
+  return {
+    "grad_norm": optax.global_norm(gradients),
+    "param_norm": optax.global_norm(trained),
+    "update_norm": optax.global_norm(updates),
+  }
 
 
 def starting_arrays(
@@ -409,6 +472,8 @@ def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
 def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:
   """Fetches the losses of pending steps and returns those of the newest; {} if no step is pending.
 
+  If the batch of a step was computed in parts, its losses are the means over them.
+
   Raises:
     UserError: a loss is not finite.
   """
@@ -420,5 +485,5 @@ def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, 
         f"step {done}: {bad} is not finite; lower config.optim.learning_rate or set "
         "config.optim.clip_norm, and run the command again; checkpoints before this step are intact"
       )
-  newest = fetched[-1][1] if fetched else {}
-  return {name: float(value) for name, value in newest.items()}
+  newest = [losses for done, losses in fetched if done == fetched[-1][0]]
+  return {name: float(np.mean([losses[name] for losses in newest])) for name in (newest or [{}])[0]}

@@ -62,6 +62,8 @@ def test_pictures_are_drawn_in_a_fresh_process():
     ),
     ((DEMO, "workdir=WORK"), ("unexpected argument 'workdir=",)),
     ((DEMO, "--workdir=WORK", "--config.model.backbone.name=vgg"), ("'vgg'", "resnet50")),
+    ((DEMO, "--workdir=WORK", "--profile_steps=20-25"), ("must be FIRST:LAST, such as 20:25",)),
+    ((DEMO, "--workdir=WORK", "--config.model.remat=all"), ("one of none, dots_saveable, noth",)),
   ],
 )
 def test_mistakes_are_reported_in_one_line(flags, words, tmp_path):

@@ -1,6 +1,7 @@
 """The paper's training recipe, step by step, against plain NumPy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -58,6 +59,45 @@ def test_sgd_with_momentum_and_weight_decay(rng):
     momentum = 0.9 * momentum + g
     expected = expected - 0.05 * momentum
     np.testing.assert_allclose(ours["p"], expected, rtol=1e-5)
+
+
+def test_accumulated_parts_of_a_batch_equal_the_batch(rng):
+  """A linear model, with warm-up, momentum, weight decay and clipping."""
+  config = coco_mask.get_config()
+  config.batch_size, config.steps = 12, 40
+  config.optim.update(dict(warmup_steps=3, decay_at=(0.1,), clip_norm=0.5, learning_rate=0.1))
+  x_TBC = rng.standard_normal((8, 12, 5)).astype(np.float32)
+  y_TB = rng.standard_normal((8, 12)).astype(np.float32)
+
+  def run(parts):
+    config.optim.accumulate_steps = parts
+    assert optim.total_steps(config) == 40
+    optimizer = optim.optimizer(config)
+
+    @jax.jit
+    def update(w, state, x_BC, y_B):
+      gradient = jax.grad(lambda w: jnp.mean(jnp.square(x_BC @ w["w"] - y_B)))(w)
+      mean = optim.mean_gradient(gradient, state)
+      updates, state = optimizer.update(gradient, state, w)
+      return optax.apply_updates(w, updates), state, mean
+
+    w, weights, means = {"w": jnp.ones(5)}, [], []
+    state = optimizer.init(w)
+    for x_BC, y_B in zip(x_TBC, y_TB, strict=True):
+      before = w
+      for x, y in zip(np.split(x_BC, parts), np.split(y_B, parts), strict=True):
+        assert (w["w"] == before["w"]).all()  # until the last part
+        w, state, mean = update(w, state, x, y)
+      weights.append(w["w"])
+      means.append(mean["w"])
+    return np.stack(weights), np.stack(means)
+
+  whole, gradients = run(1)
+  assert (np.abs(np.diff(whole, axis=0)).max(axis=1) > 1e-4).all()  # every step changes the weights
+  for parts in (2, 3, 12):
+    weights, means = run(parts)
+    np.testing.assert_allclose(weights, whole, rtol=1e-5)
+    np.testing.assert_allclose(means, gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_a_frozen_backbone_is_not_trained():

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 import fpt_jax
+from fpt_jax import models, optim
 from fpt_jax.errors import UserError
 from fpt_jax.run import checkpoints
+from fpt_jax.run.profile import Steps
 from fpt_jax.tasks import detection
-from fpt_jax.train import train
+from fpt_jax.tasks.task import task_of
+from fpt_jax.train import make_train_step, train, training_state
 from tests.data_sets import write_coco
 from tests.runs import (
   command,
@@ -28,6 +31,7 @@ from tests.runs import (
   losses_by_step,
   succeed,
   tiny_config,
+  tiny_segmentation_config,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -47,7 +51,7 @@ def finished(tmp_path_factory):
   logger.addHandler(handler)
   before = logger.level
   logger.setLevel(logging.DEBUG)
-  metrics = train(config, str(workdir))
+  metrics = train(config, str(workdir), profile_steps=Steps(3, 4))
   logger.setLevel(before)
   logger.removeHandler(handler)
   return workdir, metrics, records
@@ -72,6 +76,120 @@ def test_files_that_a_run_writes(finished):
   assert all(
     {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(r) for r in results
   )
+
+
+def entries_of(workdir):
+  """Returns what training wrote into metrics.jsonl, by step."""
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return {entry["step"]: entry for entry in lines if "total_loss" in entry}
+
+
+def norm_of(arrays, names):
+  return np.sqrt(sum(np.sum(np.square(np.float64(arrays[name]))) for name in names))
+
+
+def test_norms_of_gradients_parameters_and_updates(finished):
+  workdir, _, _ = finished
+  restored, entries = fpt_jax.restore(str(workdir)), entries_of(workdir)
+  parameters = models.structure_of(restored.config).parameters()
+  trained = optim.trainable(restored.config, parameters)
+  for step in (2, 4, 6):
+    arrays = fpt_jax.restore(str(workdir), step).arrays
+    assert entries[step]["param_norm"] == pytest.approx(norm_of(arrays, trained), rel=1e-5)
+  # before the first step, the momentum is zero and the weights are those of the seed
+  rate, decay = entries[1]["lr"], restored.config.optim.weight_decay
+  clipped = min(entries[1]["grad_norm"], restored.config.optim.clip_norm)
+  slack = decay * entries[1]["param_norm"] * 1.1
+  assert entries[1]["update_norm"] / rate == pytest.approx(clipped, abs=slack)
+  assert all(e["grad_norm"] > 0 and e["update_norm"] > 0 for e in entries.values())
+
+
+def test_the_trace_of_some_steps(finished):
+  workdir, _, _ = finished
+  (file,) = workdir.glob("profile/plugins/profile/steps_3_4/*.xplane.pb")
+  planes = jax.profiler.ProfileData.from_file(str(file)).planes
+  names = {event.name for plane in planes for line in plane.lines for event in line.events}
+  assert "train_step" in names and any("jit_train_step" in name for name in names)
+
+
+@pytest.mark.slow
+def test_accumulation_trains_like_whole_batches_and_resumes_exactly(tmp_path):
+  """Without batch statistics and dropout, whose results depend on the images computed together."""
+
+  def run(name, parts, steps):
+    config = tiny_segmentation_config("head=fcn", steps=steps, checkpoint__every_steps=1)
+    config.model.norm = config.model.backbone.norm = "group_norm"
+    config.model.head.dropout = 0.0
+    config.optim.update(dict(accumulate_steps=parts, schedule="step", decay_at=()))
+    train(config, str(tmp_path / name))
+    arrays = [fpt_jax.restore(str(tmp_path / name), s).arrays for s in (steps - 1, steps)]
+    return entries_of(tmp_path / name), *arrays
+
+  entries, before, after = run("parts", 2, 4)
+  assert set(entries) == {1, 2, 3, 4}
+  moved = norm_of({n: after[n] - before[n] for n in after}, after)
+  assert entries[4]["update_norm"] == pytest.approx(moved, rel=1e-3)
+  expected, _, whole = run("whole", 1, 4)
+  for step, entry in entries.items():
+    for name in ("total_loss", "lr", "grad_norm", "update_norm", "param_norm"):
+      assert entry[name] == pytest.approx(expected[step][name], rel=1e-3), (step, name)
+  for name, array in whole.items():
+    np.testing.assert_allclose(after[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+  run("resumed", 2, 2)
+  resumed, _, arrays = run("resumed", 2, 4)
+  speeds = {"images_per_second", "data_wait", "eta_seconds"}
+  for step, entry in entries.items():
+    assert {k: v for k, v in resumed[step].items() if k not in speeds} == {
+      k: v for k, v in entry.items() if k not in speeds
+    }
+  assert all((arrays[n] == after[n]).all() for n in after)
+
+
+def equations_of(jaxpr, scope=""):
+  """Yields the equations of a jaxpr and of those inside it, with the scopes around each."""
+  for equation in jaxpr.eqns:
+    name = f"{scope}/{equation.source_info.name_stack}"
+    yield equation, name
+    for value in equation.params.values():
+      for item in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(item, "jaxpr", item)
+        if hasattr(inner, "eqns"):
+          yield from equations_of(inner, name)
+
+
+@pytest.mark.parametrize("make", [tiny_config, tiny_segmentation_config])
+def test_bfloat16_is_the_dtype_of_layers_only(make):
+  config = make(model__dtype="bfloat16")
+  structure, optimizer, task = models.structure_of(config), optim.optimizer(config), task_of(config)
+  shapes = structure.shapes
+  trained = {n: shapes[n] for n in optim.trainable(config, structure.parameters())}
+  state = training_state(shapes, trained, jax.eval_shape(optimizer.init, trained))
+  batch = task.batch_shapes(config, 2, task.canvas(config))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  scalars = jax.ShapeDtypeStruct((), np.int32), key, jax.ShapeDtypeStruct((), bool)
+  step = make_train_step(structure, optimizer, total_steps=8)
+  jaxpr, (updated, losses, _) = jax.make_jaxpr(step, return_shape=True)(state, batch, *scalars)
+  for leaf in jax.tree.leaves((state, updated, losses)):
+    assert leaf.dtype in (np.float32, np.int32)  # int32: counts of steps
+
+  products = {"bfloat16": 0, "other": 0}
+  for equation, scope in equations_of(jaxpr.jaxpr):
+    dtypes = {v.aval.dtype.name for v in equation.invars}
+    if equation.primitive.name == "conv_general_dilated":
+      assert dtypes == {"bfloat16"}, scope
+    # scores, mixtures and interpolation are not layers
+    elsewhere = ("attention", "upsample", "roi_align", "bins", "mixture", "masks")
+    if equation.primitive.name == "dot_general" and not any(s in scope for s in elsewhere):
+      sizes = [v.aval.size for v in (*equation.invars, *equation.outvars)]
+      # the size of a product is the geometric mean of its three arrays
+      kind = "bfloat16" if dtypes == {"bfloat16"} else "other"
+      products[kind] += np.sqrt(np.prod(np.float64(sizes)))
+  assert products["other"] < 0.01 * products["bfloat16"]
+
+
+def test_parts_that_the_devices_cannot_share_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r"batch_size=4 cannot be computed in .*accumulate_steps=3 "):
+    train(tiny_config(optim__accumulate_steps=3), str(tmp_path))
 
 
 def test_scores_are_kept_if_their_file_cannot_be_written(finished, tmp_path, caplog):

@@ -16,7 +16,7 @@ def base() -> ConfigDict:
   config.seed = 0  # seed of the initial weights, the image order, augmentation and sampling
   # workdir of a run whose newest weights a new run starts from; "": random weights
   config.init_from = ""
-  config.batch_size = 8  # images per training step, on all devices together
+  config.batch_size = 8  # images per training step (update), on all devices together
   # length of the training: number of images, counting each as often as it is used
   config.train_images = 160_000 * 8
   config.steps = 0  # number of training steps; 0: train_images / batch_size
@@ -90,7 +90,13 @@ def add_model(config: ConfigDict) -> None:
   # standard deviation of the images that the backbone was trained on: R, G, B in 0..1
   model.pixel_std = IMAGENET.pixel_std
   model.channel_order = "rgb"  # order of the channels that the backbone was trained on: rgb or bgr
-  model.dtype = "float32"  # dtype of the computation: float32 or bfloat16
+  # dtype of the computation: float32 or bfloat16; parameters and the optimizer's state are float32
+  model.dtype = "float32"
+  # what the backward pass computes again instead of keeping it in memory: none, dots_saveable (all but the
+  # outputs of convolutions and matrix products) or nothing_saveable (everything); same results
+  model.remat = "none"
+  # parts of the model that model.remat applies to
+  model.remat_parts = ("backbone", "pyramid", "fpt", "heads")
   backbone = model.backbone = ConfigDict()
   # name of the backbone: resnet18, resnet34, resnet50, resnet101 or efficientnet_lite0
   backbone.name = "resnet50"
@@ -166,5 +172,8 @@ def add_optim(config: ConfigDict) -> None:
   # schedule poly: the learning rate is multiplied by (1 - step / steps) ** power
   optim.power = 0.9
   optim.clip_norm = 0.0  # largest norm of the whole gradient; 0: no clipping
+  # parts of batch_size / accumulate_steps images that a training step computes one after the other and whose
+  # gradients it averages: less memory for the same images, updates, number of steps and learning rate
+  optim.accumulate_steps = 1
   # parameters that are not trained, by the beginnings of their names, such as ("backbone.stem", "rpn")
   optim.frozen = ()

@@ -20,6 +20,7 @@ from fpt_jax.models.heads.rpn import RegionProposalNetwork
 from fpt_jax.models.layers import Norm
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, build_pyramid
+from fpt_jax.models.remat import policy_of, recomputed
 from fpt_jax.ops import boxes, losses, sampling
 from fpt_jax.ops.masks import mask_targets
 from fpt_jax.ops.nms import batched_nms
@@ -46,7 +47,8 @@ class RCNN(nnx.Module):
     self.config = config
     dtype = jnp.dtype(config.dtype)
     options = dict(dtype=dtype, rngs=rngs)
-    self.backbone = build_backbone(config.backbone, **options)
+    remat = policy_of(config, "backbone")
+    self.backbone = build_backbone(config.backbone, remat=remat, **options)
     self.level_norms = nnx.List(
       [Norm(config.pyramid.level_norm, c, **options) for c in self.backbone.channels]
     )
@@ -120,8 +122,10 @@ class RCNN(nnx.Module):
         level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))
         for level, norm in zip(levels, self.level_norms, strict=True)
       )
+    policy = policy_of(self.config, "pyramid") if train else "none"
+    run_pyramid = recomputed(lambda pyramid, levels: pyramid(levels, train=train), policy)
     with jax.named_scope("pyramid"):
-      return self.pyramid(levels, train=train)
+      return run_pyramid(self.pyramid, levels)
 
   def losses(
     self,
@@ -154,7 +158,8 @@ class RCNN(nnx.Module):
   def losses_of_features(self, pyramid, batch, rpn_key, roi_key) -> dict[str, jax.Array]:
     """Computes the losses of P2..P6; arguments and result as for `losses`, with two PRNG keys."""
     canvas = batch["image_BHWC"].shape[1:3]
-    logits, deltas = whole_images(self.rpn(pyramid))
+    policy = policy_of(self.config, "heads")
+    logits, deltas = whole_images(recomputed(lambda pyramid: self.rpn(pyramid), policy)(pyramid))
     pyramid = whole_images(pyramid)  # a region may lie anywhere
     anchors_LA4 = self.rpn.anchors(pyramid, canvas)
     gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
@@ -163,8 +168,12 @@ class RCNN(nnx.Module):
       logits, deltas, anchors_LA4, batch["size_B2"], train=True
     )
     rois = self.sample_regions(proposals_BN4, valid_BN, batch, roi_key)
-    class_logits_BRK, box_deltas_BRK4 = self.box_head(
-      self.pool(pyramid, rois["boxes_BR4"], rois["valid_BR"], self.config.box_head)
+
+    def refined(pyramid, boxes_BR4, valid_BR):
+      return self.box_head(self.pool(pyramid, boxes_BR4, valid_BR, self.config.box_head))
+
+    class_logits_BRK, box_deltas_BRK4 = recomputed(refined, policy)(
+      pyramid, rois["boxes_BR4"], rois["valid_BR"]
     )
     result["loss_cls"], result["loss_box_reg"] = losses.box_losses(
       class_logits_BRK, box_deltas_BRK4, rois["labels_BR"], rois["targets_BR4"], rois["valid_BR"]
@@ -232,6 +241,7 @@ class RCNN(nnx.Module):
       )
       return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["valid_BR"])
 
+    total = recomputed(total, policy_of(self.config, "heads"))
     totals = in_blocks(total, rois, rois["valid_BR"])
     return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 

@@ -14,6 +14,7 @@ from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.heads.semantic import SemanticHead
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import SEGMENTATION_PYRAMIDS, build_pyramid
+from fpt_jax.models.remat import policy_of, recomputed
 from fpt_jax.ops.losses import segmentation_loss
 from fpt_jax.ops.resize import upsample_bilinear
 from fpt_jax.run.sharding import rows_over_query
@@ -34,7 +35,12 @@ class Segmenter(nnx.Module):
     self.config = config
     options = dict(dtype=jnp.dtype(config.dtype), rngs=rngs)
     output_stride = config.backbone.output_stride
-    self.backbone = build_backbone(config.backbone, output_stride=output_stride, **options)
+    self.backbone = build_backbone(
+      config.backbone,
+      output_stride=output_stride,
+      remat=policy_of(config, "backbone"),
+      **options,
+    )
     self.pyramid = build_pyramid(config, SEGMENTATION_PYRAMIDS, self.backbone.channels, rngs=rngs)
     levels = self.pyramid.channels
     if config.fpt.enabled and len(levels) == 1:
@@ -96,14 +102,19 @@ class Segmenter(nnx.Module):
       [B, H, W, K] logits at the backbone's output stride.
     """
     fpt_key, head_key = (None, None) if key is None else jax.random.split(key)
+    train = key is not None
+    pyramid_policy, head_policy = (
+      policy_of(self.config, part) if train else "none" for part in ("pyramid", "heads")
+    )
+    run_pyramid = recomputed(lambda pyramid, levels: pyramid(levels, train=train), pyramid_policy)
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("pyramid"):
-      levels = self.pyramid(levels, train=key is not None)
+      levels = run_pyramid(self.pyramid, levels)
     if self.fpt is not None:
       with jax.named_scope("fpt"):
         levels = self.fpt(levels, key=fpt_key, progress=progress, measured=measured)
     with jax.named_scope("head"):
-      return self.head(levels, key=head_key)
+      return recomputed(classified, head_policy)(self.head, levels, head_key)
 
   def losses(
     self,
@@ -129,11 +140,13 @@ class Segmenter(nnx.Module):
     main_key, auxiliary_key = jax.random.split(key)
     levels = self.backbone_levels(batch["image_BHWC"], batch["size_B2"], train=True)
     labels_BHW = rows_over_query(batch["label_BHW"])
+    policy = policy_of(self.config, "heads")
 
-    def loss(logits: FeatureMap) -> jax.Array:
+    def loss_of(logits: FeatureMap) -> jax.Array:
       logits_BHWK = enlarged(logits, labels_BHW.shape[1:])
       return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights)
 
+    loss = recomputed(loss_of, policy)
     result = {
       "loss_seg": loss(
         self.logits_of_levels(levels, key=main_key, progress=progress, measured=measured)
@@ -141,7 +154,8 @@ class Segmenter(nnx.Module):
     }
     if self.auxiliary is not None:
       weight = self.config.auxiliary.weight
-      result["loss_aux"] = weight * loss(self.auxiliary(levels[-2:-1], key=auxiliary_key))
+      classify = recomputed(classified, policy)
+      result["loss_aux"] = weight * loss(classify(self.auxiliary, levels[-2:-1], auxiliary_key))
     return result
 
   def logits(self, image_BHWC: jax.Array, size_B2: jax.Array) -> jax.Array:
@@ -156,6 +170,11 @@ class Segmenter(nnx.Module):
     """
     levels = self.backbone_levels(image_BHWC, size_B2)
     return enlarged(self.logits_of_levels(levels), image_BHWC.shape[1:3])
+
+
+def classified(head: SemanticHead, levels: Pyramid, key: jax.Array | None) -> FeatureMap:
+  """Returns the logits of a head."""
+  return head(levels, key=key)
 
 
 def enlarged(logits: FeatureMap, size: tuple[int, int]) -> jax.Array:

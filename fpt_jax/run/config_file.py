@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
   "mesh.",
   "model.fpt.implementation",
   "model.palette",
+  "model.remat",
   "model.rpn.test.",
   "model.test.",
   "steps",

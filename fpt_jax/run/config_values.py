@@ -23,6 +23,14 @@ def one_of(*choices: str) -> Rule:
   return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
+def some_of(*choices: str) -> Rule:
+  """Returns the rule that each of several values is one of `choices`."""
+  return Rule(
+    f"some of {', '.join(choices)}",
+    lambda values: not isinstance(values, str) and set(values) <= set(choices),
+  )
+
+
 POSITIVE = Rule("1 or more", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
 ABOVE_ZERO = Rule("more than 0", lambda value: value > 0)
@@ -67,6 +75,7 @@ TRAINING_RULES = {
   "data.prefetch": POSITIVE,
   "model.fpt.drop_block_size": POSITIVE,
   "model.fpt.keep_probability": KEPT,
+  "optim.accumulate_steps": POSITIVE,
   "optim.learning_rate": NOT_NEGATIVE,
   "optim.base_batch_size": POSITIVE,
   "optim.momentum": SHARE,

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from fpt_jax import configs
 from fpt_jax.data import DatasetInfo
 from fpt_jax.errors import UserError
+from fpt_jax.models import remat
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops import mos_attention
@@ -164,6 +165,8 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
   check_types(config)
   rules = config_values.RULES | {
     "model.dtype": config_values.one_of(*DTYPES),
+    "model.remat": config_values.one_of(*remat.POLICIES),
+    "model.remat_parts": config_values.some_of(*remat.PARTS),
     "model.fpt.implementation": config_values.one_of(*get_args(mos_attention.Implementation)),
   }
   config_values.check(config, rules | (config_values.TRAINING_RULES if training else {}))

@@ -13,9 +13,11 @@ LATER = {
   coco_mask: (
     "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
-    "optim.frozen",
+    "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts",
   ),
-  cityscapes: ("data.exif", "model.swaps", "model.class_weights", "optim.frozen"),
+  cityscapes: (
+    "data.exif", "model.swaps", "model.class_weights", "optim.frozen", "model.remat", "model.remat_parts",
+  ),
 }  # fmt: skip
 
 

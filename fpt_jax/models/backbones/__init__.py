@@ -33,12 +33,15 @@ def efficientnet_lite0(config, **options) -> EfficientNetLite0:
 BACKBONES = dict.fromkeys(STAGE_BLOCKS, resnet) | {"efficientnet_lite0": efficientnet_lite0}
 
 
-def build_backbone(config, *, output_stride: int = 32, dtype, rngs: nnx.Rngs) -> nnx.Module:
+def build_backbone(
+  config, *, output_stride: int = 32, remat: str = "none", dtype, rngs: nnx.Rngs
+) -> nnx.Module:
   """Builds the backbone that a config names.
 
   Args:
     config: `model.backbone` part of a config.
     output_stride: stride of the last level, pixels: 32, 16 or 8.
+    remat: what the backward pass computes again in each residual block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
@@ -49,4 +52,5 @@ def build_backbone(config, *, output_stride: int = 32, dtype, rngs: nnx.Rngs) ->
     ValueError: the backbone or one of its options does not exist.
   """
   check_choice("backbone", config.name, tuple(BACKBONES))
-  return BACKBONES[config.name](config, output_stride=output_stride, dtype=dtype, rngs=rngs)
+  options = dict(output_stride=output_stride, remat=remat, dtype=dtype, rngs=rngs)
+  return BACKBONES[config.name](config, **options)

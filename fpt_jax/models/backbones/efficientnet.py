@@ -16,6 +16,7 @@ from fpt_jax.models.backbones.resnet import OUTPUT_STRIDES
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
 from fpt_jax.models.layers import Norm, pointwise
+from fpt_jax.models.remat import recomputed
 from fpt_jax.ops.depthwise import depthwise
 
 EPSILON = 1e-3  # of the normalisations, as in the release
@@ -126,6 +127,7 @@ class EfficientNetLite0(nnx.Module):
     output_stride: stride of the last level, pixels: 32, 16 or 8. Stages that would exceed it have
       dilations instead of strides, as in `ResNet`.
     classes: number of classes of an ImageNet classifier to build as well; 0 for none.
+    remat: what the backward pass computes again in each block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
@@ -142,6 +144,7 @@ class EfficientNetLite0(nnx.Module):
     frozen: bool = False,
     output_stride: int = 32,
     classes: int = 0,
+    remat: str = "none",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -172,6 +175,7 @@ class EfficientNetLite0(nnx.Module):
         dilation *= missing  # for the blocks after this one, as in `ResNet`
     self.blocks = nnx.List(blocks)
     self.frozen = frozen
+    self.remat = remat
     self.classes = classes
     if classes:
       self.head = same_conv(in_channels, HEAD_CHANNELS, 1, options=options)
@@ -192,14 +196,16 @@ class EfficientNetLite0(nnx.Module):
       Four levels of strides 4, 8, 16, 32, or the output stride where that is smaller, with
       `self.channels` channels.
     """
+    policy = self.remat if train else "none"
     train = train and not self.frozen
     valid = downsample_valid(valid_BHW, 2)
+    run_block = recomputed(lambda block, x: block(x, train=train), policy)
     y = nnx.relu6(self.stem_bn(self.stem(image_BHWC), valid_BHW=valid, train=train))
     x = FeatureMap(y, valid, 2)
     levels, blocks = [], iter(self.blocks)
     for stage in STAGES:
       for _ in range(stage.blocks):
-        x = next(blocks)(x, train=train)
+        x = run_block(next(blocks), x)
       if stage.level:
         levels.append(x)
     return tuple(levels)

@@ -20,6 +20,7 @@ from fpt_jax.models.backbones.context_blocks import (
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
 from fpt_jax.models.layers import Norm, conv
+from fpt_jax.models.remat import recomputed
 
 STAGE_BLOCKS = {
   "resnet18": (2, 2, 2, 2),
@@ -183,6 +184,7 @@ class ResNet(nnx.Module):
       removed keeps the dilation of the stage before, so that every 2nd or 4th position equals a position
       of the network without dilations, whose weights are used.
     classes: number of classes of an ImageNet classifier to build as well; 0 for none.
+    remat: what the backward pass computes again in each residual block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
@@ -201,6 +203,7 @@ class ResNet(nnx.Module):
     stride_in: str = "3x3",
     output_stride: int = 32,
     classes: int = 0,
+    remat: str = "none",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -241,6 +244,7 @@ class ResNet(nnx.Module):
       channels += (in_channels,)
     self.channels = channels
     self.frozen = frozen
+    self.remat = remat
     self.stages = nnx.List(stages)
     self.context = (
       NonLocal(self.channels[2], norm=norm, **options) if context == "non_local" else None
@@ -261,20 +265,27 @@ class ResNet(nnx.Module):
       Four levels of strides 4, 8, 16, 32, or the output stride where that is smaller, with
       `self.channels` channels.
     """
+    policy = self.remat if train else "none"
     train_context, train = train, train and not self.frozen
     valid = downsample_valid(valid_BHW, 2)
-    with jax.named_scope("conv1"):
-      y = self.bn1(self.conv1(image_BHWC), valid_BHW=valid, train=train)
-    y = nnx.max_pool(nnx.relu(y), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    def stem(conv1, bn1, image_BHWC):
+      with jax.named_scope("conv1"):
+        y = bn1(conv1(image_BHWC), valid_BHW=valid, train=train)
+      return nnx.max_pool(nnx.relu(y), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    run_block = recomputed(lambda block, x: block(x, train=train), policy)
+    run_context = recomputed(lambda context, x: context(x, train=train_context), policy)
+    y = recomputed(stem, policy)(self.conv1, self.bn1, image_BHWC)
     x = FeatureMap(y, downsample_valid(valid, 2), 4)
     levels = []
     for index, stage in enumerate(self.stages):
       for i, block in enumerate(stage):
         if self.context is not None and index == 2 and i == len(stage) - 1:
           with jax.named_scope("context"):
-            x = self.context(x, train=train_context)
+            x = run_context(self.context, x)
         with jax.named_scope(f"stages.{index}"):
-          x = block(x, train=train)
+          x = run_block(block, x)
       levels.append(x)
     return tuple(levels)
 

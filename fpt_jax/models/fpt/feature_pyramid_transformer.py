@@ -14,6 +14,7 @@ from fpt_jax.models.fpt.query_attention import Explanation, attention_maps, rend
 from fpt_jax.models.fpt.rendering_transformer import RenderingTransformer
 from fpt_jax.models.fpt.self_transformer import SelfTransformer
 from fpt_jax.models.layers import ConvNorm, Norm, conv, drop_block
+from fpt_jax.models.remat import policy_of, recomputed
 from fpt_jax.ops.local_attention import Outside
 from fpt_jax.ops.mos_attention import Similarity
 
@@ -68,6 +69,8 @@ class FeaturePyramidTransformer(nnx.Module):
     literal: whether `LITERAL` replaces the options of the same names: the bare equations of the paper.
       Projections to `channels` are then drawn from a variance of 2 / fan-out instead of 1 / fan-in.
     implementation: implementation of the attention, see `ops.mos_attention`.
+    remat: what the backward pass computes again in each transformer and in the fusion of each level, see
+      `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
@@ -103,6 +106,7 @@ class FeaturePyramidTransformer(nnx.Module):
     drop_block_schedule: str = "linear",
     literal: bool = False,
     implementation: str = "auto",
+    remat: str = "none",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -126,6 +130,7 @@ class FeaturePyramidTransformer(nnx.Module):
     self.drop_block_size = drop_block_size
     self.keep_probability = keep_probability
     self.drop_block_schedule = drop_block_schedule
+    self.remat = remat
     common = dict(dtype=dtype, rngs=rngs)
     attention = dict(
       scale=scale,
@@ -237,12 +242,21 @@ class FeaturePyramidTransformer(nnx.Module):
     given = tuple(pyramid)
     levels = self.projected(given)
     train = key is not None
+
+    def fused(i: int, *arguments) -> FeatureMap:
+      fuse = recomputed(lambda fpt, *arguments: fpt.fused(i, *arguments), self.policy(train))
+      return fuse(self, *arguments)
+
     outputs = []
     for i, parts in enumerate(self.transformed(levels, train=train, measured=measured)):
       level_key = None if key is None else jax.random.fold_in(key, i)
       with jax.named_scope(f"fuse.{i}"):
-        outputs.append(self.fused(i, levels[i], parts, level_key, progress))
+        outputs.append(fused(i, levels[i], parts, level_key, progress))
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
+
+  def policy(self, train: bool) -> str:
+    """Returns the policy of rematerialisation; without training, there is no backward pass."""
+    return self.remat if train else "none"
 
   def projected(self, given) -> Pyramid:
     """Returns the levels with `channels` channels each; `given` and errors as for `__call__`."""
@@ -294,13 +308,14 @@ class FeaturePyramidTransformer(nnx.Module):
   ) -> list[dict[str, jax.Array]]:
     """Returns the outputs of the transformers of each level by name, before their normalisation."""
     seen = self.seen(levels, train=train)
+    run = recomputed(lambda transformer, *levels: transformer(*levels), self.policy(train))
     results = []
     for i, level in enumerate(seen):
       parts = {}
       for name, (transformer, source) in self.transformers(i).items():
         others = () if source == i else (seen[source],)
         with jax.named_scope(f"{name.partition('_')[0]}_transformers.{i}"):
-          parts[name] = transformer(level, *others)
+          parts[name] = run(transformer, level, *others)
       results.append(parts)
     if measured is not None:
       measured.add(lambda: self.figures(levels, seen, results))
@@ -420,4 +435,5 @@ def build_fpt(config, in_channels: tuple[int, ...], *, rngs: nnx.Rngs) -> Featur
   """
   options = {k: v for k, v in config.fpt.items() if k != "enabled"}
   options.update(channels=config.pyramid.channels, dtype=jnp.dtype(config.dtype))
+  options.update(remat=policy_of(config, "fpt"))
   return FeaturePyramidTransformer(in_channels, rngs=rngs, **options)

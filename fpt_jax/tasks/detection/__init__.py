@@ -70,6 +70,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "category_names",
   "dtype",
   "fpt.implementation",
+  "remat",
 )
 _RULES = {
   "data.short_edge": POSITIVE,

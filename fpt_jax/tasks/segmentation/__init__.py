@@ -52,7 +52,7 @@ BATCH_KEYS: tuple[str, ...] = ("image_BHWC", "label_BHW", "size_B2")
 QUERIES = queries
 MAIN_METRIC = "mIoU"
 FROM_DATA: tuple[str, ...] = ("class_names", "num_classes", "palette", "swaps")
-NOT_OF_THE_WEIGHTS: tuple[str, ...] = ("palette", "swaps", "dtype", "fpt.implementation")
+NOT_OF_THE_WEIGHTS: tuple[str, ...] = ("palette", "swaps", "dtype", "fpt.implementation", "remat")
 _SIZE = config_values.Rule(
   "(height, width), two positive numbers of pixels",
   lambda size: len(size) == 2 and min(size) >= 1,

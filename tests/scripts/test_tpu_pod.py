@@ -1,5 +1,6 @@
 """scripts/tpu_pod.sh: the commands that it gives to gcloud, and a pod of two hosts that are local folders."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -86,7 +87,9 @@ def test_what_gcloud_gets(arguments, expected):
 
 def test_settings_may_be_variables():
   variables = {"NAME": "pod", "ZONE": "z", "TYPE": "v5p-32", "SPOT": "1"}
-  create = "gcloud compute tpus tpu-vm create pod --accelerator-type=v5p-32 --version=v2-alpha-tpuv5"
+  create = (
+    "gcloud compute tpus tpu-vm create pod --accelerator-type=v5p-32 --version=v2-alpha-tpuv5"
+  )
   assert dry_run("create", **variables) == [f"{create} --spot --zone=z"]
 
 
@@ -161,6 +164,34 @@ def test_settings_are_not_flags_of_the_training():
   flags = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", (ROOT / "fpt_jax" / "main.py").read_text())
   assert "workdir" in flags
   assert not settings & set(flags)
+
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "tpu.md").read_text(), re.DOTALL)
+COMMANDS = [
+  line
+  for block in BLOCKS
+  for line in re.sub(r"\\\n *", "", block).splitlines()
+  if line.startswith("bash scripts/tpu_pod.sh")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_of_the_documentation_exist(line, tmp_path):
+  (tmp_path / "fpt_jax_data" / "coco").mkdir(parents=True)
+  settings = {"NAME": "fpt", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "HOME": str(tmp_path)}
+  done = subprocess.run(
+    ["bash", "-c", f"{line.partition(' #')[0]} --dry_run"],
+    cwd=ROOT, env=os.environ | settings, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "gcloud" in done.stdout
+
+
+def test_what_needs_google_cloud_is_marked_in_the_documentation():
+  assert len(COMMANDS) > 8
+  for block in BLOCKS:
+    needs = re.search(r"gs://|^gcloud |tpu_pod\.sh (?!--help|.*--dry_run)", block, re.MULTILINE)
+    assert block.startswith("# not run\n") == bool(needs), block
 
 
 def test_the_shell_scripts_pass_shellcheck():
@@ -256,10 +287,8 @@ def preempt(cloud):
   """The hosts are gone, with everything that runs on them."""
   for host in cloud.glob("host*"):
     if (host / "fpt_jax_pod" / "pid").exists():
-      try:
+      with contextlib.suppress(ProcessLookupError):
         os.kill(int((host / "fpt_jax_pod" / "pid").read_text()), signal.SIGKILL)
-      except ProcessLookupError:
-        pass
       wait_for(host / "fpt_jax_pod" / "exit_status")
     shutil.rmtree(host)
   (cloud / "state").write_text("PREEMPTED")
@@ -282,7 +311,9 @@ def on(cloud, *arguments):
 def lines_of_hosts(done):
   assert done.returncode == 0, done.stderr
   host = os.uname().nodename
-  return [line.removeprefix(f"{host}: ") for line in done.stdout.splitlines() if line.startswith(host)]
+  return [
+    line.removeprefix(f"{host}: ") for line in done.stdout.splitlines() if line.startswith(host)
+  ]
 
 
 def calls(cloud):
@@ -304,7 +335,9 @@ def test_a_pod_from_create_to_the_end_of_the_run(cloud):
   codes = [cloud / f"host{i}" / "fpt_jax_pod" / "code" for i in (0, 1)]
   for code in codes:
     assert (code / "tests" / new.name).read_text() == "not committed"
-    assert (code / "fpt_jax" / "main.py").read_bytes() == (ROOT / "fpt_jax" / "main.py").read_bytes()
+    assert (code / "fpt_jax" / "main.py").read_bytes() == (
+      ROOT / "fpt_jax" / "main.py"
+    ).read_bytes()
     assert not (code / ".git").exists()
 
   for line in lines_of_hosts(on(cloud, "start", *flags)):

@@ -305,6 +305,9 @@ case "$command" in
   *) fail "there is no command '$command'; choose create, install, data, start, tail, status, stop, resume or delete" ;;
 esac
 data_source="${data_source/#\~\//$HOME/}"
+for argument in spot queued mount; do
+  [[ "${!argument}" =~ ^1?$ ]] || fail "$argument is '${!argument}'; set the variable to 1, or to nothing"
+done
 need name "name of the TPU, such as --name=fpt"
 need zone "zone of the TPU, such as --zone=us-west4-a"
 [[ "$worker" =~ ^[0-9]+$ ]] || fail "--worker=$worker must be the index of a host, such as 0"

@@ -138,7 +138,13 @@ worker_detached() {
 }
 
 worker_status() {
-  local status last
+  local status last i
+  for ((i = 0; i < 20; i++)); do # the status is written a moment after the process has ended
+    if running || [ ! -e "$pod/pid" ] || [ -e "$pod/exit_status" ]; then
+      break
+    fi
+    sleep 0.5
+  done
   last="$(tail -n 1 "$log" 2> /dev/null | cut -c 1-300)" || true
   if running; then
     say "running, process $(cat "$pod/pid"): $last"
@@ -167,7 +173,6 @@ worker_stop() {
     if running; then
       fail "process $(cat "$pod/pid") is still running ${STOP_SECONDS:-900} s after SIGTERM; see its log"
     fi
-    sleep 1 # for the exit status
   fi
   worker_status
 }

@@ -93,6 +93,12 @@ def test_settings_may_be_variables():
   assert dry_run("create", **variables) == [f"{create} --spot --zone=z"]
 
 
+def test_a_variable_that_could_mean_the_opposite():
+  done = tpu_pod(*SETTINGS, "create", "--type=v4-8", "--dry_run", SPOT="0")
+  assert done.returncode == 2
+  assert done.stderr == "error: spot is '0'; set the variable to 1, or to nothing\n"
+
+
 def test_records_of_this_machine_are_copied(tmp_path):
   (tmp_path / "coco_instances").mkdir()
   make, copy = dry_run(*SETTINGS, "data", f"--data={tmp_path}")

@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # Sourced by the other scripts. `use_environment FILE` creates .venv in the repository root, installs the
 # requirements FILE into it if they have changed since the last call, and sets $python to its interpreter.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$root"
+cd "$root" || exit
 
 use_environment() {
   local requirements="$1" stamp

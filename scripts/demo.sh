@@ -12,6 +12,7 @@ fi
 workdir="${1:-/tmp/fpt_jax_demo}"
 [[ "$workdir" == /* ]] || workdir="$PWD/$workdir"
 flags=("${@:2}")
+# shellcheck source=scripts/_environment.sh
 source "$(dirname "$0")/_environment.sh"
 use_environment requirements.txt
 

@@ -3,6 +3,7 @@
 # The checks take about a minute and run before the tests; the first one that fails ends the script.
 set -euo pipefail
 
+# shellcheck source=scripts/_environment.sh
 source "$(dirname "$0")/_environment.sh"
 use_environment requirements-test.txt
 

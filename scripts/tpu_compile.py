@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""Compiles a config for a TPU topology, on any machine, and prints the memory that each chip needs.
+"""Compiles a config for a TPU topology, on any machine: what fits into a chip, and how fast it can be.
 
     python scripts/tpu_compile.py --config=configs/coco_mask.py --config.model.dtype=bfloat16
-    python scripts/tpu_compile.py --config=configs/cityscapes.py --config.model.dtype=bfloat16 --part=step
+    python scripts/tpu_compile.py --config=configs/cityscapes.py --config.model.dtype=bfloat16 \\
+        --topology=v5p:2x2x2 --images_per_chip=4
+    python scripts/tpu_compile.py --config=configs/coco_mask.py --config.model.dtype=bfloat16 --part=eval
+    python scripts/tpu_compile.py --quick --config=configs/coco_mask.py --config.model.dtype=bfloat16 --search
 
-The parts are FPT alone, forward and with its gradient, and a whole training step with the optimizer.
+The parts are a training step with its optimizer, the program of an evaluation, and FPT alone, forward and
+with its gradient. Printed are the memory that each chip needs, the communication between the chips, the
+arithmetic, and the least time that these allow, see docs/tpu.md. A program that does not fit gives status 1.
 
 It needs libtpu (requirements-test.txt), but no TPU. By default there is one image per chip.
 """
@@ -14,45 +19,61 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-# libtpu needs these variables on a machine without a TPU
-os.environ |= {
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "JAX_PLATFORMS": "cpu",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-}
+os.environ["JAX_PLATFORMS"] = "cpu"
 
+import dataclasses
+import re
 import time
-from unittest import mock
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import config_flags
 
-from fpt_jax import configs, models, optim
+from fpt_jax import configs
 from fpt_jax.errors import UserError
-from fpt_jax.models.feature_map import FeatureMap
-from fpt_jax.models.fpt import build_fpt
-from fpt_jax.models.state import skeleton
-from fpt_jax.run import command_line, sharding
-from fpt_jax.tasks.task import check_config, task_of
-from fpt_jax.train import make_train_step, training_state
+from fpt_jax.run import command_line
+from fpt_jax.tasks.task import check_config
+from scripts import hlo_text, tpu_chips, tpu_programs
+from scripts.tpu_chips import GIB, Chip
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to compile.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "TPU and its chips: v5e:2x2, v5p:2x2x1, ...")
-_PART = flags.DEFINE_enum("part", "fpt", ["fpt", "step"], "FPT alone, or a whole training step.")
-_IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "v5e:2x4", "TPU and its chips: v5e:2x4, v5e:16x16, v5p:2x2x2, v6e:2x4, v4:2x2x2, ..."
+)
+_PART = flags.DEFINE_enum(
+  "part", "train", tpu_programs.PARTS, "A training step, an evaluation, or FPT alone."
+)
+_IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.", lower_bound=1)
 _QUICK = flags.DEFINE_bool(
   "quick",
   False,
   "Compile with less effort: a fraction of the time, and a program that needs more memory.",
 )
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Find the largest number of images per chip that fits, from images_per_chip on."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """What the compiler reports about a program.
+
+  Attributes:
+    arguments, temporaries, peak: bytes on a chip.
+    text: the compiled program as HLO text.
+    seconds: duration of the compilation.
+  """
+
+  arguments: int
+  temporaries: int
+  peak: int
+  text: str
+  seconds: float
+
+
+class TooLargeError(Exception):
+  """A program needs more memory than a chip has; the message has the compiler's reason."""
 
 
 def main() -> None:
@@ -60,135 +81,165 @@ def main() -> None:
   if config is None:
     raise UserError("--config=FILE is missing, such as configs/coco_mask.py")
   check_config(config)
+  if _SEARCH.value and _PART.value == "fpt":
+    raise UserError("--search needs --part=train or --part=eval, which are one program")
+  chip, devices = tpu_chips.chip_of(_TOPOLOGY.value), tpu_chips.devices_of(_TOPOLOGY.value)
   if _QUICK.value:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
-  devices = topology_devices(_TOPOLOGY.value)
-  mesh = Mesh(np.array(devices), ("data",))
-  height, width = task_of(config).canvas(config)
+
+  def programs(images: int) -> list[tpu_programs.Work]:
+    return tpu_programs.works(_PART.value, config, devices, images)
+
   print(
-    f"{_TOPOLOGY.value}, {len(devices)} chips, {_IMAGES.value} image(s) of {height} x {width} each, "
-    f"{config.model.pyramid.channels} channels, {config.model.dtype}"
+    f"{_TOPOLOGY.value}, {len(devices)} chips, {config.model.pyramid.channels} channels, "
+    f"{config.model.dtype}",
+    flush=True,
   )
-  print(
-    f"{'program':<10}{'arguments':>12}{'temporaries':>13}{'peak':>10}   MB per chip, seconds to compile"
-  )
-  if _PART.value == "step":
-    report("step", *training_step(config, mesh, (height, width)), donate_argnums=0)
+  if not _SEARCH.value:
+    for work in programs(_IMAGES.value):
+      try:
+        measured = compiled(work)
+      except TooLargeError as error:
+        stop(f"{work.name} with {_IMAGES.value} image(s) per chip does not fit: {error}")
+      print(report(work, measured, chip, _IMAGES.value, len(devices)), flush=True)
+      if measured.peak > chip.memory:
+        stop(f"{work.name} with {_IMAGES.value} image(s) per chip does not fit")
     return
-  model, strides = FrozenConfigDict(config.model), strides_of(config)
-  structure = skeleton(
-    lambda: build_fpt(model, (model.pyramid.channels,) * len(strides), rngs=nnx.Rngs(0))
-  )
-  for name, program in programs(structure).items():
-    report(name, program, abstract_arguments(config, structure, mesh, strides, height, width))
+
+  found: dict[int, str] = {}
+
+  def peak(images: int) -> int | None:
+    (work,) = programs(images)
+    try:
+      measured = compiled(work)
+    except TooLargeError as error:
+      print(f"{images} image(s) per chip: {error}", flush=True)
+      return None
+    found[images] = report(work, measured, chip, images, len(devices))
+    print(f"{images} image(s) per chip: {measured.peak / GIB:.2f} GiB", flush=True)
+    return measured.peak
+
+  most = largest(peak, chip.memory, _IMAGES.value)
+  if not most:
+    stop(f"{_IMAGES.value} image(s) per chip do not fit")
+  print(f"{most} image(s) per chip are the most that fit\n{found[most]}")
 
 
-def training_step(config: ConfigDict, mesh: Mesh, canvas: tuple[int, int]) -> tuple:
-  """The step that `fpt_jax.train` runs, and the shapes of its arguments."""
-  structure = models.structure_of(config)
-  shapes, trained = structure.shapes, optim.trainable(config, structure.parameters())
-  optimizer = optim.optimizer(config)
-  optimizer_state = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
-  state = training_state(shapes, trained, optimizer_state)
-  batch = task_of(config).batch_shapes(config, _IMAGES.value * mesh.size, canvas)
-  replicated, shared = sharding.replicated(mesh), sharding.over_batch(mesh)
-  arguments = (
-    laid_out(state, replicated),
-    laid_out(batch, shared),
-    laid_out(jax.ShapeDtypeStruct((), jnp.int32), replicated),
-    laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated),
-    laid_out(jax.ShapeDtypeStruct((), jnp.bool_), replicated),
-  )
-  return make_train_step(structure, optimizer, optim.total_steps(config)), arguments
+def stop(reason: str) -> None:
+  """Prints why the program does not fit and exits with status 1."""
+  print(f"error: {reason}", file=sys.stderr)
+  sys.exit(1)
 
 
-def laid_out(tree, where: NamedSharding):
-  """Shapes with a sharding."""
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
-
-
-def strides_of(config: ConfigDict) -> tuple[int, ...]:
-  """Strides of the four levels: those of P2 to P5, or the output stride of a dilated backbone."""
-  backbone = config.model.backbone
-  return (backbone.output_stride,) * 4 if "output_stride" in backbone else (4, 8, 16, 32)
-
-
-def topology_devices(name: str) -> list:
-  """The chips of a topology.
+def compiled(work: tpu_programs.Work) -> Measured:
+  """Compiles a program.
 
   Raises:
-    UserError: libtpu is not installed or does not know the topology.
+    TooLargeError: it needs more memory than a chip has.
+    UserError: it does not compile for another reason.
   """
-  try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-  except (RuntimeError, ValueError, KeyError) as error:
-    raise UserError(
-      f"--topology={name}: {error}; is libtpu installed (requirements-test.txt)?"
-    ) from error
-
-
-def programs(structure) -> dict:
-  """The forward pass, and the gradient to parameters and inputs, as a training step needs it."""
-
-  def forward(arrays, maps, key):
-    return tuple(m.values_BHWC for m in structure.fill(arrays)(maps, key=key))
-
-  def gradient(arrays, maps, key):
-    parameters = {n: arrays[n] for n in structure.parameters()}
-    values = [m.values_BHWC for m in maps]
-
-    def total(parameters, values):
-      levels = tuple(m.with_values(v) for m, v in zip(maps, values, strict=True))
-      outputs = forward({**arrays, **parameters}, levels, key)
-      return sum(jnp.sum(jnp.square(o.astype(jnp.float32))) for o in outputs)
-
-    return jax.grad(total, argnums=(0, 1))(parameters, values)
-
-  return {"forward": forward, "gradient": gradient}
-
-
-def abstract_arguments(config, structure, mesh, strides, height, width):
-  over_batch = sharding.over_batch(mesh)
-  images = _IMAGES.value * mesh.size
-
-  def level(stride):
-    size = (images, -(-height // stride), -(-width // stride))
-    shape = (*size, config.model.pyramid.channels)
-    return FeatureMap(
-      jax.ShapeDtypeStruct(shape, config.model.dtype, sharding=over_batch),
-      jax.ShapeDtypeStruct(size, bool, sharding=over_batch),
-      stride,
-    )
-
-  replicated = sharding.replicated(mesh)
-  key = laid_out(jax.eval_shape(lambda: jax.random.key(0)), replicated)
-  levels = tuple(level(stride) for stride in strides)
-  return laid_out(structure.shapes, replicated), levels, key
-
-
-def report(name: str, program, arguments, **options) -> None:
-  """Prints the memory that the compiled program needs, or why it does not compile."""
   begun = time.monotonic()
   try:
-    # code that depends on the backend must choose as on the TPU
-    with mock.patch("jax.default_backend", return_value="tpu"):
-      lowered = jax.jit(program, **options).lower(*arguments)
-    memory = lowered.compile().memory_analysis()
+    program = work.lowered().compile()
   except jax.errors.JaxRuntimeError as error:
-    print(f"{name:<10} does not compile: {str(error).splitlines()[0][:160]}")
-    return
-  seconds = time.monotonic() - begun
-  arguments_mb, temporaries_mb, outputs_mb, reused_mb = (
-    size / 1e6
-    for size in (
-      memory.argument_size_in_bytes,
-      memory.temp_size_in_bytes,
-      memory.output_size_in_bytes,
-      memory.alias_size_in_bytes,
-    )
+    reason = " ".join(str(error).split())[:300]
+    if "RESOURCE_EXHAUSTED" in reason:
+      raise TooLargeError(needed(reason)) from error
+    raise UserError(f"{work.name} does not compile: {reason}") from error
+  memory = program.memory_analysis()
+  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  # outputs in the place of arguments, such as the new state, need no memory of their own
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak = max(memory.peak_memory_in_bytes, arguments + temporaries + outputs)
+  return Measured(arguments, temporaries, peak, program.as_text(), time.monotonic() - begun)
+
+
+def needed(message: str) -> str:
+  """Returns the sizes in the compiler's message that a program is too large, or the message."""
+  found = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message) or re.search(
+    r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message
   )
-  peak = arguments_mb + temporaries_mb + outputs_mb - reused_mb
-  print(f"{name:<10}{arguments_mb:>12.0f}{temporaries_mb:>13.0f}{peak:>10.0f}{seconds:>15.0f} s")
+  return f"it needs {found[1]}iB of {found[2]}iB" if found else message
+
+
+def largest(peak: Callable[[int], int | None], memory: int, start: int) -> int:
+  """Returns the largest number of images per chip that fits, with few compilations.
+
+  Numbers are doubled until one does not fit. Between that and the largest that fits, memory is taken to grow
+  linearly, and every candidate is compiled.
+
+  Args:
+    peak: function from images per chip to the bytes that they need; None if they do not compile.
+    memory: bytes of a chip.
+    start: number of images to begin with.
+
+  Returns:
+    The number of images, or 0 if not even `start` fits.
+  """
+  fits: list[tuple[int, int]] = []
+  too_many = None
+  images = start
+  while True:
+    size = peak(images)
+    if size is not None and size <= memory:
+      fits.append((images, size))
+      fits.sort()
+    else:
+      too_many = images
+    if not fits:
+      return 0
+    best = fits[-1][0]
+    if too_many == best + 1:
+      return best
+    images = 2 * best
+    if len(fits) > 1:
+      (few, small), (many, large) = fits[-2:]
+      growth = (large - small) / (many - few)
+      extrapolated = many + int((memory - large) / growth) if growth > 0 else images
+      images = min(images, extrapolated)
+    elif too_many is not None:
+      images = (best + too_many) // 2
+    images = max(images, best + 1)
+    if too_many is not None:
+      images = min(images, too_many - 1)
+
+
+def report(work: tpu_programs.Work, measured: Measured, chip: Chip, images: int, chips: int) -> str:
+  """Returns what is known about a compiled program, in lines."""
+  program = hlo_text.Program(measured.text)
+  collectives = program.collectives()
+  memory_bytes, flops = program.memory_bytes(), work.flops()
+  sent = sum(c.sent * c.times for c in collectives)
+  least = tpu_chips.roofline(chip, flops=flops, memory_bytes=memory_bytes, network_bytes=sent)
+  height, width = work.canvas
+  lines = [
+    f"{work.name}: {images} image(s) of {height} x {width} per chip, compiled in "
+    f"{measured.seconds:.0f} s",
+    f"  memory       {measured.peak / GIB:.2f} GiB of {chip.memory / GIB:.2f} GiB: "
+    f"{measured.arguments / GIB:.2f} arguments, {measured.temporaries / GIB:.2f} temporaries",
+  ]
+  for kind in hlo_text.KINDS:
+    these = [c for c in collectives if c.kind == kind]
+    if these:
+      most = max(these, key=lambda c: c.bytes)
+      lines.append(
+        f"  {kind:<12} {sum(c.times for c in these)} times, "
+        f"{sum(c.times * c.bytes for c in these) / 1e6:.2f} MB, the largest {most.bytes / 1e6:.2f} MB: "
+        f"{most.source[-70:]}"
+      )
+  if unknown := program.loops_of_unknown_length():
+    lines.append(f"  {unknown} loop(s) whose length depends on the data count as one pass")
+  return "\n".join(
+    [
+      *lines,
+      f"  least time   {least.seconds * 1e3:.1f} ms, bound by {least.bound}: "
+      f"compute {least.compute * 1e3:.1f} ms ({flops / 1e12:.3f} TFLOP), "
+      f"memory {least.memory * 1e3:.1f} ms ({memory_bytes / 1e9:.2f} GB), "
+      f"network {least.network * 1e3:.1f} ms ({sent / 1e6:.2f} MB)",
+      f"  at most      {images * chips / least.seconds:.0f} images/s on {chips} chips, "
+      f"{least.utilisation:.0%} of the peak",
+    ]
+  )
 
 
 if __name__ == "__main__":

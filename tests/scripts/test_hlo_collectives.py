@@ -27,7 +27,8 @@ HloModule jit_step, is_scheduled=true
   %t = (s32[], f32[10]{0}) parameter(0)
   %j = s32[] get-tuple-element(%t), index=0
   %g = f32[10]{0} get-tuple-element(%t), index=1
-  %r = f32[10]{0} all-reduce(%g), replica_groups=[1,8]<=[8], to_apply=%add, metadata={op_name="jit(step)/psum"}
+  %r = f32[10]{0} all-reduce(%g), replica_groups=[1,8]<=[8], to_apply=%add, \
+metadata={op_name="jit(step)/psum"}
   ROOT %u = (s32[], f32[10]{0}) tuple(%j, %r)
 }
 
@@ -35,7 +36,8 @@ HloModule jit_step, is_scheduled=true
   %a = bf16[4,6]{1,0} parameter(0)
   %gather.1 = bf16[16,6]{1,0} all-gather(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, \
 backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
-  ROOT %start = (bf16[4,6]{1,0}, bf16[16,6]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+  ROOT %start = (bf16[4,6]{1,0}, bf16[16,6]{1,0}) custom-call(%gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }
 
 %proceeds (b: bf16[4,6], c: f32[10]) -> (f32[10], bf16[16,6]) {
@@ -63,7 +65,8 @@ ENTRY %main (p: f32[10], w: bf16[4,6], v: f32[16]) -> f32[4] {
   %loop = (s32[], f32[10]{0}) while(%begin), condition=%five, body=%body
   %async = (bf16[4,6]{1,0}, bf16[16,6]{1,0}) fusion(%w), kind=kCustom, calls=%begins
   %on = (f32[10]{0}, bf16[16,6]{1,0}) fusion(%w, %p), kind=kOutput, calls=%proceeds
-  %shift = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%v), source_target_pairs={{0,1},{1,0}}
+  %shift = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%v), \
+source_target_pairs={{0,1},{1,0}}
   %shifted = f32[16]{0} collective-permute-done(%shift)
   ROOT %part = f32[4]{0} fusion(%shifted), kind=kCustom, calls=%all-reduce-scatter.1, \
 metadata={op_name="jit(step)/grad"}

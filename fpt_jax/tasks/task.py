@@ -116,6 +116,24 @@ class Task(Protocol):
   ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of each array of a training batch, by `BATCH_KEYS`."""
 
+  def eval_program(
+    self, config: ConfigDict, structure: Skeleton, mesh: jax.sharding.Mesh, images: int
+  ) -> tuple[jax.stages.Wrapped, tuple, dict[str, Any]]:
+    """Returns the jitted function that does the work of `evaluate` for a batch of one view.
+
+    Args:
+      config: complete config.
+      structure: skeleton of the model.
+      mesh: devices that share the batch.
+      images: images of the batch.
+
+    Returns:
+      The jitted function; shapes of its arguments after the model's arrays; its static arguments by name.
+
+    Raises:
+      UserError: the config evaluates in several programs, or does not say on which canvases.
+    """
+
   def forward(self, model: nnx.Module, image_BHWC: jax.Array, size_B2: jax.Array) -> Any:
     """Runs inference on a batch, as evaluation does without test-time views."""
 

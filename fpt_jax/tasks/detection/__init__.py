@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, info, transforms
+from fpt_jax.data import canvases, info
 from fpt_jax.data.records.instances import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
@@ -18,7 +18,7 @@ from fpt_jax.run.config_values import NOT_NEGATIVE, POSITIVE, SHARE
 from fpt_jax.tasks.detection import batches, queries
 from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 from fpt_jax.tasks.detection.draw import draw_example, draw_prediction
-from fpt_jax.tasks.detection.evaluation import evaluate
+from fpt_jax.tasks.detection.evaluation import eval_program, evaluate
 from fpt_jax.tasks.detection.prediction import (
   eval_images,
   predictor,
@@ -42,6 +42,7 @@ __all__ = [
   "draw_example",
   "draw_prediction",
   "eval_images",
+  "eval_program",
   "evaluate",
   "forward",
   "predictor",
@@ -116,14 +117,9 @@ def train_batches(
 
 
 def canvas(config: ConfigDict) -> tuple[int, int]:
-  """See `tasks.task.Task.canvas`: the first bucket, or the widest canvas where there are none."""
-  data = config.data
-  if data.buckets:
-    height, width = data.buckets[0]
-    return height, width
-  return transforms.smallest_canvas(
-    (data.short_edge, data.long_edge), (), canvases.multiple_of(data)
-  )
+  """See `tasks.task.Task.canvas`: the largest canvas of training images."""
+  sizes = tuple(config.data.train_sizes) or (config.data.short_edge,)
+  return batches.largest_canvas(canvases.at_short_edge(config.data, max(sizes)))
 
 
 def batch_shapes(

@@ -7,6 +7,7 @@ pixels, N images of a split, K canvases, V views.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -130,6 +131,19 @@ def eval_batches(
     return views[0].short_edge, False
 
   return _batches(views, reader, plan, augment, canvases_KV2, bitmaps=False)
+
+
+def largest_canvas(data: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Returns the largest canvas (height, width): that of `data.buckets`, or of the widest image.
+
+  Args:
+    data: the config's `data` for images of one size, see `canvases.at_short_edge`.
+  """
+  if data.buckets:
+    height, width = max(data.buckets, key=math.prod)
+    return height, width
+  size = (data.short_edge, data.long_edge)
+  return transforms.smallest_canvas(size, (), canvases.multiple_of(data))
 
 
 def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:

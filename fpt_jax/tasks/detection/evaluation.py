@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fpt_jax.data import info
+from fpt_jax.data import canvases, info
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import sharding, stop
@@ -88,6 +88,24 @@ def evaluate(
   if unscored:
     logging.info("%d detections are of categories that the data set does not have", unscored)
   return score(config, ground_truth, results, workdir)
+
+
+def eval_program(
+  config: ConfigDict, structure: Skeleton, mesh: jax.sharding.Mesh, images: int
+) -> tuple[jax.stages.Wrapped, tuple, dict]:
+  """See `tasks.task.Task.eval_program`: the function that detects in one view."""
+  short_edges = views.short_edges(config)
+  if len(short_edges) > 1 or config.eval.flip:
+    raise UserError(
+      "config.eval.short_edges and config.eval.flip evaluate in several programs; leave one size and "
+      "no mirror images to compile that of one view"
+    )
+  canvas = batches.largest_canvas(canvases.at_short_edge(config.data, short_edges[0]))
+  view = {
+    "image_BHWC": jax.ShapeDtypeStruct((images, *canvas, 3), np.float32),
+    "size_B2": jax.ShapeDtypeStruct((images, 2), np.int32),
+  }
+  return views.detector_in_one_view(structure, sharding.replicated(mesh)), (view,), {}
 
 
 def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: str) -> dict:

@@ -25,6 +25,21 @@ def short_edges(config: ConfigDict) -> tuple[int, ...]:
   return tuple(config.eval.short_edges) or (config.data.short_edge,)
 
 
+def detector_in_one_view(
+  structure: Skeleton, sharding: jax.sharding.Sharding | None = None
+) -> jax.stages.Wrapped:
+  """Returns the jitted function from a model's arrays and one view to what `RCNN.detect` returns.
+
+  Args:
+    structure: skeleton of the model.
+    sharding: sharding of the detections; None leaves it to the compiler.
+  """
+  return jax.jit(
+    lambda arrays, view: structure.fill(arrays).detect(view["image_BHWC"], view["size_B2"]),
+    out_shardings=sharding,
+  )
+
+
 def detector(
   config: ConfigDict, structure: Skeleton, sharding: jax.sharding.Sharding | None = None
 ) -> Detect:
@@ -43,10 +58,7 @@ def detector(
   options = {} if sharding is None else {"out_shardings": sharding}
   flips = (False, True) if config.eval.flip else (False,)
   if len(short_edges(config)) * len(flips) == 1:
-    plain = jax.jit(
-      lambda arrays, view: structure.fill(arrays).detect(view["image_BHWC"], view["size_B2"]),
-      **options,
-    )
+    plain = detector_in_one_view(structure, sharding)
     return lambda arrays, views: plain(arrays, views[0])
 
   @jax.jit

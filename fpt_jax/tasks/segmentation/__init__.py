@@ -16,7 +16,7 @@ from fpt_jax.tasks.labels import model_batches
 from fpt_jax.tasks.segmentation import batches, queries
 from fpt_jax.tasks.segmentation.classes import adopt_classes, class_table
 from fpt_jax.tasks.segmentation.draw import draw_example, draw_prediction
-from fpt_jax.tasks.segmentation.evaluation import evaluate
+from fpt_jax.tasks.segmentation.evaluation import eval_program, evaluate
 from fpt_jax.tasks.segmentation.prediction import (
   eval_images,
   predictor,
@@ -39,6 +39,7 @@ __all__ = [
   "draw_example",
   "draw_prediction",
   "eval_images",
+  "eval_program",
   "evaluate",
   "forward",
   "predictor",

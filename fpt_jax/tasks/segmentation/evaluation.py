@@ -5,6 +5,7 @@ Shapes: B images of a batch, H W rows and columns, T P true and predicted classe
 
 import functools
 import json
+import math
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from fpt_jax.tasks.segmentation import batches, miou
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.draw import draw_confusion
 from fpt_jax.tasks.segmentation.prediction import submission_writer
-from fpt_jax.tasks.segmentation.views import labeller
+from fpt_jax.tasks.segmentation.views import labeller, scaled_canvas, scorer_at_one_scale
 
 CONFUSION_FILE = "eval/confusion.json"
 
@@ -99,6 +100,29 @@ def evaluate(
   if not_written:
     raise ResultsNotWrittenError(not_written, metrics) from not_written
   return metrics
+
+
+def eval_program(
+  config: ConfigDict, structure: Skeleton, mesh: jax.sharding.Mesh, images: int
+) -> tuple[jax.stages.Wrapped, tuple, dict]:
+  """See `tasks.task.Task.eval_program`: the scores at the largest scale and canvas."""
+  if not config.data.buckets:
+    raise UserError(
+      "config.data.buckets is empty: the canvases of an evaluation depend on the image files; set one, such "
+      "as --config.data.buckets='((1024, 2048),)'"
+    )
+  if config.eval.window:
+    raise UserError(
+      "config.eval.window: the number of windows depends on the images; set '--config.eval.window=()' to "
+      "compile an evaluation of whole images"
+    )
+  height, width = max(config.data.buckets, key=math.prod)
+  multiple = config.data.canvas_multiple
+  canvas = scaled_canvas((height, width), max(config.eval.scales), multiple)
+  size_B2 = jax.ShapeDtypeStruct((images, 2), np.int32)
+  inputs = (jax.ShapeDtypeStruct((images, *canvas, 3), np.float32), size_B2, size_B2)
+  program = scorer_at_one_scale(config, structure, sharding.over_batch(mesh))
+  return program, inputs, {"canvas": (height, width)}
 
 
 def score(config: ConfigDict, counts_TP: np.ndarray, images: int, workdir: str) -> dict:

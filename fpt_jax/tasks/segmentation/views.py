@@ -113,6 +113,43 @@ def resized(
   return jax.vmap(one)(x_BHWC, size_B2, new_size_B2)
 
 
+def scorer_at_one_scale(
+  config: ConfigDict,
+  structure: Skeleton,
+  out_shardings: jax.sharding.Sharding | None = None,
+) -> jax.stages.Wrapped:
+  """Returns the jitted function from images at one scale to the scores of the classes.
+
+  Args:
+    config: config of the run; its windows and mirror images are combined.
+    structure: skeleton of the model.
+    out_shardings: sharding of the scores.
+
+  Returns:
+    A function (arrays, image_BHWC, size_B2, original_size_B2, canvas) -> float32 [B, *canvas, K] at the size
+    of the image files; the canvas is static.
+  """
+  swapped_K = crops.mirror_table(config.model.swaps)[: config.model.num_classes]
+
+  @functools.partial(jax.jit, static_argnames="canvas", out_shardings=out_shardings)
+  def scores_at_one_scale(arrays, image_BHWC, size_B2, original_size_B2, canvas):
+    model = structure.fill(arrays)
+    infer = functools.partial(
+      probabilities,
+      model.logits,
+      window=tuple(config.eval.window),
+      overlap=config.eval.overlap,
+      multiple=config.data.canvas_multiple,
+    )
+    scores_BHWK = infer(image_BHWC, size_B2)
+    if config.eval.flip:
+      other_BHWK = infer(mirror(image_BHWC, size_B2), size_B2)
+      scores_BHWK += mirror(other_BHWK, size_B2)[..., swapped_K]
+    return resized(scores_BHWK, size_B2, original_size_B2, canvas)
+
+  return scores_at_one_scale
+
+
 def labeller(
   config: ConfigDict,
   structure: Skeleton,
@@ -134,26 +171,8 @@ def labeller(
     A function (arrays, image_BHWC, size_B2, original_size_B2, canvas) -> uint8 [B, *canvas] of classes,
     with images as `batches.eval_batches` yields them, and a canvas at least as large as each file's image.
   """
-  window, overlap = tuple(config.eval.window), config.eval.overlap
-  scales, flip = tuple(config.eval.scales), config.eval.flip
-  multiple = config.data.canvas_multiple
-  swapped_K = crops.mirror_table(config.model.swaps)[: config.model.num_classes]
-
-  @functools.partial(jax.jit, static_argnames="canvas", out_shardings=out_shardings)
-  def scores_at_one_scale(arrays, image_BHWC, size_B2, original_size_B2, canvas):
-    model = structure.fill(arrays)
-    infer = functools.partial(
-      probabilities,
-      model.logits,
-      window=window,
-      overlap=overlap,
-      multiple=multiple,
-    )
-    scores_BHWK = infer(image_BHWC, size_B2)
-    if flip:
-      other_BHWK = infer(mirror(image_BHWC, size_B2), size_B2)
-      scores_BHWK += mirror(other_BHWK, size_B2)[..., swapped_K]
-    return resized(scores_BHWK, size_B2, original_size_B2, canvas)
+  scales, multiple = tuple(config.eval.scales), config.data.canvas_multiple
+  scores_at_one_scale = scorer_at_one_scale(config, structure, out_shardings)
 
   @functools.partial(jax.jit, out_shardings=out_shardings)
   def best(scores_BHWK):
@@ -178,15 +197,21 @@ def at_scale(
   """Resizes images by a factor, on canvases rounded up to `multiple` pixels; returns them and their sizes."""
   if scale == 1:
     return image_BHWC, size_B2
-  canvas = tuple(
-    -(-round(edge * scale + 0.5) // multiple) * multiple for edge in image_BHWC.shape[1:3]
-  )
+  canvas = scaled_canvas(image_BHWC.shape[1:3], scale, multiple)
   sizes = [crops.scaled_size(size, scale) for size in size_B2]
   images = [
     transforms.resize_and_pad(image_HWC[: old[0], : old[1]], new, canvas)
     for image_HWC, old, new in zip(image_BHWC, size_B2, sizes, strict=True)
   ]
   return np.stack(images), np.array(sizes, np.int32)
+
+
+def scaled_canvas(canvas: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+  """Returns the size of the canvas that `at_scale` lays images on."""
+  if scale == 1:
+    return canvas
+  height, width = (-(-round(edge * scale + 0.5) // multiple) * multiple for edge in canvas)
+  return height, width
 
 
 def _cut(x_BHWC, start_B2, size):

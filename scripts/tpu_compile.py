@@ -43,7 +43,12 @@ _TOPOLOGY = flags.DEFINE_string(
 _PART = flags.DEFINE_enum(
   "part", "train", tpu_programs.PARTS, "A training step, an evaluation, or FPT alone."
 )
-_IMAGES = flags.DEFINE_integer("images_per_chip", 1, "Images on each chip.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer(
+  "images_per_chip",
+  1,
+  "Images on each chip, or on the chips that share an image by config.mesh.shape.",
+  lower_bound=1,
+)
 _QUICK = flags.DEFINE_bool(
   "quick",
   False,
@@ -82,7 +87,8 @@ def main() -> None:
       measured = compiled(work)
     except TooLargeError as error:
       stop(f"{work.name} with {_IMAGES.value} image(s) per chip does not fit: {error}")
-    print(report(work, measured, chip, _IMAGES.value, len(devices)), flush=True)
+    groups = len(devices) // work.shares
+    print(report(work, measured, chip, _IMAGES.value, groups), flush=True)
     if measured.peak > chip.memory:
       stop(f"{work.name} with {_IMAGES.value} image(s) per chip does not fit")
 
@@ -109,7 +115,7 @@ def search(works: Callable[[int], list[tpu_programs.Work]], chip: Chip, chips: i
   if not most:
     stop(f"{_IMAGES.value} image(s) per chip do not fit")
   (work,) = works(most)
-  print(f"the most that fits:\n{report(work, fitting[most], chip, most, chips)}")
+  print(f"the most that fits:\n{report(work, fitting[most], chip, most, chips // work.shares)}")
 
 
 def stop(reason: str) -> NoReturn:

@@ -109,15 +109,25 @@ def largest(peak: Callable[[int], int | None], memory: int, start: int) -> int:
       images = min(images, too_many - 1)
 
 
-def report(work: Work, measured: Measured, chip: Chip, images: int, chips: int) -> str:
-  """Returns what is known about a compiled program, in lines."""
+def report(work: Work, measured: Measured, chip: Chip, images: int, groups: int) -> str:
+  """Returns what is known about a compiled program, in lines.
+
+  Args:
+    work: the program.
+    measured: what the compiler reports about it.
+    chip: kind of the chips.
+    images: images on each of the groups of chips that share images.
+    groups: number of these groups; without `config.mesh.shape`, that of the chips.
+  """
+  chips = groups * work.shares
+  per = "chip" if work.shares == 1 else f"{work.shares} chips"
   program, flops = Program(measured.text), work.flops()
   exchanged, moved = collectives(program), memory_bytes(program)
   sent = sum(c.sent * c.times for c in exchanged)
   least = roofline(chip, flops=flops, memory_bytes=moved, network_bytes=sent)
   height, width = work.canvas
   lines = [
-    f"{work.name}: {images} image(s) of {height} x {width} per chip, compiled in "
+    f"{work.name}: {images} image(s) of {height} x {width} per {per}, compiled in "
     f"{measured.seconds:.0f} s",
     f"  memory       {measured.peak / GIB:.2f} GiB of {chip.memory / GIB:.2f} GiB: "
     f"{measured.arguments / GIB:.2f} arguments, {measured.temporaries / GIB:.2f} temporaries",
@@ -140,7 +150,7 @@ def report(work: Work, measured: Measured, chip: Chip, images: int, chips: int) 
       f"compute {least.compute * 1e3:.1f} ms ({flops / 1e12:.3f} TFLOP), "
       f"memory {least.memory * 1e3:.1f} ms ({moved / 1e9:.2f} GB), "
       f"network {least.network * 1e3:.1f} ms ({sent / 1e6:.2f} MB)",
-      f"  at most      {images * chips / least.seconds:.0f} images/s on {chips} chips, "
+      f"  at most      {images * groups / least.seconds:.0f} images/s on {chips} chips, "
       f"{least.utilisation:.0%} of the peak",
     ]
   )

@@ -9,7 +9,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -27,15 +26,6 @@ PARTS = ("train", "eval", "fpt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-  """How a program is distributed: the devices, and where weights and batches are."""
-
-  mesh: Mesh
-  weights: NamedSharding
-  batch: NamedSharding
-
-
-@dataclasses.dataclass(frozen=True)
 class Work:
   """A program to compile.
 
@@ -43,13 +33,15 @@ class Work:
     name: what it is called in reports.
     canvas: (height, width) of the images, pixels.
     lower: lowers the program for its devices.
-    cost: counts the arithmetic of one device.
+    cost: counts the arithmetic of the devices that share an image.
+    shares: number of these devices.
   """
 
   name: str
   canvas: tuple[int, int]
   lower: Callable[[], jax.stages.Lowered]
   cost: Callable[[], Cost]
+  shares: int
 
   def lowered(self) -> jax.stages.Lowered:
     """The lowered program; code that depends on the backend chooses as on a TPU."""
@@ -60,13 +52,7 @@ class Work:
     """Arithmetic operations of one device; a multiply-add is two."""
     with mock.patch("jax.default_backend", return_value="tpu"):
       cost = self.cost()
-    return 2 * (cost.multiply_adds + cost.attention)
-
-
-def layout_of(devices: list) -> Layout:
-  """Returns the layout that training has on these devices: data parallelism."""
-  mesh = Mesh(np.array(devices), ("data",))
-  return Layout(mesh, sharding.replicated(mesh), sharding.over_batch(mesh))
+    return 2 * (cost.multiply_adds + cost.attention) // self.shares
 
 
 def works(part: str, config: ConfigDict, devices: list, images: int) -> list[Work]:
@@ -76,17 +62,22 @@ def works(part: str, config: ConfigDict, devices: list, images: int) -> list[Wor
     part: one of `PARTS`.
     config: complete config.
     devices: devices of a topology.
-    images: images on each device.
+    images: images on each device, or on the devices that share an image.
 
   Raises:
     UserError: the config does not fit the part.
   """
-  layout = layout_of(devices)
-  return {"train": train, "eval": evaluation, "fpt": fpt}[part](config, layout, images)
+  mesh = sharding.mesh(config.mesh.shape, devices=devices)
+  return {"train": train, "eval": evaluation, "fpt": fpt}[part](config, mesh, images)
+
+
+def all_images(mesh: Mesh, images: int) -> int:
+  """Returns the images of a global batch."""
+  return images * mesh.size // mesh.shape["query"]
 
 
 def placed(tree, where: NamedSharding):
-  """Shapes with a sharding."""
+  """Shapes with one sharding."""
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
 
 
@@ -98,7 +89,7 @@ def random_key() -> jax.ShapeDtypeStruct:
   return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def train(config: ConfigDict, layout: Layout, images: int) -> list[Work]:
+def train(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
   """The step that `fpt_jax.train` runs.
 
   Its arithmetic is that of the forward pass and of the gradient of the trained parameters, without what is
@@ -108,26 +99,28 @@ def train(config: ConfigDict, layout: Layout, images: int) -> list[Work]:
   shapes, trained = structure.shapes, optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   optimizer_state = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
+  state = sharding.laid_out(training_state(shapes, trained, optimizer_state), mesh)
+  whole = sharding.replicated(mesh)
   task = task_of(config)
   canvas = task.canvas(config)
 
   def lower() -> jax.stages.Lowered:
     step = make_train_step(structure, optimizer, optim.total_steps(config))
-    state = training_state(shapes, trained, optimizer_state)
-    batch = task.batch_shapes(config, images * layout.mesh.size, canvas)
+    batch = task.batch_shapes(config, all_images(mesh, images), canvas)
     numbers = (
       jax.ShapeDtypeStruct((), jnp.int32),
       random_key(),
       jax.ShapeDtypeStruct((), jnp.bool_),
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=layout.weights).lower(
-      placed(state, layout.weights), placed(batch, layout.batch), *placed(numbers, layout.weights)
+    outputs = (sharding.shardings(state), whole, whole)
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(
+      state, placed(batch, sharding.over_batch(mesh)), *placed(numbers, whole)
     )
 
   def cost() -> Cost:
     return total(training_costs(config, structure, task.batch_shapes(config, images, canvas)))
 
-  return [Work("train", canvas, lower, cost)]
+  return [Work("train", canvas, lower, cost, mesh.shape["query"])]
 
 
 def training_costs(config: ConfigDict, structure: Skeleton, batch: dict) -> dict[str, Cost]:
@@ -143,19 +136,19 @@ def training_costs(config: ConfigDict, structure: Skeleton, batch: dict) -> dict
   return count(gradient, structure, batch, random_key())
 
 
-def evaluation(config: ConfigDict, layout: Layout, images: int) -> list[Work]:
+def evaluation(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
   """The program that an evaluation runs for each batch; its arithmetic is that of the forward pass."""
   structure = models.structure_of(config)
   task = task_of(config)
-  everything = images * layout.mesh.size
-  program, inputs, options = task.eval_program(config, structure, layout.mesh, everything)
+  everything = all_images(mesh, images)
+  program, inputs, options = task.eval_program(config, structure, mesh, everything)
   leaves = jax.tree.leaves(inputs)
   image_BHWC = next(leaf for leaf in leaves if leaf.ndim == 4)
   height, width = image_BHWC.shape[1:3]
 
   def lower() -> jax.stages.Lowered:
-    arrays = placed(structure.shapes, layout.weights)
-    return program.lower(arrays, *placed(inputs, layout.batch), **options)
+    arrays = sharding.laid_out(structure.shapes, mesh)
+    return program.lower(arrays, *placed(inputs, sharding.over_batch(mesh)), **options)
 
   def forward(arrays, image_BHWC, size_B2):
     return task.forward(structure.fill(arrays), image_BHWC, size_B2)
@@ -166,10 +159,10 @@ def evaluation(config: ConfigDict, layout: Layout, images: int) -> list[Work]:
     once = total(count(forward, structure, image_BHWC, size_B2))
     return once + once if config.eval.flip else once
 
-  return [Work("eval", (height, width), lower, cost)]
+  return [Work("eval", (height, width), lower, cost, mesh.shape["query"])]
 
 
-def fpt(config: ConfigDict, layout: Layout, images: int) -> list[Work]:
+def fpt(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
   """FPT alone: the forward pass, and the gradient to parameters and inputs, as a training step needs it."""
   model, strides = FrozenConfigDict(config.model), strides_of(config)
   structure = skeleton(
@@ -192,14 +185,15 @@ def fpt(config: ConfigDict, layout: Layout, images: int) -> list[Work]:
   def work(name: str, run: Callable) -> Work:
     def lower() -> jax.stages.Lowered:
       return jax.jit(run).lower(
-        placed(structure.shapes, layout.weights),
-        placed(levels(images * layout.mesh.size), layout.batch),
-        placed(random_key(), layout.weights),
+        sharding.laid_out(structure.shapes, mesh),
+        placed(levels(all_images(mesh, images)), sharding.over_batch(mesh)),
+        placed(random_key(), sharding.replicated(mesh)),
       )
 
-    return Work(
-      name, canvas, lower, lambda: total(count(run, structure, levels(images), random_key()))
-    )
+    def cost() -> Cost:
+      return total(count(run, structure, levels(images), random_key()))
+
+    return Work(name, canvas, lower, cost, mesh.shape["query"])
 
   return [work("forward", fpt_forward(structure)), work("gradient", fpt_gradient(structure))]
 

@@ -61,10 +61,9 @@ class Trace:
   """
 
   def __init__(self, workdir: str, steps: Steps | None, start: int):
-    self._folder = (
-      run_folder(workdir) / FOLDER
-    )  # XProf finds sessions in its folder plugins/profile
-    self._steps, self._temporary = steps, None
+    self._folder = run_folder(workdir) / FOLDER
+    self._steps = steps
+    self._running: tuple[Steps, tempfile.TemporaryDirectory] | None = None
     if steps and steps.first <= start:
       logging.warning(
         "--profile_steps=%d:%d: the run resumes at step %d, so nothing is traced", *steps, start
@@ -75,31 +74,34 @@ class Trace:
     return self
 
   def __exit__(self, *_):
-    if self._temporary is not None:
-      self._write()
+    self._write()
 
   def begin(self, step: int, arrays: Any) -> None:
     """Called before a step with arrays that the steps before it compute."""
     if self._steps and step == self._steps.first:
       jax.block_until_ready(arrays)
-      self._temporary = tempfile.TemporaryDirectory()
-      jax.profiler.start_trace(self._temporary.name)
+      self._running = self._steps, tempfile.TemporaryDirectory()
+      jax.profiler.start_trace(self._running[1].name)
 
   def end(self, step: int, arrays: Any) -> None:
     """Called after a step with arrays that it computes."""
-    if self._temporary is not None and step == self._steps.last:
+    if self._running is not None and step == self._running[0].last:
       jax.block_until_ready(arrays)
       self._write()
 
   def _write(self) -> None:
-    # through a local folder, because the profiler cannot write to buckets
-    source, self._temporary = self._temporary, None
-    session = self._folder / "plugins" / "profile" / f"steps_{self._steps.first}_{self._steps.last}"
-    with source:
+    """Ends the trace, if one is running, and writes it."""
+    if self._running is None:
+      return
+    # Through a local folder, because the profiler cannot write to buckets. XProf looks for sessions in
+    # plugins/profile.
+    (steps, local), self._running = self._running, None
+    session = self._folder / "plugins" / "profile" / f"steps_{steps.first}_{steps.last}"
+    with local:
       try:
         jax.profiler.stop_trace()
         make_folder(session)
-        for file in pathlib.Path(source.name).glob("plugins/profile/*/*"):
+        for file in pathlib.Path(local.name).glob("plugins/profile/*/*"):
           target = session / f"{jax.process_index()}_{file.name}"
           with writing(target):
             target.write_bytes(file.read_bytes())
@@ -107,7 +109,7 @@ class Trace:
         logging.error("the trace of --profile_steps could not be written: %s", one_line(error, 300))
         return
     logging.info(
-      "steps %d to %d are traced in %s; show them with `pip install xprof` and `xprof --logdir=%s`, or open "
-      "the *.trace.json.gz there at https://ui.perfetto.dev",
-      *(*self._steps, self._folder, self._folder),
+      "the trace of steps %d to %d is in %s; show it with `pip install xprof` and `xprof --logdir=%s`, or open "
+      "its *.trace.json.gz at https://ui.perfetto.dev",
+      *(*steps, self._folder, self._folder),
     )

@@ -113,7 +113,7 @@ class RCNN(nnx.Module):
 
   def levels_of_normalized(self, image_BHWC, valid_BHW, *, train: bool) -> Pyramid:
     """Computes the levels that FPT transforms; arguments as for `features_of_normalized`."""
-    image_BHWC, valid_BHW = rows_over_query((image_BHWC, valid_BHW))
+    image_BHWC, valid_BHW = rows_over_query((image_BHWC, valid_BHW), stride=32)
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("backbone"):
       levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train)
@@ -159,7 +159,7 @@ class RCNN(nnx.Module):
     """Computes the losses of P2..P6; arguments and result as for `losses`, with two PRNG keys."""
     canvas = batch["image_BHWC"].shape[1:3]
     policy = policy_of(self.config, "heads")
-    logits, deltas = whole_images(recomputed(lambda pyramid: self.rpn(pyramid), policy)(pyramid))
+    logits, deltas = recomputed(lambda pyramid: self.rpn(pyramid), policy)(pyramid)
     pyramid = whole_images(pyramid)  # a region may lie anywhere
     anchors_LA4 = self.rpn.anchors(pyramid, canvas)
     gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
@@ -323,7 +323,7 @@ class RCNN(nnx.Module):
       boxes_BM4 (pixels of the canvas), scores_BM in descending order, -1 where there is no box, and
       labels_BM; M is `max_candidates`, or the number of all boxes if that is smaller.
     """
-    logits, deltas = whole_images(self.rpn(pyramid))
+    logits, deltas = self.rpn(pyramid)
     proposals_BN4, _, valid_BN = self.rpn.propose(
       logits, deltas, self.rpn.anchors(pyramid, canvas), size_B2, train=False
     )

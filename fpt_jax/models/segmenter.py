@@ -74,7 +74,9 @@ class Segmenter(nnx.Module):
     """
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
-    normalized_BHWC, valid_BHW = rows_over_query((normalized_BHWC, valid_BHW))
+    normalized_BHWC, valid_BHW = rows_over_query(
+      (normalized_BHWC, valid_BHW), stride=self.config.backbone.output_stride
+    )
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
 
@@ -139,7 +141,7 @@ class Segmenter(nnx.Module):
     """
     main_key, auxiliary_key = jax.random.split(key)
     levels = self.backbone_levels(batch["image_BHWC"], batch["size_B2"], train=True)
-    labels_BHW = rows_over_query(batch["label_BHW"])
+    labels_BHW = rows_over_query(batch["label_BHW"], stride=1)
     policy = policy_of(self.config, "heads")
 
     def loss_of(logits: FeatureMap) -> jax.Array:

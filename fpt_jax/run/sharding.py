@@ -197,11 +197,30 @@ def whole_weights(arrays: Tree) -> Tree:
   return jax.tree.map(lambda x: constrained(x) if axis_size(x, "fsdp") > 1 else x, arrays)
 
 
-def rows_over_query(tree: Tree) -> Tree:
-  """Splits arrays [B, H, ...] along the rows of the images."""
-  return jax.tree.map(
-    lambda x: constrained(x, BATCH_AXES, "query") if axis_size(x, "query") > 1 else x, tree
-  )
+def rows_over_query(tree: Tree, *, stride: int) -> Tree:
+  """Splits arrays [B, H, ...] along the rows of the images.
+
+  Args:
+    tree: the arrays.
+    stride: stride of the coarsest level that is computed from them.
+
+  Raises:
+    UserError: the devices cannot share the rows of this level evenly.
+  """
+
+  def one(x):
+    shares = axis_size(x, "query")
+    if shares == 1:
+      return x
+    if x.shape[1] % (shares * stride):
+      raise UserError(
+        f"images of {x.shape[1]} rows cannot be shared by {shares} devices at a stride of {stride}; with "
+        f"this config.mesh.shape, heights must be multiples of {shares * stride} (config.data.buckets, "
+        "config.data.crop, config.data.canvas_multiple)"
+      )
+    return constrained(x, BATCH_AXES, "query")
+
+  return jax.tree.map(one, tree)
 
 
 def whole_images(tree: Tree) -> Tree:

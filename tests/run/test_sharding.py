@@ -54,6 +54,17 @@ values = np.random.default_rng(0).standard_normal((3, 3, 64, 128)).astype(np.flo
 array = sharding.place({"kernel": values}, mesh)["kernel"]
 assert array.sharding.spec == specs["kernel"] and (np.asarray(array) == values).all()
 
+def split(rows, stride):
+  x = sharding.to_devices({"x": np.ones((8, rows, 3))}, mesh)["x"]
+  return jax.jit(lambda x: sharding.rows_over_query(x, stride=stride))(x)
+assert split(16, 8).sharding.spec == P(("data", "fsdp"), "query")
+try:
+  split(24, 8)
+except UserError as error:
+  assert "heights must be multiples of 16" in str(error)
+else:
+  raise AssertionError("three rows of the coarsest level cannot be shared by two devices")
+
 # queries that two devices cannot share evenly; each device computes its own
 batch = sharding.to_devices({"q": np.arange(8 * 5.0).reshape(8, 5, 1), "k": np.ones((8, 3))}, mesh)
 def function(split, whole):
@@ -86,7 +97,7 @@ def test_a_mesh_of_one_device_shards_nothing():
   shape = sharding.laid_out(jax.ShapeDtypeStruct((128, 128), jnp.float32), mesh)
   assert shape.sharding == sharding.replicated(mesh)
   x = jnp.ones((2, 6, 3))
-  assert sharding.rows_over_query(x) is x and sharding.whole_images(x) is x
+  assert sharding.rows_over_query(x, stride=4) is x and sharding.whole_images(x) is x
   np.testing.assert_array_equal(sharding.in_shares(lambda q, k: q + k, x, 1), np.full((2, 6, 3), 2))
 
 

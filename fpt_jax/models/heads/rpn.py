@@ -1,6 +1,6 @@
 """Region Proposal Network (Ren et al. 2015) over a pyramid (Lin et al. 2017).
 
-Shapes: B batch, H W rows and columns, A anchors (of a level, or of all levels together), N proposals,
+Shapes: B batch, H W rows and columns, A anchors (of a position, a level, or all levels), N proposals,
 G ground truths, K candidates of a level, L levels.
 """
 
@@ -14,6 +14,7 @@ from fpt_jax.models.layers import conv
 from fpt_jax.ops import boxes, losses, sampling
 from fpt_jax.ops.anchors import anchors
 from fpt_jax.ops.nms import nms
+from fpt_jax.run.sharding import whole_images
 
 MIN_PROPOSAL_SIDE = 1e-3
 
@@ -46,8 +47,10 @@ class RegionProposalNetwork(nnx.Module):
     for level in pyramid:
       x_BHWC = nnx.relu(self.conv(level.values_BHWC))
       batch = x_BHWC.shape[0]
-      logits.append(self.objectness(x_BHWC).reshape(batch, -1).astype(jnp.float32))
-      deltas.append(self.deltas(x_BHWC).reshape(batch, -1, 4).astype(jnp.float32))
+      # the best of all anchors are chosen
+      logits_BHWA, deltas_BHWX = whole_images((self.objectness(x_BHWC), self.deltas(x_BHWC)))
+      logits.append(logits_BHWA.reshape(batch, -1).astype(jnp.float32))
+      deltas.append(deltas_BHWX.reshape(batch, -1, 4).astype(jnp.float32))
     return logits, deltas
 
   def anchors(self, pyramid: Pyramid, canvas: tuple[int, int]) -> tuple[np.ndarray, ...]:

@@ -220,16 +220,31 @@ with open(cloud / "calls.jsonl", "a") as file:
 flags = dict(a.partition("=")[::2] for a in rest if a.startswith("--"))
 names = [a for a in rest if not a.startswith("--")]
 state = cloud / "state"
+request = cloud / "request"
 homes = [cloud / "host0", cloud / "host1"]
-if verb == "list":
-  print("another\\tREADY")
-  if state.exists():
-    print(f"fpt\\t{state.read_text()}")
-elif verb == "create":
+def make():
   assert not state.exists(), "ALREADY_EXISTS"
   for home in homes:
     shutil.copytree(cloud / "image", home, symlinks=True)
   state.write_text("READY")
+if group == "queued-resources":
+  if verb == "create":
+    assert not request.exists(), "ALREADY_EXISTS"
+    request.write_text("WAITING_FOR_RESOURCES")
+  elif verb == "delete":
+    request.unlink()
+    state.unlink(missing_ok=True)
+  elif request.exists():
+    print(f"fpt\\t{request.read_text()}")
+    if request.read_text() == "WAITING_FOR_RESOURCES":  # its turn comes after somebody has looked
+      make()
+      request.write_text("ACTIVE")
+elif verb == "list":
+  print("another\\tREADY")
+  if state.exists():
+    print(f"fpt\\t{state.read_text()}")
+elif verb == "create":
+  make()
 elif verb == "delete":
   state.unlink()
 elif verb == "scp":
@@ -395,3 +410,19 @@ def test_a_mistake_on_the_hosts_is_seen_at_the_start(cloud):
   done = on(cloud, "start", "--config=configs/camvid.py", FLAGS[1])
   assert done.returncode == 2
   assert done.stdout.count("ended with status 1: error: a mistake in the config") == 2
+
+
+@pytest.mark.slow
+def test_a_pod_from_the_queue(cloud):
+  queued = ("--queued", "--spot")
+  assert on(cloud, "create", *queued).returncode == 0
+  installed = on(cloud, "install", *queued)
+  assert "waiting for fpt: WAITING_FOR_RESOURCES" in installed.stdout
+  assert [line.split()[0] for line in lines_of_hosts(installed)] == ["jax", "jax"]
+  preempt(cloud)
+  (cloud / "state").unlink()
+  (cloud / "request").write_text("SUSPENDED")
+  assert "fpt is SUSPENDED; resume makes it again" in on(cloud, "install", *queued).stderr
+  resumed = on(cloud, "resume", *FLAGS, *queued)
+  assert [line[:7] for line in lines_of_hosts(resumed)[-2:]] == ["running"] * 2
+  assert calls(cloud).count("create") == 2 and calls(cloud).count("delete") == 1

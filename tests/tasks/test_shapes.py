@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fpt_jax import models
+from fpt_jax import data, models
 from fpt_jax.configs import cityscapes, coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.run import sharding
@@ -39,6 +39,7 @@ def described(batch):
 def test_shapes_of_a_training_batch(module, fields, canvas, shapes):
   config = config_of(module, shapes, **fields)
   task = task_of(config)
+  task.adopt_classes(config, data.info(config.data))
   assert task.canvas(config) == canvas
   with task.train_batches(config, 0) as batches:
     batch = next(batches)

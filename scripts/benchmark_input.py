@@ -133,10 +133,10 @@ def report(config: ConfigDict, found, loaders, counts) -> None:
   )
   of_stages = medians["stages", 1]
   whole = sum(of_stages.values())
-  print(f"\n{'stage, one core':<18}{'ms per image':>14}{'share':>8}")
+  print(f"\n{'stage, one core':<18}{'CPU per image':>14}{'share':>8}")
   for stage, seconds in of_stages.items():
-    print(f"{stage:<18}{1e3 * seconds:>14.2f}{seconds / whole:>8.0%}")
-  print(f"{'sum':<18}{1e3 * whole:>14.2f}")
+    print(f"{stage:<18}{1e3 * seconds:>11.2f} ms{seconds / whole:>8.0%}")
+  print(f"{'sum':<18}{1e3 * whole:>11.2f} ms")
   print(f"\n{'loader':<12}{'cores':>6}{'images/s':>10}{'per core':>10}{'CPU':>11}{'memory':>11}")
   for name, workers in itertools.product(loaders, counts):
     run = medians[name, workers]
@@ -151,15 +151,15 @@ def report(config: ConfigDict, found, loaders, counts) -> None:
 
 
 def stages(config: ConfigDict, workers: int) -> dict[str, float]:
-  """Seconds per image of each stage, one after another."""
+  """CPU seconds per image of each stage, one after another."""
   del workers
   seconds: dict[str, float] = {}
 
   @contextlib.contextmanager
   def timed(stage: str) -> Iterator[None]:
-    begun = time.perf_counter()
+    begun = time.process_time()
     yield
-    seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - begun
+    seconds[stage] = seconds.get(stage, 0) + time.process_time() - begun
 
   class TimedReader(Reader):
     def read(self, index):

@@ -152,6 +152,8 @@ def report(config: ConfigDict, found, loaders, counts) -> None:
 
 def stages(config: ConfigDict, workers: int) -> dict[str, float]:
   """CPU seconds per image of each stage, one after another."""
+  import tensorflow as tf
+
   del workers
   seconds: dict[str, float] = {}
 
@@ -190,9 +192,9 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
         with timed("resize and pad"):
           image = transforms.resize_and_pad(example["image_BHWC"], example["size_B2"], canvas)
         del resized
-        examples.append(example | {"image_BHWC": image.numpy()})
+        examples.append(example | {"image_BHWC": image})
       with timed("batch"):
-        batch = {name: np.stack([example[name] for example in examples]) for name in keys}
+        batch = {n: tf.stack([example[n] for example in examples]).numpy() for n in keys}
       with timed("to device"):
         jax.block_until_ready(sharding.to_devices(batch, mesh))
   together, padded = seconds.pop("read, decode and instances"), seconds.pop("resize and pad")

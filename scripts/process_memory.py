@@ -13,6 +13,12 @@ def peak_growth(work: Callable[[], object]) -> float:
   return (_status("VmHWM") - before) / 1e3
 
 
+def private(pid: int) -> float:
+  """MB of a process that it shares with no other; Linux only."""
+  lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+  return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+
+
 def _status(field: str) -> int:
   """A field of this process's status in kilobytes."""
   for line in pathlib.Path("/proc/self/status").read_text().splitlines():

@@ -264,7 +264,7 @@ def _batches(
 
   def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
     short, mirrored = augment(position)
-    example = _load(data, reader, index, short, mirrored, bitmaps, overfull)
+    example = load_example(data, reader, index, short, mirrored, bitmaps, overfull)
     example["valid_B"] = np.array(valid)
     if not valid:
       example["image_id_B"] = np.array(-1, np.int64)
@@ -295,7 +295,7 @@ def _batches(
   return assemble(data, reader, plan, fields, load, finish)
 
 
-def _load(
+def load_example(
   data: ml_collections.ConfigDict,
   reader: Reader,
   index: int,
@@ -304,7 +304,20 @@ def _load(
   with_bitmaps: bool,
   overfull: set[int],
 ) -> dict[str, np.ndarray]:
-  """Reads an image, without resizing it, and its padded ground truth."""
+  """Reads an image, without resizing it, and its padded ground truth.
+
+  Args:
+    data: the config's `data`.
+    reader: reader of the records.
+    index: the image in the reader's split.
+    short: shorter edge that the image will be resized to, pixels.
+    mirrored: whether the image is mirrored left to right.
+    with_bitmaps: whether to unpack the masks.
+    overfull: ids of images with too many instances that the log has warned of; this one may be added.
+
+  Returns:
+    The image's part of the arrays of `train_batches`; `image_BHWC` is uint8 at the size of the file.
+  """
   record = _read(reader, index)
   image_HWC = reader.decode(index, record)
   size = transforms.resized_size(record.size[0], record.size[1], short, data.long_edge)

@@ -165,6 +165,7 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=eval."""
   check_writable(run_folder(workdir) / "eval")
   restored = open_run(workdir, config, _STEP.value)
+  sharding.on_every_host(lambda: data.info(config.data))  # which copies records from a bucket
   mesh = sharding.mesh(config.eval.batch_size)
   arrays = sharding.replicate(restored.arrays, mesh)
   task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)

@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import data, models, optim
-from fpt_jax.errors import ResultsNotWrittenError, UserError
+from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
@@ -58,6 +58,7 @@ def train(
 
   Raises:
     UserError: a mistake that the user can fix; nothing that was saved is lost.
+    RunAgainError: a signal has stopped the run; the same call goes on with it.
   """
   check_config(config)
   with locked_by_first_host(workdir, take_over=take_over) as check_lock:
@@ -70,8 +71,7 @@ def _train(
   # Data. Records are prepared by the first run.
   task = task_of(config)
   check_writable(run_folder(workdir) / "eval")
-  if not data.is_prepared(config.data):
-    data.prepare(config.data)
+  data.prepare_for_all_hosts(config.data)
   before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
   config.data.digest = data.digest(config.data)
@@ -120,6 +120,7 @@ def _train(
   stop = StopSignal()
   pending: list[tuple[int, dict[str, jax.Array]]] = []
   last_saved = start
+  save_timer = checkpoints.Timer(config.checkpoint.every_minutes)
 
   def save(step: int) -> None:
     nonlocal last_saved
@@ -127,6 +128,7 @@ def _train(
     finite_losses(pending)
     checkpoints.save(saved, step, {**state["trained"], **state["rest"]}, state["optimizer"])
     last_saved = step
+    save_timer.restart()
 
   @contextlib.contextmanager
   def keeping(step: int, *, on_every_host: bool) -> Iterator[None]:
@@ -195,8 +197,14 @@ def _train(
 
       stopping = stop.agreed()
       last = done == total_steps or stopping
-      checkpoint_due = done % config.checkpoint.every_steps == 0 or last
       log_due = logged(done) or stopping
+      # before an evaluation: it may end later than a preemption allows
+      checkpoint_due = (
+        done % config.checkpoint.every_steps == 0
+        or last
+        or evaluation_due(done)
+        or (log_due and save_timer.is_due())
+      )
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
         pending.clear()
@@ -215,14 +223,12 @@ def _train(
         results = run_evaluation(done)
         if results is None:
           stopping = True
-          if done > last_saved:
-            save(done)
           break
   if metrics:
     metrics.close()
   if stopping:
     logging.info("saved %.1f s after the signal", stop.seconds)
-    raise UserError(
+    raise RunAgainError(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results or {}

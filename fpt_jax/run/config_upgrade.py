@@ -25,6 +25,7 @@ _BOTH = {
   # earlier versions ignored it in data sets and applied it to files
   "data.exif": "apply",
   "data.digest": "",
+  "data.cache_dir": "~/.cache/fpt_jax_data",
   "data.num_workers": 0,
   "data.prefetch": 2,
   "data.train_sizes": (),
@@ -33,6 +34,7 @@ _BOTH = {
   "optim.decay_factor": 0.1,
   "optim.power": 0.9,
   "eval.flip": False,
+  "checkpoint.every_minutes": 0.0,
   "model.fpt.wide": False,
   "model.fpt.grounding_similarity": "euclidean",
   "model.fpt.similarity_norm": "none",

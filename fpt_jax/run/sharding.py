@@ -3,17 +3,49 @@
 Data parallelism: every device has all weights and its share of the images of a global batch.
 """
 
+from __future__ import annotations
+
+import itertools
+import json
+import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from etils import epy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpt_jax.errors import UserError
 
+with epy.lazy_imports():
+  import orbax.checkpoint as ocp
+
 T = TypeVar("T")
+_LONGEST_WAIT = 7 * 24 * 3600  # seconds
+_EXCHANGED = 64 << 20  # bytes that the hosts exchange at a time, all of them together
+_barriers = itertools.count()
+
+
+def wait_for_all_hosts(seconds: float = _LONGEST_WAIT, name: str = "") -> None:
+  """Waits until all hosts have called this function with the same name, or equally often without a name.
+
+  Hosts wait at a barrier of JAX's coordination service, however long the work of another host takes. A
+  collective of the devices is not made for that: on CPUs it fails after half an hour. If a host dies, JAX ends
+  the others.
+
+  Args:
+    seconds: the longest time to wait.
+    name: a name that is used once.
+
+  Raises:
+    RuntimeError: some hosts have not called it after a number of seconds.
+  """
+  if jax.process_count() == 1:
+    return
+  barrier = ocp.multihost.get_barrier_sync_fn()
+  barrier(key=f"fpt_jax/{name or next(_barriers)}", timeout_ms=round(1000 * seconds))
 
 
 def is_same_everywhere(text: str) -> bool:
@@ -28,8 +60,13 @@ def agreed(fine: bool) -> bool:
   return bool(from_all_hosts({"fine": np.array([fine], np.int32)})["fine"].all())
 
 
+def is_true_on_first_host(flag: bool) -> bool:
+  """Returns the first host's `flag` on every host."""
+  return bool(from_all_hosts({"flag": np.array([flag], np.int32)})["flag"][0])
+
+
 def on_first_host(action: Callable[[], T], error_type: type[UserError] = UserError) -> T | None:
-  """Runs an action on the first host only, such as writing a file.
+  """Runs an action on the first host only, such as writing a file; the others wait.
 
   Args:
     action: the action.
@@ -41,15 +78,63 @@ def on_first_host(action: Callable[[], T], error_type: type[UserError] = UserErr
   Raises:
     UserError: the action has raised it. All hosts raise an error, so that none waits for the first one.
   """
+  first = jax.process_index() == 0
+  stopped = error_type("the first host has stopped; see its message")
+  return _together(action if first else lambda: None, stopped)
+
+
+def on_every_host(action: Callable[[], T]) -> T:
+  """Runs an action on every host, which may take one much longer than another.
+
+  Raises:
+    UserError: the action has raised it on a host. All hosts raise an error, so that none waits for that one.
+  """
+  return _together(action, UserError("another host has stopped; see its message"))
+
+
+def _together(action: Callable[[], T], stopped: UserError) -> T:
+  """Runs an action, waits for all hosts, and raises its error, or `stopped` if another host has an error."""
   result, error = None, None
-  if jax.process_index() == 0:
-    try:
-      result = action()
-    except UserError as raised:
-      error = raised
+  try:
+    result = action()
+  except UserError as raised:
+    error = raised
+  wait_for_all_hosts()
   if not agreed(error is None):
-    raise error or error_type("the first host has stopped; see its message")
+    raise error or stopped
   return result
+
+
+def from_first_host(action: Callable[[], Any]) -> Any:
+  """Runs an action on the first host only; returns what it returns, which must fit into JSON, on every host.
+
+  Raises:
+    UserError: see `on_first_host`.
+  """
+  result = on_first_host(action)
+  if jax.process_count() == 1:
+    return result
+  return gather(result)[0]
+
+
+def gather(value: Any) -> list[Any]:
+  """Returns the hosts' values, each of which must fit into JSON, in the order of the hosts."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(zlib.compress(json.dumps(value).encode()), np.uint8)
+  lengths = from_all_hosts({"length": np.array([data.size])})["length"]
+  # few sizes, so that few programs are compiled, and small parts, since every device gets those of all hosts
+  part = min(1 << int(lengths.max()).bit_length(), _EXCHANGED // jax.process_count())
+  parts = []
+  for start in range(0, int(lengths.max()), part):
+    mine = data[start : start + part]
+    padded = np.pad(mine, (0, part - mine.size))[None]
+    parts.append(from_all_hosts({"part": padded})["part"])
+  rows = np.concatenate(parts, axis=1)
+  return [
+    json.loads(zlib.decompress(row[:length].tobytes()))
+    for row, length in zip(rows, lengths, strict=True)
+  ]
 
 
 def this_host() -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Records in a bucket: written there once, and copied to the disk of each machine, where they are read.
 
-A training reads single records in random order, which buckets are slow at. `manifest.json` has the size and the
-SHA-256 of each file. It is written last, so a folder without it is not complete.
+A training reads single records in random order, which buckets are slow at. `manifest.json` has the size and
+the SHA-256 of each file. It is written last, so a folder without it is not complete.
 """
 
 import concurrent.futures

@@ -75,11 +75,13 @@ def prepare(data: ml_collections.ConfigDict) -> None:
   local, remote = epath.Path(_builder(data).data_dir), _in_bucket(data)
   if not bucket.manifest(remote):
     check_writable(remote)
-    with locked(remote.parent, wait=True):
+    # processes of this machine, which share its disk, come one after another
+    with locked(_local_folder(data), wait=True), locked(remote.parent, wait=True) as check_lock:
       if not bucket.manifest(remote):
         if local.exists():  # a copy of records that the bucket does not have any more
           local.rmtree()
         _prepare_here(data)
+        check_lock()  # of two machines that begin at the same moment, one ends here
         bucket.write(local, remote)
         return
   bucket.copy(remote, local)

@@ -50,7 +50,6 @@ class Timer:
     return hosts.is_true_on_first_host(time.monotonic() - self._since >= self._seconds)
 
 
-
 def manager(workdir: str, keep: int | None = None, *, create: bool = True) -> ocp.CheckpointManager:
   """Opens the checkpoints of a run.
 

@@ -17,9 +17,10 @@ from fpt_jax.run import sharding
 
 _METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _SECONDS = 5  # that the metadata server of a TPU VM may take
-# parts of the errors that a process which ends causes in the others: by Gloo, NCCL and the coordination service
+# parts of the errors of Gloo, NCCL and the coordination service in processes that lack another one
 _LOSSES = ("Gloo", "remote process exited", "CoordinationServiceError", "BarrierError")
 _FLAGS = "--coordinator, --num_processes and --process_id"
+_joined = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ def join(cluster: Cluster | None) -> None:
   Raises:
     UserError: the others cannot be reached.
   """
+  global _joined
   if cluster is None or jax.distributed.is_initialized():
     return
   # the collectives of several CPU processes; other devices have their own
@@ -93,6 +95,7 @@ def join(cluster: Cluster | None) -> None:
       f"cannot join the other processes that {cluster.source} names ({one_line(error, 200)}); set {_FLAGS}, "
       "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, in every process"
     ) from error
+  _joined = True
 
 
 @contextlib.contextmanager
@@ -101,7 +104,7 @@ def noticing_lost_processes() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if jax.distributed.is_initialized() and _is_loss(error):
+    if _joined and _is_loss(error):
       raise RunAgainError(
         f"another process has ended, see its log; this is process {jax.process_index()} of "
         f"{jax.process_count()}; run the same command again in all of them, and it resumes from the newest "
@@ -122,11 +125,11 @@ def _is_loss(error: BaseException) -> bool:
 
 def all_leave(seconds: float) -> bool:
   """Waits for all processes to end; returns whether they do. True for a process on its own."""
-  if not jax.distributed.is_initialized():
+  if not _joined:
     return True
   try:
     sharding.wait_for_all_hosts(seconds, "leaving")
-  except RuntimeError:  # also of a service that has ended
+  except (RuntimeError, ValueError):  # some have not come, or the coordination service has ended
     return False
   return True
 

@@ -272,5 +272,7 @@ def exit_with(status: int) -> NoReturn:
   if not cluster.all_leave(seconds=10 if status else 300):
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # an ordinary exit waits for minutes, in which the others wait for this process
+    os._exit(
+      status
+    )  # an ordinary exit waits for minutes, in which the others wait for this process
   sys.exit(status)

@@ -9,7 +9,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -31,9 +31,9 @@ _barriers = itertools.count()
 def wait_for_all_hosts(seconds: float = _LONGEST_WAIT, name: str = "") -> None:
   """Waits until all hosts have called this function with the same name, or equally often without a name.
 
-  Hosts wait at a barrier of JAX's coordination service, however long the work of another host takes. A
-  collective of the devices is not made for that: on CPUs it fails after half an hour. If a host dies, JAX ends
-  the others.
+  Hosts wait at a barrier of JAX's coordination service, however long the work of another host takes. XLA
+  limits the time of a collective of the devices, on CPUs by --xla_cpu_collective_timeout_seconds. If a host
+  dies, JAX ends the others.
 
   Args:
     seconds: the longest time to wait.
@@ -78,9 +78,11 @@ def on_first_host(action: Callable[[], T], error_type: type[UserError] = UserErr
   Raises:
     UserError: the action has raised it. All hosts raise an error, so that none waits for the first one.
   """
-  first = jax.process_index() == 0
-  stopped = error_type("the first host has stopped; see its message")
-  return _together(action if first else lambda: None, stopped)
+
+  def here() -> T | None:
+    return action() if jax.process_index() == 0 else None
+
+  return _together(here, error_type("the first host has stopped; see its message"))
 
 
 def on_every_host(action: Callable[[], T]) -> T:
@@ -94,7 +96,8 @@ def on_every_host(action: Callable[[], T]) -> T:
 
 def _together(action: Callable[[], T], stopped: UserError) -> T:
   """Runs an action, waits for all hosts, and raises its error, or `stopped` if another host has an error."""
-  result, error = None, None
+  result: T | None = None
+  error: UserError | None = None
   try:
     result = action()
   except UserError as raised:
@@ -102,7 +105,7 @@ def _together(action: Callable[[], T], stopped: UserError) -> T:
   wait_for_all_hosts()
   if not agreed(error is None):
     raise error or stopped
-  return result
+  return cast(T, result)
 
 
 def from_first_host(action: Callable[[], Any]) -> Any:

@@ -272,7 +272,6 @@ def exit_with(status: int) -> NoReturn:
   if not cluster.all_leave(seconds=10 if status else 300):
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-      status
-    )  # an ordinary exit waits for minutes, in which the others wait for this process
+    # JAX makes an ordinary exit wait for the others for minutes, and they may wait for this process
+    os._exit(status)
   sys.exit(status)

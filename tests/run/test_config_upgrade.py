@@ -13,9 +13,9 @@ LATER = {
   coco_mask: (
     "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
-    "optim.frozen",
+    "optim.frozen", "data.cache_dir", "checkpoint.every_minutes",
   ),
-  cityscapes: ("data.exif", "model.swaps", "model.class_weights", "optim.frozen"),
+  cityscapes: ("data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen"),
 }  # fmt: skip
 
 

@@ -6,8 +6,19 @@ from collections.abc import Sequence
 class UserError(Exception):
   """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do.
 
-  `fpt_jax.main` prints the message without a stack trace and exits with status 2.
+  `fpt_jax.main` prints the message without a stack trace and exits with a status.
+
+  Attributes:
+    status: exit status of the process.
   """
+
+  status = 2
+
+
+class RunAgainError(UserError):
+  """The work was interrupted: the same command goes on with it, and nothing else has to be done."""
+
+  status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class ResultsNotWrittenError(UserError):

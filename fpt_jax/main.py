@@ -19,7 +19,7 @@ from fpt_jax import analyze, configs, data, explain, optim, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.restored import open_run
-from fpt_jax.run import cluster, command_line, profile, sharding
+from fpt_jax.run import cluster, command_line, hosts, profile, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
@@ -175,6 +175,7 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=eval."""
   check_writable(run_folder(workdir) / "eval")
   restored = open_run(workdir, config, _STEP.value)
+  hosts.on_every_host(lambda: data.info(config.data))  # which copies records from a bucket
   mesh = sharding.mesh(config.mesh.shape, batch_sizes=(config.eval.batch_size,))
   arrays = sharding.place(restored.arrays, mesh)
   task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)

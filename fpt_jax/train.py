@@ -12,11 +12,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import data, models, optim
-from fpt_jax.errors import ResultsNotWrittenError, UserError
+from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.fpt.health import Figures
 from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
-from fpt_jax.run import checkpoints, sharding
+from fpt_jax.run import checkpoints, hosts, sharding
 from fpt_jax.run.config_file import (
   Changes,
   changes,
@@ -61,6 +61,7 @@ def train(
 
   Raises:
     UserError: a mistake that the user can fix; nothing that was saved is lost.
+    RunAgainError: a signal has stopped the run; the same call goes on with it.
   """
   check_config(config)
   with locked_by_first_host(workdir, take_over=take_over) as check_lock:
@@ -77,12 +78,11 @@ def _train(
   # Data. Records are prepared by the first run.
   task = task_of(config)
   check_writable(run_folder(workdir) / "eval")
-  if not data.is_prepared(config.data):
-    data.prepare(config.data)
+  data.prepare_for_all_hosts(config.data)
   before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
   config.data.digest = data.digest(config.data)
-  if not sharding.is_same_everywhere(config.data.digest):
+  if not hosts.is_same_everywhere(config.data.digest):
     raise UserError(
       f"data.data_dir={config.data.data_dir}: the hosts have records of different files; delete them on all "
       "hosts and prepare the same data"
@@ -115,27 +115,28 @@ def _train(
     arrays = checkpoints.restore_model(saved, start, shapes)
     optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes["optimizer"])
     logging.info("resuming at step %d of %s", start, saved.directory)
-    sharding.on_first_host(lambda: record_changes(workdir, changed, start))
+    hosts.on_first_host(lambda: record_changes(workdir, changed, start))
   else:
     start = 0
     arrays = starting_arrays(config, shapes)
     optimizer_state = jax.jit(optimizer.init, out_shardings=state_shardings["optimizer"])(
       {n: arrays[n] for n in trained}
     )
-  sharding.on_first_host(lambda: write_config(workdir, config))
+  hosts.on_first_host(lambda: write_config(workdir, config))
   state = training_state(arrays, trained, optimizer_state)
   train_step = jax.jit(
     make_train_step(structure, optimizer, total_steps, parts),
     donate_argnums=0,
     out_shardings=(state_shardings, replicated, replicated),
   )
-  metrics = sharding.on_first_host(lambda: MetricsWriter(workdir, start))
+  metrics = hosts.on_first_host(lambda: MetricsWriter(workdir, start))
   rate = optim.schedule(config)
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
   trace = Trace(workdir, profile_steps, start)
   pending: list[tuple[int, dict[str, jax.Array]]] = []
   last_saved = start
+  save_timer = checkpoints.Timer(config.checkpoint.every_minutes)
 
   def save(step: int) -> None:
     nonlocal last_saved
@@ -143,6 +144,7 @@ def _train(
     finite_losses(pending)
     checkpoints.save(saved, step, {**state["trained"], **state["rest"]}, state["optimizer"])
     last_saved = step
+    save_timer.restart()
 
   @contextlib.contextmanager
   def keeping(step: int, *, on_every_host: bool) -> Iterator[None]:
@@ -162,7 +164,7 @@ def _train(
         metrics.write(step, entries)
 
     with keeping(step, on_every_host=True):
-      sharding.on_first_host(write)
+      hosts.on_first_host(write)
 
   def run_evaluation(step: int) -> dict[str, float] | None:
     """Returns the scores; None if a signal ends the evaluation. A resumed run begins with it then."""
@@ -221,8 +223,14 @@ def _train(
 
       stopping = stop.agreed()
       last = done == total_steps or stopping
-      checkpoint_due = done % config.checkpoint.every_steps == 0 or last
       log_due = logged(done) or stopping
+      # before an evaluation: it may end later than a preemption allows
+      checkpoint_due = (
+        done % config.checkpoint.every_steps == 0
+        or last
+        or evaluation_due(done)
+        or (log_due and save_timer.is_due())
+      )
       if log_due or checkpoint_due:
         losses = finite_losses(pending)
         pending.clear()
@@ -241,14 +249,12 @@ def _train(
         results = run_evaluation(done)
         if results is None:
           stopping = True
-          if done > last_saved:
-            save(done)
           break
   if metrics:
     metrics.close()
   if stopping:
     logging.info("saved %.1f s after the signal", stop.seconds)
-    raise UserError(
+    raise RunAgainError(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )
   return results or {}

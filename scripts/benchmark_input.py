@@ -173,7 +173,7 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
         return super().decode(index, record)
 
   reader = TimedReader(config.data, config.data.train_split)
-  mesh = sharding.mesh(config.batch_size)
+  mesh = sharding.mesh(batch_sizes=(config.batch_size,))
   count, keys = config.batch_size, task_of(config).BATCH_KEYS
   batches = batches_of_one_canvas(config, reader.sizes_N2)
   rounds = 1 + _IMAGES.value // count
@@ -258,7 +258,7 @@ def our_loader(config: ConfigDict, workers: int) -> dict[str, float]:
 
   tf.constant(0)
   config.data.num_workers = workers
-  mesh, task = sharding.mesh(config.batch_size), task_of(config)
+  mesh, task = sharding.mesh(batch_sizes=(config.batch_size,)), task_of(config)
   jax.block_until_ready(sharding.to_devices({"x": np.zeros(config.batch_size)}, mesh))
 
   def work() -> dict[str, float]:

@@ -5,8 +5,9 @@
     python scripts/fault_test.py --kills=10 --processes=2   # two processes that train together
 
 Each kill hits a run anywhere between its start and its end: while it prepares data, compiles, trains, saves
-or evaluates. Two of three kills are SIGKILL, the others SIGTERM; of several processes, SIGTERM goes to one
-and SIGKILL to all. The same command resumes the run. A run that reaches its end must have the same metrics
+or evaluates. Two of three kills are SIGKILL, the others SIGTERM. Of several processes, SIGTERM goes to one,
+and SIGKILL to one or to all; the others must end by themselves, with a message and a status that says to run
+the command again. The same command resumes the run. A run that reaches its end must have the same metrics
 and the same arrays, bit for bit, as the run that was never stopped; then another run begins. The exit status
 is 1 if one differs.
 """
@@ -60,6 +61,15 @@ SPEEDS = (
   "data_wait",
   "eta_seconds",
 )  # beginnings of metrics that are measured times
+# seconds that a process may go on without another one: JAX waits 300 s for one that has not joined yet
+LIMIT = 330
+# statuses of processes that a signal or the loss of another process has ended, and words of their messages;
+# JAX ends a process by SIGABRT if the first process, or the heartbeat of another one, is missing
+STATUSES = {
+  75: ("stopped by a signal", "another process has ended"),
+  -signal.SIGABRT: ("JAX distributed service detected fatal errors",),
+  2: ("cannot join the other processes",),
+}
 # the phase that a line of the log begins; the last one decides
 PHASES = {
   "preparing": "preparation",
@@ -144,13 +154,31 @@ def wait(processes: list[subprocess.Popen], seconds: float) -> bool:
   return False
 
 
-def kill(processes: list[subprocess.Popen], number: signal.Signals) -> None:
-  """Sends SIGTERM to one process and waits until all have saved, or kills all of them."""
-  chosen = processes if number == signal.SIGKILL else [random.choice(processes)]
+def kill(processes: list[subprocess.Popen], chosen: list[subprocess.Popen], number: int) -> float:
+  """Sends a signal to the chosen processes and waits until all have ended; returns the seconds."""
+  begun = time.monotonic()
   for process in chosen:
     process.send_signal(number)
-  if not wait(processes, 300):
-    raise SystemExit("error: the processes have not ended 300 s after a signal")
+  if not wait(processes, LIMIT):
+    for process in processes:
+      process.kill()
+    raise SystemExit(f"error: the processes have not ended {LIMIT} s after a signal")
+  return time.monotonic() - begun
+
+
+def problem(processes: list[subprocess.Popen], number: int, log: str) -> str:
+  """What is wrong with how processes have ended after a signal; "" if nothing is.
+
+  Args:
+    processes: the processes.
+    number: the signal.
+    log: what they have written.
+  """
+  for status in {process.returncode for process in processes} - {0, -number}:
+    words = STATUSES.get(status)
+    if words is None or not any(w in log for w in words):
+      return f"a process has ended with status {status}"
+  return "a process has a stack trace" if "Traceback" in log else ""
 
 
 def main() -> None:
@@ -181,6 +209,8 @@ def test(folder: pathlib.Path, kills: int, processes: int) -> int:
     print(f"{time.monotonic() - begun:.0f} s")
   seconds = time.monotonic() - begun
   counts: collections.Counter[tuple[str, str]] = collections.Counter()
+  ends: collections.Counter[tuple[str, int]] = collections.Counter()
+  slowest = 0.0
   run, ended, different = Run(folder / "run0", processes), 0, []
   remaining = kills
   while remaining or run.log.exists():
@@ -199,15 +229,26 @@ def test(folder: pathlib.Path, kills: int, processes: int) -> int:
       run = Run(folder / f"run{ended}", processes)
       continue
     number = random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+    everyone = number == signal.SIGKILL and random.random() < 0.5
+    chosen = started if everyone else [random.choice(started)]
+    kind = f"{number.name} of {len(chosen)}" if processes > 1 else number.name
     phase = run.phase(since)
-    kill(started, number)
-    counts[phase, number.name] += 1
+    waited = kill(started, chosen, number)
+    slowest = max(slowest, waited)
+    counts[phase, kind] += 1
+    ends.update((kind, p.returncode) for p in started)
     remaining -= 1
-    print(f"{number.name} after {delay:.1f} s, during {phase}")
-  table = rich.table.Table("killed during", "SIGKILL", "SIGTERM")
+    statuses = ", ".join(str(p.returncode) for p in started)
+    print(f"{kind} after {delay:.1f} s, during {phase}: ended in {waited:.1f} s, status {statuses}")
+    if found := problem(started, number, run.log.read_text()[since:]):
+      raise SystemExit(f"error: {found}: {run.log.read_text()[since:][-4000:]}")
+  kinds = sorted({kind for _, kind in counts})
+  table = rich.table.Table("killed during", *kinds)
   for phase in dict.fromkeys(PHASES.values()):
-    table.add_row(phase, *(str(counts[phase, n]) for n in ("SIGKILL", "SIGTERM")))
+    table.add_row(phase, *(str(counts[phase, kind]) for kind in kinds))
   rich.print(table)
+  print("statuses:", ", ".join(f"{k}: {n} x {status}" for (k, status), n in sorted(ends.items())))
+  print(f"the last process has ended at most {slowest:.0f} s after a signal")
   print(
     f"{kills} kills, {ended} runs to their end: {ended - len(different)} equal, {len(different)} not"
   )

@@ -26,7 +26,7 @@ from fpt_jax.ops.depthwise import depthwise
 from fpt_jax.ops.mos_attention import mos_attention
 from fpt_jax.ops.nms import nms
 from fpt_jax.ops.roi_align import multilevel_roi_align
-from fpt_jax.run import checkpoints, sharding
+from fpt_jax.run import checkpoints, hosts, sharding
 from fpt_jax.run.command_line import load_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.task import check_config, task_of
@@ -119,7 +119,7 @@ def check_devices() -> str:
 def check_collectives() -> str:
   """Sums over all devices and gathers over all hosts have the known results."""
   count = jax.device_count()
-  mesh = sharding.mesh(count)
+  mesh = sharding.mesh()
   length = 1 << (20 if jax.default_backend() == "cpu" else 24)  # float32 numbers on each device
 
   def fill(index_1):
@@ -151,9 +151,9 @@ def check_collectives() -> str:
     raise DifferenceError(
       f"the sum over {count} devices is wrong at {bad} of {count * length} places"
     )
-  hosts = sharding.from_all_hosts({"host": np.array([jax.process_index()], np.int32)})["host"]
-  if hosts.tolist() != list(range(jax.process_count())):
-    raise DifferenceError(f"the hosts gathered {hosts.tolist()} instead of their own indices")
+  found = hosts.from_all_hosts({"host": np.array([jax.process_index()], np.int32)})["host"]
+  if found.tolist() != list(range(jax.process_count())):
+    raise DifferenceError(f"the hosts gathered {found.tolist()} instead of their own indices")
   if count == 1:
     return "one device: nothing is sent"
   seconds = statistics.median(_seconds(add, values) for _ in range(TIMED_STEPS))
@@ -291,7 +291,7 @@ def check_step(benchmark: str, words: str, data_dir: str) -> str:
   with task.train_batches(config, 0) as batches:
     batch = next(batches)
   batch = {name: batch[name] for name in task.BATCH_KEYS}
-  mesh, cpu = sharding.mesh(config.batch_size), SingleDeviceSharding(_cpu())
+  mesh, cpu = sharding.mesh(batch_sizes=(config.batch_size,)), SingleDeviceSharding(_cpu())
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(config.seed)), cpu)
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
   numbers = {"step": np.int32(0), "key": np.asarray(jax.random.key_data(jax.random.key(0)))}
@@ -306,7 +306,7 @@ def check_step(benchmark: str, words: str, data_dir: str) -> str:
     losses, update = jax.device_get(run(*on_devices))
     times = [_seconds(run, *on_devices) for _ in range(TIMED_STEPS)]
     config.model.fpt.implementation = "naive"
-    whole = {name: np.asarray(part) for name, part in sharding.from_all_hosts(batch).items()}
+    whole = {name: np.asarray(part) for name, part in hosts.from_all_hosts(batch).items()}
     want_losses, want_update = _on(_cpu(), _step_of(config), arrays, whole, numbers)
   loss = largest_difference(losses, want_losses, LOSS_TOLERANCE)
   got, want = (
@@ -367,7 +367,7 @@ def check_checkpoint(workdir: str) -> str:
   """What is saved in the run's folder is restored bit for bit."""
   folder = run_folder(workdir) / "preflight"
   check_writable(folder)
-  sharding.on_first_host(lambda: folder.exists() and folder.rmtree())
+  hosts.on_first_host(lambda: folder.exists() and folder.rmtree())
   rng = np.random.default_rng(0)
   bits = rng.integers(
     0, 1 << 32, 1 << 22, dtype=np.uint32
@@ -377,9 +377,8 @@ def check_checkpoint(workdir: str) -> str:
     "bfloat16": bits.view(jnp.bfloat16),
     "scalar": np.float32(-0.0),
   }
-  mesh = sharding.mesh(jax.device_count())
+  mesh = sharding.mesh()
   placed = sharding.replicate(arrays, mesh)
-  shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in placed.items()}
   saved = checkpoints.manager(str(folder))
   with checkpoints.closing(saved):
     begun = time.perf_counter()
@@ -387,12 +386,12 @@ def check_checkpoint(workdir: str) -> str:
     checkpoints.finish(saved)
     written = time.perf_counter() - begun
     begun = time.perf_counter()
-    restored = checkpoints.restore_model(saved, 1, shapes, sharding.replicated(mesh))
+    restored = checkpoints.restore_model(saved, 1, sharding.laid_out(placed, mesh))
     jax.block_until_ready(restored)
     read = time.perf_counter() - begun
   found = {name: np.asarray(array.addressable_data(0)) for name, array in restored.items()}
   check_same_bits(found, {name: np.asarray(array) for name, array in arrays.items()})
-  sharding.on_first_host(lambda: folder.rmtree())
+  hosts.on_first_host(lambda: folder.rmtree())
   size = sum(array.nbytes for array in arrays.values()) / 1e6
   return f"{size:.0f} MB written in {written:.1f} s and read in {read:.1f} s, bit for bit"
 

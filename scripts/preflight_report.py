@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from fpt_jax.errors import UserError, one_line
-from fpt_jax.run import sharding
+from fpt_jax.run import hosts
 
 _TEXT_BYTES = 400  # of a message that hosts exchange
 
@@ -132,7 +132,7 @@ def _of_all_hosts(problem: str) -> str:
     return problem
   row_T = np.frombuffer(problem.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
   try:
-    rows_HT = sharding.from_all_hosts({"text": row_T[None]})["text"]
+    rows_HT = hosts.from_all_hosts({"text": row_T[None]})["text"]
   except Exception as error:  # the devices of the hosts do not reach one another
     return f"{problem}; the hosts cannot exchange results ({one_line(error, 200)})".lstrip("; ")
   texts = [bytes(row_T).rstrip(b"\0").decode(errors="replace") for row_T in np.asarray(rows_HT)]

@@ -129,6 +129,7 @@ def write_coco(root: pathlib.Path) -> dict:
 def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
   both_tasks = {
     "source": "",
+    "cache_dir": "",
     "train_split": "train",
     "eval_split": "val",
     "train_sizes": (),

@@ -157,11 +157,16 @@ def host_devices(count: int) -> dict[str, str]:
   }
 
 
-def succeed(process: subprocess.Popen, timeout: float = 400) -> None:
-  """Waits for a process and checks that it succeeds: exit code 0, no signal and no stack trace."""
+def succeed(process: subprocess.Popen, timeout: float = 400) -> str:
+  """Waits for a process and checks that it succeeds: exit code 0, no signal and no stack trace.
+
+  Returns:
+    Its standard error.
+  """
   _, text = process.communicate(timeout=timeout)
   assert process.returncode == 0, f"exit code {process.returncode}: {text[-3000:]}"
   assert "Traceback" not in text, text[-3000:]
+  return text
 
 
 def error_lines(process: subprocess.Popen, timeout: float = 400) -> list[str]:

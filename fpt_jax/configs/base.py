@@ -34,6 +34,8 @@ def base() -> ConfigDict:
   evaluation.flip = False  # also evaluate each image mirrored, and combine both results
   checkpoint = config.checkpoint = ConfigDict()
   checkpoint.every_steps = 1000  # training steps between two checkpoints
+  # minutes after which a checkpoint is saved at the next line of losses, unless one was saved; 0: no limit
+  checkpoint.every_minutes = 0.0
   checkpoint.keep = 3  # number of newest checkpoints to keep on disk
   return config
 
@@ -44,7 +46,9 @@ def add_data(config: ConfigDict) -> None:
   # name of the data set: coco, context_shapes, cityscapes, ade20k, lip, voc2012, camvid, image_folder
   data.name = "coco"
   data.source = ""  # folder of the data set in its official layout, read by --mode=prepare
-  data.data_dir = "~/fpt_jax_data"  # folder of the prepared records
+  data.data_dir = "~/fpt_jax_data"  # folder of the prepared records, on a disk or in a bucket
+  # folder on the local disk for a copy of the records, if data.data_dir is in a bucket
+  data.cache_dir = "~/.cache/fpt_jax_data"
   data.digest = ""  # digest of the files of data.train_split; set by the run
   # split to train on, in TFDS syntax: "train[:100]" is its first 100 images
   data.train_split = "train"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import weakref
 from collections.abc import Iterator
 
@@ -13,10 +12,11 @@ import ml_collections
 from absl import logging
 from etils import epath, epy
 
-from fpt_jax.data import datasets
+from fpt_jax.data import bucket, datasets
 from fpt_jax.data.datasets import inputs
 from fpt_jax.errors import UserError, first_of, one_line
-from fpt_jax.run.folder import check_writable, is_full_disk
+from fpt_jax.run import hosts
+from fpt_jax.run.folder import check_writable, folder_of, is_full_disk, is_remote
 from fpt_jax.run.lock import locked
 
 with epy.lazy_imports():
@@ -59,6 +59,8 @@ class DatasetInfo:
 def prepare(data: ml_collections.ConfigDict) -> None:
   """Writes the records of a data set, unless they exist already.
 
+  Records in a bucket are written to `data.cache_dir` first.
+
   Args:
     data: the config's `data`.
 
@@ -67,6 +69,70 @@ def prepare(data: ml_collections.ConfigDict) -> None:
       behind. Or the records exist, and what they were prepared from, or the options, are not those of the
       config.
   """
+  if not is_remote(_folder(data)):
+    _prepare_here(data)
+    return
+  local, remote = epath.Path(_builder(data).data_dir), _in_bucket(data)
+  if not bucket.manifest(remote):
+    check_writable(remote)
+    # processes of this machine, which share its disk, come one after another
+    with locked(_local_folder(data), wait=True), locked(remote.parent, wait=True) as check_lock:
+      if not bucket.manifest(remote):
+        if local.exists():  # a copy of records that the bucket does not have any more
+          local.rmtree()
+        _prepare_here(data)
+        check_lock()  # of two machines that begin at the same moment, one ends here
+        bucket.write(local, remote)
+        return
+  bucket.copy(remote, local)
+  _is_prepared_as_wanted(_builder(data))
+
+
+def prepare_for_all_hosts(data: ml_collections.ConfigDict) -> None:
+  """Writes the records of a data set unless they exist; all hosts call it, and wait for each other.
+
+  In a bucket, the first host writes them, and each host copies them. In a file system, each host writes
+  them; of hosts that share it, one does, and the others wait.
+
+  Raises:
+    UserError: see `prepare`; on every host.
+  """
+
+  def prepare_once() -> None:
+    if not is_prepared(data):
+      prepare(data)
+
+  if not is_remote(_folder(data)):
+    hosts.on_every_host(prepare_once)
+    return
+  hosts.on_first_host(prepare_once)
+  hosts.on_every_host(lambda: bucket.copy(_in_bucket(data), epath.Path(_builder(data).data_dir)))
+
+
+def _folder(data: ml_collections.ConfigDict) -> epath.Path:
+  """Returns the folder that `data.data_dir` names, on a disk or in a bucket."""
+  return folder_of("data.data_dir", data.data_dir)
+
+
+def _local_folder(data: ml_collections.ConfigDict) -> epath.Path:
+  """Returns the folder of the data sets on this machine's disk."""
+  folder = _folder(data)
+  if not is_remote(folder):
+    return folder
+  cache = folder_of("data.cache_dir", data.cache_dir)
+  if is_remote(cache):
+    raise UserError(f"data.cache_dir={data.cache_dir} must be a folder on a local disk")
+  return cache / str(folder).replace("://", "/")
+
+
+def _in_bucket(data: ml_collections.ConfigDict) -> epath.Path:
+  """Returns the folder of a data set in the bucket that `data.data_dir` names."""
+  local = epath.Path(_builder(data).data_dir)
+  return _folder(data) / local.relative_to(_local_folder(data))
+
+
+def _prepare_here(data: ml_collections.ConfigDict) -> None:
+  """Writes the records of a data set to a disk, see `prepare`."""
   builder = _builder(data)
   if _is_prepared_as_wanted(builder):
     return
@@ -84,7 +150,7 @@ def _is_prepared_as_wanted(builder: tfds.core.GeneratorBasedBuilder) -> bool:
     return False
   with undamaged(builder.data_dir):
     _check_inputs(builder)
-  logging.info("already prepared: %s; delete the folder to prepare it again", builder.data_dir)
+  logging.info("already prepared: %s; delete the folder to prepare it again", builder.origin)
   return True
 
 
@@ -113,6 +179,8 @@ def _prepare(builder: tfds.core.GeneratorBasedBuilder, name: str) -> None:
 
 def is_prepared(data: ml_collections.ConfigDict) -> bool:
   """Returns whether a data set has complete records; `info` checks what they were prepared from."""
+  if is_remote(_folder(data)):
+    return bucket.manifest(_in_bucket(data)) is not None
   return _builder(data).is_prepared()
 
 
@@ -137,15 +205,14 @@ def info(data: ml_collections.ConfigDict) -> DatasetInfo:
 
 
 def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder:
+  """Returns the TFDS builder of a data set on this machine's disk.
+
+  Its attribute `origin` is the folder to delete to prepare the data set again, for messages.
+  """
   names = sorted((*datasets.INSTANCES, *datasets.LABEL_MAPS))
   if data.name not in names:
     raise UserError(f"data.name={data.name!r} is not a data set; choose one of {names}")
-  directory = os.path.expanduser(data.data_dir)
-  if "://" in directory:
-    raise UserError(
-      f"data.data_dir={data.data_dir}: records are read from a file system; mount the bucket, or "
-      "prepare on the local disk"
-    )
+  directory = str(_local_folder(data))
   arguments = {name: value for name, value in data.builder.to_dict().items() if value is not None}
   if data.name == "context_shapes":
     if data.source:
@@ -166,9 +233,11 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
   builder = datasets.builder_of(data.name)
   with undamaged(f"{directory} (data.name={data.name!r})"):
     try:
-      return builder(data_dir=directory, **arguments)
+      made = builder(data_dir=directory, **arguments)
     except TypeError as error:
       raise UserError(f"data.builder: {error}") from error
+  made.origin = str(made.data_dir).replace(directory, str(_folder(data)), 1)
+  return made
 
 
 @contextlib.contextmanager
@@ -197,8 +266,11 @@ def prepared_builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBase
       options.
   """
   builder = _builder(data)
+  if is_remote(_folder(data)) and not any(_have_same_inputs(builder, b) for b in list(in_use)):
+    bucket.copy(_in_bucket(data), epath.Path(builder.data_dir))
+    builder = _builder(data)  # which sees the copy
   if not builder.is_prepared():
-    raise UserError(f"data.data_dir: {builder.data_dir} is not prepared; run --mode=prepare")
+    raise UserError(f"data.data_dir: {builder.origin} is not prepared; run --mode=prepare")
   with undamaged(builder.data_dir):
     sizes = builder.info.metadata["sizes"]
     for name, split in builder.info.splits.items():
@@ -221,7 +293,7 @@ def _check_inputs(builder: tfds.core.GeneratorBasedBuilder) -> None:
     if builder.source and builder.source != builder.info.metadata["source"]:
       made_from = f"{builder.info.metadata['source']}, not from data.source={builder.source}"
     raise UserError(
-      f"data.data_dir: {builder.data_dir} was prepared from {made_from}: "
+      f"data.data_dir: {builder.origin} was prepared from {made_from}: "
       f"{first_of(found, _SHOWN_CHANGES, '; ')}; delete this folder to prepare it again, or choose "
       "another data.data_dir"
     )

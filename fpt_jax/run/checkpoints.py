@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from absl import logging
 from etils import epy
 
 from fpt_jax.errors import UserError, first_of, one_line
+from fpt_jax.run import hosts
 from fpt_jax.run.checksums import checksums
 from fpt_jax.run.folder import is_remote, run_folder
 
@@ -24,6 +26,28 @@ with epy.lazy_imports():
   import orbax.checkpoint as ocp
 
 SHOWN_DIFFERENCES = 4
+
+
+class Timer:
+  """Says when a checkpoint is due by the time since the last one.
+
+  Args:
+    minutes: time between two checkpoints; 0 for none.
+  """
+
+  def __init__(self, minutes: float):
+    self._seconds = 60 * minutes
+    self.restart()
+
+  def restart(self) -> None:
+    """Starts again, at a checkpoint."""
+    self._since = time.monotonic()
+
+  def is_due(self) -> bool:
+    """Returns whether the time has passed on the first host; all hosts must call it equally often."""
+    if not self._seconds:
+      return False
+    return hosts.is_true_on_first_host(time.monotonic() - self._since >= self._seconds)
 
 
 def manager(workdir: str, keep: int | None = None, *, create: bool = True) -> ocp.CheckpointManager:
@@ -71,10 +95,10 @@ def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimize
 
 
 @contextlib.contextmanager
-def closing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+def closing(checkpoints: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
   """Context that waits at its end until all saved checkpoints are on disk, and closes them."""
   try:
-    yield
+    yield checkpoints
   except BaseException:
     with contextlib.suppress(Exception):  # report the error that ended the context
       checkpoints.close()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.run.sharding import from_all_hosts
+from fpt_jax.run.hosts import from_all_hosts
 
 BLOCK = 1 << 18  # elements that are summed at a time
 MODULUS = 2**64

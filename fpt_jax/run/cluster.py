@@ -1,21 +1,26 @@
-"""Which processes train together, and how this one joins them."""
+"""Which processes train together, and how this one joins and leaves them."""
 
+import contextlib
 import dataclasses
 import http.client
 import os
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import RunAgainError, UserError, one_line
+from fpt_jax.run import hosts
 
 _METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _SECONDS = 5  # that the metadata server of a TPU VM may take
+# parts of the errors of Gloo, NCCL and the coordination service in processes that lack another one
+_LOSSES = ("Gloo", "remote process exited", "CoordinationServiceError", "BarrierError")
 _FLAGS = "--coordinator, --num_processes and --process_id"
+_joined = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,7 @@ def join(cluster: Cluster | None) -> None:
   Raises:
     UserError: the others cannot be reached.
   """
+  global _joined
   if cluster is None or jax.distributed.is_initialized():
     return
   # the collectives of several CPU processes; other devices have their own
@@ -89,6 +95,43 @@ def join(cluster: Cluster | None) -> None:
       f"cannot join the other processes that {cluster.source} names ({one_line(error, 200)}); set {_FLAGS}, "
       "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, in every process"
     ) from error
+  _joined = True
+
+
+@contextlib.contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+  """Context in which an error that another process has caused by ending becomes a RunAgainError."""
+  try:
+    yield
+  except Exception as error:
+    if _joined and _is_loss(error):
+      raise RunAgainError(
+        f"another process has ended, see its log; this is process {jax.process_index()} of "
+        f"{jax.process_count()}; run the same command again in all of them, and it resumes from the newest "
+        "checkpoint"
+      ) from error
+    raise
+
+
+def _is_loss(error: BaseException) -> bool:
+  """Returns whether an error, or one that has led to it, is that of a process which lacks another one."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if any(part in str(cause) for part in _LOSSES):
+      return True
+    cause = cause.__cause__ or cause.__context__
+  return False
+
+
+def all_leave(seconds: float) -> bool:
+  """Waits for all processes to end; returns whether they do. True for a process on its own."""
+  if not _joined:
+    return True
+  try:
+    hosts.wait_for_all_hosts(seconds, "leaving")
+  except (RuntimeError, ValueError):  # some have not come, or the coordination service has ended
+    return False
+  return True
 
 
 def _named_by_arguments(coordinator, num_processes, process_id) -> Cluster:

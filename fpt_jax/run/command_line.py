@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fpt_jax.errors import UserError, one_line
+from fpt_jax.run import cluster
 from fpt_jax.run.config_upgrade import RENAMED
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 
 
 def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> None:
-  """Parses the flags and runs a command; a `UserError` ends it with one line and status 2.
+  """Parses the flags and runs a command; a `UserError` ends it with one line and the error's status.
 
   Args:
     command: the command, without arguments.
@@ -44,9 +45,14 @@ def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> 
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
       keep_compiled_programs(_COMPILATION_CACHE.value)
-      command()
+      with cluster.noticing_lost_processes():
+        command()
     except UserError as error:
       report_and_exit(error)
+    except Exception:
+      traceback.print_exc()
+      exit_with(1)
+    exit_with(0)
 
   app.run(main, flags_parser=lambda argv: parse_flags(find_config(argv, benchmarks)))
 
@@ -256,6 +262,16 @@ def check_field(config: ConfigDict, path: str, value: str | None) -> None:
 
 
 def report_and_exit(error: BaseException) -> NoReturn:
-  """Prints an error in one line to standard error and exits with status 2."""
+  """Prints an error in one line to standard error and exits with its status, 2 for all but some."""
   print(f"error: {one_line(error)}", file=sys.stderr)
-  sys.exit(2)
+  exit_with(error.status if isinstance(error, UserError) else 2)
+
+
+def exit_with(status: int) -> NoReturn:
+  """Ends the process. After an error, processes that train with it and go on do not hold it up for long."""
+  if not cluster.all_leave(seconds=10 if status else 300):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # JAX makes an ordinary exit wait for the others for minutes, and they may wait for this process
+    os._exit(status)
+  sys.exit(status)

@@ -21,6 +21,7 @@ SHOWN_DIFFERENCES = 4
 # of steps may grow.
 FREE_TO_CHANGE = (
   "checkpoint.",
+  "data.cache_dir",
   "data.data_dir",
   "data.eval_split",
   "data.num_workers",

@@ -26,6 +26,7 @@ _BOTH = {
   # earlier versions ignored it in data sets and applied it to files
   "data.exif": "apply",
   "data.digest": "",
+  "data.cache_dir": "~/.cache/fpt_jax_data",
   "data.num_workers": 0,
   "data.prefetch": 2,
   "data.train_sizes": (),
@@ -37,6 +38,7 @@ _BOTH = {
   "eval.flip": False,
   "model.remat": "none",
   "model.remat_parts": ("backbone", "pyramid", "fpt", "heads"),
+  "checkpoint.every_minutes": 0.0,
   "model.fpt.wide": False,
   "model.fpt.grounding_similarity": "euclidean",
   "model.fpt.similarity_norm": "none",

@@ -89,6 +89,7 @@ TRAINING_RULES = {
   "optim.clip_norm": NOT_NEGATIVE,
   "eval.every_steps": POSITIVE,
   "checkpoint.every_steps": POSITIVE,
+  "checkpoint.every_minutes": NOT_NEGATIVE,
   "checkpoint.keep": POSITIVE,
 }
 RULES = {

@@ -27,16 +27,29 @@ def run_folder(workdir: str) -> epath.Path:
   """
   if not workdir:
     raise UserError("--workdir is missing; set it to the folder of the run")
+  return folder_of("--workdir", workdir)
+
+
+def folder_of(name: str, value: str) -> epath.Path:
+  """Returns the folder that a flag or field names; local paths become absolute, and `~` is the home folder.
+
+  Args:
+    name: name of the flag or field, for messages.
+    value: its value.
+
+  Raises:
+    UserError: the value is a URL of a kind that cannot be written to.
+  """
   # a mistyped gs:/bucket or gs:bucket must not become a local folder
-  url = re.match(rf"([A-Za-z][\w+.-]+(?=:/)|{'|'.join(REMOTE_SCHEMES)}):(//[^/])?", workdir)
+  url = re.match(rf"([A-Za-z][\w+.-]+(?=:/)|{'|'.join(REMOTE_SCHEMES)}):(//[^/])?", value)
   if url and (url[1] not in REMOTE_SCHEMES or not url[2]):
     known = ", ".join(f"{scheme}://" for scheme in REMOTE_SCHEMES)
-    raise UserError(f"--workdir={workdir} must be a local path or begin with one of {known}")
+    raise UserError(f"{name}={value} must be a local path or begin with one of {known}")
   if url:
-    return epath.Path(workdir)
-  local = os.path.expanduser(workdir)
+    return epath.Path(value)
+  local = os.path.expanduser(value)
   if local.startswith("~"):
-    raise UserError(f"--workdir={workdir}: there is no such user; write ./{workdir} for a folder")
+    raise UserError(f"{name}={value}: there is no such user; write ./{value} for a folder")
   return epath.Path(os.path.abspath(local))
 
 

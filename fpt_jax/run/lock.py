@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from fpt_jax.errors import UserError
-from fpt_jax.run import sharding
+from fpt_jax.run import hosts
 from fpt_jax.run.folder import (
   is_remote,
   make_folder,
@@ -48,10 +48,10 @@ def locked_by_first_host(workdir: str, *, take_over: bool = False) -> Iterator[C
     UserError: as `locked`, on every host.
   """
   with contextlib.ExitStack() as stack:
-    check = sharding.on_first_host(
+    check = hosts.on_first_host(
       lambda: stack.enter_context(locked(run_folder(workdir), take_over=take_over))
     )
-    yield lambda: sharding.on_first_host(check or (lambda: None), TakenOverError)
+    yield lambda: hosts.on_first_host(check or (lambda: None), TakenOverError)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The device mesh, what is sharded how, and communication between hosts.
+"""The device mesh, and what is sharded how.
 
 The mesh has three axes:
 
@@ -14,12 +14,11 @@ cannot know.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpt_jax.errors import UserError
@@ -29,49 +28,7 @@ AXES = ("data", "fsdp", "query")
 BATCH_AXES = ("data", "fsdp")
 MIN_SHARED_SIZE = 4096  # values; smaller arrays are not worth the communication
 
-T = TypeVar("T")
 Tree = Any
-
-
-def is_same_everywhere(text: str) -> bool:
-  """Returns whether all hosts have the same text, of at most 64 bytes."""
-  row = np.frombuffer(text.encode().ljust(64, b"\0"), np.uint8)[None]
-  rows = from_all_hosts({"text": row})["text"]
-  return bool((rows == rows[:1]).all())
-
-
-def agreed(fine: bool) -> bool:
-  """Returns whether `fine` is true on every host."""
-  return bool(from_all_hosts({"fine": np.array([fine], np.int32)})["fine"].all())
-
-
-def on_first_host(action: Callable[[], T], error_type: type[UserError] = UserError) -> T | None:
-  """Runs an action on the first host only, such as writing a file.
-
-  Args:
-    action: the action.
-    error_type: type of the error on the other hosts.
-
-  Returns:
-    What the action returns; None on the other hosts.
-
-  Raises:
-    UserError: the action has raised it. All hosts raise an error, so that none waits for the first one.
-  """
-  result, error = None, None
-  if jax.process_index() == 0:
-    try:
-      result = action()
-    except UserError as raised:
-      error = raised
-  if not agreed(error is None):
-    raise error or error_type("the first host has stopped; see its message")
-  return result
-
-
-def this_host() -> dict[str, int]:
-  """Returns the index of this host and the number of hosts, as keyword arguments."""
-  return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def mesh(
@@ -297,15 +254,3 @@ def local_part(array: jax.Array) -> np.ndarray:
   """Returns this host's part of an array that is sharded along its first axis."""
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
-
-
-def from_all_hosts(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns the hosts' parts of a global batch, concatenated in order along the first axis."""
-  if jax.process_count() == 1:
-    return values
-  # 64-bit integers are sent as pairs of 32 bits: JAX would truncate them
-  wide = [name for name, value in values.items() if value.dtype == np.int64]
-  pairs = {n: np.ascontiguousarray(values[n])[..., None].view(np.int32) for n in wide}
-  gathered = multihost_utils.process_allgather(values | pairs, tiled=True)
-  whole = {n: np.ascontiguousarray(gathered[n]).view(np.int64)[..., 0] for n in wide}
-  return gathered | whole

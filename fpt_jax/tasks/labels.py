@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fpt_jax.data import Batches
-from fpt_jax.run import sharding
+from fpt_jax.run import hosts
 
 
 def match_names(of_data: Sequence[str], of_model: Sequence[str]) -> list[int | None]:
@@ -61,7 +61,7 @@ def model_batches(
     batch_size=config.batch_size,
     seed=config.seed,
     start_step=start_step,
-    **sharding.this_host(),
+    **hosts.this_host(),
   )
   with batches:
     yield (batch | {name: class_of_label[batch[name]]} for batch in batches)

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -164,3 +165,17 @@ def test_the_advice_fits_the_cause(cause, advice, tmp_path):
     raise OSError(cause)
   saved.close()
   assert pathlib.Path(tmp_path).exists()
+
+
+def test_a_timer_counts_from_the_last_checkpoint(monkeypatch):
+  now = [1000.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  timer, never = checkpoints.Timer(minutes=1.5), checkpoints.Timer(minutes=0.0)
+  due = []
+  for seconds in (89, 1, 5):
+    now[0] += seconds
+    due.append(timer.is_due())
+  timer.restart()
+  assert due == [False, True, True] and not timer.is_due() and not never.is_due()
+  now[0] += 90
+  assert timer.is_due()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -194,18 +195,91 @@ def test_processes_find_each_other(launcher, rank_names):
     "from fpt_jax.run import cluster; cluster.join(cluster.find()); "
     "import jax; print(jax.process_index(), jax.process_count())"
   )
+  results = [text.split() for text, _ in run_two(program, launcher, rank_names)]
+  assert results == [["0", "2"], ["1", "2"]]
+
+
+EXCHANGE = """
+import jax
+from fpt_jax.errors import UserError
+from fpt_jax.run import cluster, hosts
+cluster.join(cluster.find())
+host = jax.process_index()
+def refuse():
+  raise UserError(f"host {host} refuses")
+for value in ("", "x" * 1000 * host, {"host": host, "score": 0.1 + host}):
+  assert hosts.gather(value)[host] == value
+print(hosts.gather([host, "\u00e9" * host, float("inf")]))
+print(hosts.from_first_host(lambda: {"AP": 0.1 + 0.2, "host": host}))
+print(hosts.is_true_on_first_host(host == 0), hosts.is_true_on_first_host(host == 1))
+print(hosts.on_every_host(lambda: host))
+for action in (hosts.on_first_host, hosts.on_every_host):
+  try:
+    action(refuse if host == 0 else lambda: 1)
+  except UserError as error:
+    print(error)
+"""
+
+
+def test_hosts_exchange_values_and_errors():
+  first, second = (text.splitlines() for text, _ in run_two(EXCHANGE, JAX, ("JAX_PROCESS_ID",)))
+  common = [
+    "[[0, '', inf], [1, '\u00e9', inf]]",
+    "{'AP': 0.30000000000000004, 'host': 0}",
+    "True False",
+  ]
+  assert first == [*common, "0", "host 0 refuses", "host 0 refuses"]
+  stopped = [f"{which} host has stopped; see its message" for which in ("the first", "another")]
+  assert second == [*common, "1", *stopped]
+
+
+LOST = """
+import os, sys, jax
+from fpt_jax.errors import UserError
+from fpt_jax.run import cluster, command_line, hosts
+def main():
+  cluster.join(cluster.find())
+  hosts.gather(0)
+  if jax.process_index() == int(sys.argv[1]):
+    if sys.argv[2] == "killed":
+      os.kill(os.getpid(), 9)
+    raise UserError("a bad record")
+  hosts.gather(1)
+try:
+  with cluster.noticing_lost_processes():
+    main()
+except UserError as error:
+  command_line.report_and_exit(error)
+"""
+
+
+@pytest.mark.parametrize(("lost", "how", "status"), [(1, "killed", -9), (1, "stops", 2)])
+def test_a_process_that_ends_does_not_leave_the_other_waiting(lost, how, status):
+  begun = time.monotonic()
+  survivor, other = run_two(LOST, JAX, ("JAX_PROCESS_ID",), str(lost), how)
+  assert other[1] == status and survivor[1] == 75
+  assert "error: another process has ended, see its log; this is process 0 of 2" in survivor[0]
+  assert "Traceback" not in survivor[0]
+  assert time.monotonic() - begun < 90  # JAX waits 100 s for a heartbeat, and 300 s for an exit
+  if how == "stops":
+    assert "error: a bad record" in other[0]
+
+
+def run_two(program, launcher, rank_names, *arguments):
+  """Runs a program in two processes; returns standard output and error, and the status, of each."""
   common = without_clusters() | launcher | {"JAX_COORDINATOR_PORT": "PORT", "JAX_PLATFORMS": "cpu"}
   port = str(free_port())
   common = {name: value.replace("PORT", port) for name, value in common.items()}
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", program],
+      [sys.executable, "-c", program, *arguments],
       env=common | dict.fromkeys(rank_names, str(i)),
       cwd=ROOT,
       stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT if arguments else None,
       text=True,
     )
     for i in range(2)
   ]
-  results = [process.communicate(timeout=120)[0].split() for process in processes]
-  assert results == [["0", "2"], ["1", "2"]]
+  texts = [process.communicate(timeout=400)[0] for process in processes]
+  return [(text, p.returncode) for text, p in zip(texts, processes, strict=True)]

@@ -13,10 +13,12 @@ LATER = {
   coco_mask: (
     "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
-    "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts",
+    "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
+    "checkpoint.every_minutes", "mesh",
   ),
   cityscapes: (
-    "data.exif", "model.swaps", "model.class_weights", "optim.frozen", "model.remat", "model.remat_parts",
+    "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",
+    "model.remat_parts",
   ),
 }  # fmt: skip
 

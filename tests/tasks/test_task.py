@@ -29,6 +29,7 @@ def test_a_field_that_may_be_unset_is_no_wrong_type():
     ("eval.every_steps", 0, "1 or more"),
     ("eval.batch_size", 0, "1 or more"),
     ("checkpoint.every_steps", -5, "1 or more"),
+    ("checkpoint.every_minutes", -1.0, "0 or more"),
     ("checkpoint.keep", 0, "1 or more"),
     ("data.train_sizes", (0, 5), "positive"),
     ("data.train_sizes", (600, 400), "smaller one first"),

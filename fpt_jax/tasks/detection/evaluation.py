@@ -1,6 +1,9 @@
 """Evaluation of detection: pycocotools scores the detections in every image of a split.
 
-Shapes: B images of a batch, D detections.
+Each host detects objects in its share of the images, and pastes and encodes their masks. The first host gets
+all results, scores them, and tells the others the metrics.
+
+Shapes: B images of this host's part of a batch, D detections.
 """
 
 import json
@@ -10,10 +13,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, info
+from fpt_jax.data import canvases, info, num_images
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run import sharding, stop
+from fpt_jax.run import hosts, sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
@@ -52,42 +55,46 @@ def evaluate(
   """
   model_categories = model_category_of(config, info(config.data))
   category_of_model = {ours: theirs for theirs, ours in model_categories.items()}
-  unscored = 0
-  detect = views.detector(config, structure, sharding.replicated(mesh))
+  detect = views.detector(config, structure, sharding.over_batch(mesh))
   split = config.data.eval_split
-  ground_truth = batches.coco_ground_truth(config.data, split)
-  results: list[dict] = []
+  # read before the images are evaluated, so that a bad record is not found after them
+  ground_truth = hosts.on_first_host(lambda: batches.coco_ground_truth(config.data, split))
+  by_batch: list[list[dict]] = []
+  unscored = 0
   eval_batches = batches.eval_batches(
     config.data,
     split,
     batch_size=config.eval.batch_size,
     short_edges=views.short_edges(config),
-    **sharding.this_host(),
+    **hosts.this_host(),
   )
-  total = len(ground_truth["images"])
+  total = num_images(config.data, split)
   with eval_batches, Progress(f"evaluate {split}", total) as progress:
     for batch in eval_batches:
       first = {k: batch[k] for k in ("image_BHWC", "size_B2")}
       seen = [sharding.to_devices(v, mesh) for v in (first, *batch.get("other_views", ()))]
-      detections = jax.device_get(detect(arrays, seen))
-      described = sharding.from_all_hosts(
-        {k: batch[k] for k in ("size_B2", "original_size_B2", "image_id_B", "valid_B")}
-      )
-      for i in np.flatnonzero(described["valid_B"]):
+      detections = {k: sharding.local_part(v) for k, v in detect(arrays, seen).items()}
+      results: list[dict] = []
+      for i in np.flatnonzero(batch["valid_B"]):
         found = to_original_image(
           {name: values[i] for name, values in detections.items()},
-          described["size_B2"][i],
-          described["original_size_B2"][i],
+          batch["size_B2"][i],
+          batch["original_size_B2"][i],
           config.model,
         )
         scored = with_data_categories(found, category_of_model)
         unscored += len(found["scores"]) - len(scored["scores"])
-        results += coco_ap.to_coco_results(described["image_id_B"][i], **scored)
-      progress.advance(int(described["valid_B"].sum()))
+        results += coco_ap.to_coco_results(batch["image_id_B"][i], **scored)
+      by_batch.append(results)
+      progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
       stop.check()
-  if unscored:
+  of_hosts = hosts.gather({"by_batch": by_batch, "unscored": unscored})
+  if unscored := sum(host["unscored"] for host in of_hosts):
     logging.info("%d detections are of categories that the data set does not have", unscored)
-  return score(config, ground_truth, results, workdir)
+  # as one host would have found them
+  of_batches = zip(*(host["by_batch"] for host in of_hosts), strict=True)
+  in_order = [result for parts in of_batches for part in parts for result in part]
+  return score(config, ground_truth, in_order, workdir)
 
 
 def eval_program(
@@ -105,19 +112,29 @@ def eval_program(
     "image_BHWC": jax.ShapeDtypeStruct((images, *canvas, 3), np.float32),
     "size_B2": jax.ShapeDtypeStruct((images, 2), np.int32),
   }
-  return views.detector_in_one_view(structure, sharding.replicated(mesh)), (view,), {}
+  return views.detector_in_one_view(structure, sharding.over_batch(mesh)), (view,), {}
 
 
-def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: str) -> dict:
-  """Logs the metrics, writes the results file, and returns the metrics.
+def score(
+  config: ConfigDict, ground_truth: dict | None, results: list[dict], workdir: str
+) -> dict[str, float]:
+  """Logs the metrics, writes the results file, and returns the metrics, on every host.
+
+  Args:
+    config: config of the run.
+    ground_truth: see `batches.coco_ground_truth`; only the first host needs it.
+    results: detections in all images, in the form of `coco_ap.to_coco_results`.
+    workdir: folder of the run.
 
   Raises:
-    ResultsNotWrittenError: the file could not be written.
+    ResultsNotWrittenError: the file could not be written; on the first host only.
   """
   iou_types = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
-  metrics = coco_ap.evaluate(ground_truth, results, iou_types)
-  context = context_accuracy.evaluate(ground_truth, results)
-  if jax.process_index() == 0:
+
+  def measure() -> dict[str, float]:
+    assert ground_truth is not None
+    metrics = coco_ap.evaluate(ground_truth, results, iou_types)
+    context = context_accuracy.evaluate(ground_truth, results)
     logging.info(
       "%s: %d detections in %d images\n%s",
       *(config.data.eval_split, len(results), len(ground_truth["images"])),
@@ -125,8 +142,12 @@ def score(config: ConfigDict, ground_truth: dict, results: list[dict], workdir: 
     )
     if context:
       logging.info("%s", context_accuracy.format_line(context))
+    return metrics | context
+
+  metrics = hosts.from_first_host(measure)
+  if jax.process_index() == 0:
     try:
       write_whole(run_folder(workdir) / RESULTS_FILE, json.dumps(results))
     except UserError as error:
-      raise ResultsNotWrittenError(error, metrics | context) from error
-  return metrics | context
+      raise ResultsNotWrittenError(error, metrics) from error
+  return metrics

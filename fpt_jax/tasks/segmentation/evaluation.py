@@ -17,7 +17,7 @@ from fpt_jax.data import VOID
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
-from fpt_jax.run import sharding, stop
+from fpt_jax.run import hosts, sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.segmentation import batches, miou
@@ -68,7 +68,7 @@ def evaluate(
   counts_TP = np.zeros((model.num_classes,) * 2, np.int64)
   total = data.num_images(config.data, split)
   eval_batches = batches.eval_batches(
-    config.data, split, batch_size=config.eval.batch_size, **sharding.this_host()
+    config.data, split, batch_size=config.eval.batch_size, **hosts.this_host()
   )
   with eval_batches, Progress(f"evaluate {split}", total) as progress:
     for batch in eval_batches:
@@ -95,7 +95,7 @@ def evaluate(
             not_written = error  # the scores do not need the files
       progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
       stop.check()
-  counts_TP = sharding.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
+  counts_TP = hosts.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
   metrics = score(config, counts_TP, total, workdir)
   if not_written:
     raise ResultsNotWrittenError(not_written, metrics) from not_written

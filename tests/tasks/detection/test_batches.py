@@ -191,7 +191,7 @@ def test_part_of_a_split(shapes):
   ("change", "words"),
   [
     ({"name": "cocoa"}, ("data.name='cocoa'", "context_shapes")),
-    ({"data_dir": "gs://bucket/data"}, ("data.data_dir=gs://bucket/data", "mount")),
+    ({"data_dir": "gs:/bucket/data"}, ("data.data_dir=gs:/bucket/data", "gs://")),
     ({"data_dir": "/nowhere/at/all"}, ("/nowhere/at/all", "--mode=prepare")),
     ({"builder": {"trainsize": 3}}, ("data.builder", "trainsize")),
     ({"train_split": "test"}, ("'test'", "['train', 'val']")),

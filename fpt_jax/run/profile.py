@@ -109,7 +109,7 @@ class Trace:
         logging.error("the trace of --profile_steps could not be written: %s", one_line(error, 300))
         return
     logging.info(
-      "the trace of steps %d to %d is in %s; show it with `pip install xprof` and `xprof --logdir=%s`, or open "
-      "its *.trace.json.gz at https://ui.perfetto.dev",
+      "the trace of steps %d to %d is in %s; show it with `pip install xprof` and `xprof --logdir=%s`, or "
+      "open its *.trace.json.gz at https://ui.perfetto.dev",
       *(*steps, self._folder, self._folder),
     )

@@ -100,8 +100,8 @@ def optimizer(config) -> optax.GradientTransformation:
 def norms(gradient, trained, state) -> dict[str, jax.Array]:
   """Returns Euclidean norms over all trained parameters together, float32 scalars.
 
-  All of these arrays are in memory in any case. The updates are not; their norm is the learning rate times that
-  of the momentum.
+  All of these arrays are in memory in any case. The updates are not; their norm is the learning rate times
+  that of the momentum.
 
   Args:
     gradient: gradient of the losses, before clipping and weight decay.

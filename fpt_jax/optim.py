@@ -97,6 +97,25 @@ def optimizer(config) -> optax.GradientTransformation:
   return optax.MultiSteps(sgd, optim.accumulate_steps).gradient_transformation()
 
 
+def norms(gradient, trained, state) -> dict[str, jax.Array]:
+  """Returns Euclidean norms over all trained parameters together, float32 scalars.
+
+  All of these arrays are in memory in any case. The updates are not; their norm is the learning rate times
+  that of the momentum.
+
+  Args:
+    gradient: gradient of the losses, before clipping and weight decay.
+    trained: parameters after the step.
+    state: state of the optimizer after the step.
+  """
+  momentum = optax.tree_utils.tree_get(state, "trace")
+  return {
+    "grad_norm": optax.global_norm(gradient),
+    "param_norm": optax.global_norm(trained),
+    "momentum_norm": optax.global_norm(momentum),
+  }
+
+
 def mean_gradient(gradients, state):
   """Returns the mean of the gradients of a batch up to its latest part.
 

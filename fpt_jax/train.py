@@ -237,8 +237,12 @@ def _train(
         check_lock()
       if log_due:
         speeds = clock.speeds(done)
-        measured = jax.device_get(figures) if logged(done) else {}
-        write_metrics(done, losses | {"lr": float(rate(done - 1))} | speeds | measured)
+        lr = float(rate(done - 1))
+        measured = {}
+        if logged(done):
+          measured = jax.device_get(figures)
+          measured["update_norm"] = lr * measured.pop("momentum_norm")  # the update of SGD
+        write_metrics(done, losses | {"lr": lr} | speeds | measured)
         if metrics:
           logging.info("%s", clock.line(done, losses, speeds))
       if checkpoint_due:
@@ -360,9 +364,9 @@ def make_train_step(
   If a step computes its batch in several parts, each part is a call, and `step` counts the parts since the
   beginning of the training.
 
-  `figures` are `norms` and those of FPT's health, see `models.fpt.health`; the latter are zeros unless
-  `measure` is true. The key is the same in every step. It is an argument so that runs with different seeds
-  share the compiled program.
+  `figures` are `optim.norms` and those of FPT's health, see `models.fpt.health`; zeros unless `measure` is
+  true. The key is the same in every step. It is an argument so that runs with different seeds share the
+  compiled program.
 
   Randomness is a function of the seed and the step alone, so that a resumed run equals an
   uninterrupted one. Only `state["trained"]` is differentiated.
@@ -386,26 +390,13 @@ def make_train_step(
     gradients, (losses, rest, figures) = jax.grad(total_loss, has_aux=True)(state["trained"])
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["trained"])
     trained = optax.apply_updates(state["trained"], updates)
-    gradients = optim.mean_gradient(gradients, state["optimizer"])
-    figures |= norms(gradients, trained, updates)
+    mean = optim.mean_gradient(gradients, state["optimizer"])
+    norms = Figures(wanted=measure)
+    norms.add(lambda: optim.norms(mean, trained, optimizer_state))
+    figures |= norms.values
     return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses, figures
 
   return train_step
-
-
-def norms(gradients, trained, updates) -> dict[str, jax.Array]:
-  """Returns the Euclidean norms of a step over all trained parameters together, float32 scalars.
-
-  Args:
-    gradients: gradients of the losses, before clipping and weight decay.
-    trained: parameters after the update.
-    updates: what was added to them.
-  """
-  return {
-    "grad_norm": optax.global_norm(gradients),
-    "param_norm": optax.global_norm(trained),
-    "update_norm": optax.global_norm(updates),
-  }
 
 
 def starting_arrays(

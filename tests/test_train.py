@@ -17,6 +17,7 @@ import pytest
 import fpt_jax
 from fpt_jax import models, optim
 from fpt_jax.errors import UserError
+from fpt_jax.models.costs import INTERPOLATIONS
 from fpt_jax.run import checkpoints
 from fpt_jax.run.profile import Steps
 from fpt_jax.tasks import detection
@@ -172,19 +173,18 @@ def test_bfloat16_is_the_dtype_of_layers_only(make):
   for leaf in jax.tree.leaves((state, updated, losses)):
     assert leaf.dtype in (np.float32, np.int32)  # int32: counts of steps
 
-  products = {"bfloat16": 0, "other": 0}
+  layers = ("backbone", "pyramid", "rpn", "box_head", "mask_head", "/head", "rendering_", "fuse.")
+  found = set()
   for equation, scope in equations_of(jaxpr.jaxpr):
-    dtypes = {v.aval.dtype.name for v in equation.invars}
-    if equation.primitive.name == "conv_general_dilated":
-      assert dtypes == {"bfloat16"}, scope
-    # scores, mixtures and interpolation are not layers
-    elsewhere = ("attention", "upsample", "roi_align", "bins", "mixture", "masks")
-    if equation.primitive.name == "dot_general" and not any(s in scope for s in elsewhere):
-      sizes = [v.aval.size for v in (*equation.invars, *equation.outvars)]
-      # the size of a product is the geometric mean of its three arrays
-      kind = "bfloat16" if dtypes == {"bfloat16"} else "other"
-      products[kind] += np.sqrt(np.prod(np.float64(sizes)))
-  assert products["other"] < 0.01 * products["bfloat16"]
+    forward = "jvp" in scope and "transpose" not in scope
+    layer = next((name for name in layers if name in scope.replace("(", "/")), None)
+    product = equation.primitive.name == "dot_general" and not any(
+      n in scope for n in INTERPOLATIONS
+    )
+    if equation.primitive.name == "conv_general_dilated" or (product and forward and layer):
+      assert {v.aval.dtype.name for v in equation.invars} == {"bfloat16"}, scope
+      found.add(layer)
+  assert {"pyramid", "fuse."} < found
 
 
 def test_parts_that_the_devices_cannot_share_are_refused(tmp_path):

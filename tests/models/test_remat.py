@@ -17,6 +17,8 @@ from fpt_jax.models.state import arrays_of, initial_arrays, skeleton
 from fpt_jax.tasks.task import check_config, task_of
 from tests.runs import tiny_config, tiny_segmentation_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RECOMPUTING = [policy for policy in POLICIES if policy != "none"]
 
 
@@ -114,7 +116,7 @@ def test_models_keep_fewer_bytes(module, arg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_config, tiny_segmentation_config])
-def test_whole_models_give_the_same(make, rng, quick_compilation):
+def test_whole_models_give_the_same(make, rng):
   config, results = make(), {}
   config.model.backbone.update(dict(frozen=False, norm="sync_bn"))
   task = task_of(config)

@@ -243,15 +243,19 @@ class FeaturePyramidTransformer(nnx.Module):
     levels = self.projected(given)
     train = key is not None
 
-    def fused(i: int, *arguments) -> FeatureMap:
-      fuse = recomputed(lambda fpt, *arguments: fpt.fused(i, *arguments), self.policy(train))
-      return fuse(self, *arguments)
+    def fused(i: int, level: FeatureMap, parts: dict[str, jax.Array], key) -> FeatureMap:
+      def fuse(fpt, level, outputs, key, progress):
+        return fpt.fused(i, level, dict(zip(parts, outputs, strict=True)), key, progress)
+
+      # a list, because JAX sorts the keys of a dictionary, and the order is that of the concatenation
+      outputs = list(parts.values())
+      return recomputed(fuse, self.policy(train))(self, level, outputs, key, progress)
 
     outputs = []
     for i, parts in enumerate(self.transformed(levels, train=train, measured=measured)):
       level_key = None if key is None else jax.random.fold_in(key, i)
       with jax.named_scope(f"fuse.{i}"):
-        outputs.append(fused(i, levels[i], parts, level_key, progress))
+        outputs.append(fused(i, levels[i], parts, level_key))
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
 
   def policy(self, train: bool) -> str:

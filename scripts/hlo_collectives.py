@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from scripts.hlo_text import Program, sizes_of
+from scripts.hlo_text import Program, arrays_of, size_of, sizes_of
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
@@ -28,6 +28,11 @@ class Collective:
   times: int
   type: str
   source: str
+
+  @property
+  def dtype(self) -> str:
+    """Dtype of its largest array, such as "bf16"."""
+    return max(arrays_of(self.type), key=size_of).partition("[")[0]
 
   @property
   def sent(self) -> float:

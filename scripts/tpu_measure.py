@@ -138,8 +138,8 @@ def report(work: Work, measured: Measured, chip: Chip, images: int, groups: int)
       most = max(these, key=lambda c: c.bytes)
       lines.append(
         f"  {kind:<12} {sum(c.times for c in these)} times, "
-        f"{sum(c.times * c.bytes for c in these) / 1e6:.2f} MB, the largest {most.bytes / 1e6:.2f} MB: "
-        f"{most.source[-70:]}"
+        f"{sum(c.times * c.bytes for c in these) / 1e6:.2f} MB, the largest {most.bytes / 1e6:.2f} MB "
+        f"of {most.dtype}: {most.source[-70:]}"
       )
   if unknown := program.loops_of_unknown_length():
     lines.append(f"  {unknown} loop(s) whose length depends on the data count as one pass")

@@ -84,6 +84,11 @@ def test_each_collective_is_counted_once_per_run():
   ]
 
 
+def test_the_dtype_is_that_of_the_largest_array():
+  both = "(f32[3]{0}, bf16[8,2]{1,0:T(8,128)(2,1)}, u32[]{:S(2)})"
+  assert Collective("all-reduce", 44, 8, 1, both, "").dtype == "bf16"
+
+
 @pytest.mark.parametrize(
   ("kind", "group", "sent"),
   [

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from fpt_jax import models, optim
+from fpt_jax.run.command_line import load_config
 from scripts.tpu_chips import GIB
 from scripts.tpu_measure import largest, needed
 from tests.runs import ROOT
@@ -57,9 +59,15 @@ def test_a_training_step_compiles_for_a_tpu():
   number = r"([\d.]+)"
   ((peak, memory),) = re.findall(rf"memory +{number} GiB of {number} GiB", done.stdout)
   assert 0 < float(peak) < 1 and float(memory) * GIB == 15.75 * GIB
-  # every gradient is summed over the chips once, in float32
-  ((_, megabytes),) = re.findall(rf"all-reduce +(\d+) times, {number} MB", done.stdout)
-  assert 0.5 < float(megabytes) < 50
+  # every gradient is summed over the chips once, almost all of them in bfloat16
+  ((megabytes, dtype),) = re.findall(
+    rf"all-reduce +\d+ times, {number} MB, the largest .* of (\w+):", done.stdout
+  )
+  config = load_config(SMALL[0].partition("=")[2])
+  structure = models.structure_of(config)
+  trained = optim.trainable(config, structure.parameters())
+  gradients = sum(structure.shapes[name].size for name in trained) * 2
+  assert dtype == "bf16" and gradients / 1e6 < float(megabytes) < 1.1 * gradients / 1e6
   assert re.search(r"least time +[\d.]+ ms, bound by (compute|memory|network)", done.stdout)
   assert re.search(r"at most +\d+ images/s on 4 chips, \d+% of the peak", done.stdout)
 

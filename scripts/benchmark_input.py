@@ -195,7 +195,8 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
         del resized
         examples.append(example | {"image_BHWC": image})
       with timed("batch"):
-        batch = {n: tf.stack([example[n] for example in examples]).numpy() for n in keys}
+        stack = lambda arrays: tf.raw_ops.Pack(values=arrays, axis=0).numpy()
+        batch = {n: stack([example[n] for example in examples]) for n in keys}
       with timed("to device"):
         jax.block_until_ready(sharding.to_devices(batch, mesh))
   together, padded = seconds.pop("read, decode and instances"), seconds.pop("resize and pad")

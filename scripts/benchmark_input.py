@@ -43,6 +43,7 @@ from fpt_jax.data import transforms
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.instances import Record
+from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError
 from fpt_jax.run import command_line, sharding
 from fpt_jax.tasks.detection.batches import load_example
@@ -194,7 +195,8 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
         del resized
         examples.append(example | {"image_BHWC": image})
       with timed("batch"):
-        batch = {n: tf.stack([example[n] for example in examples]).numpy() for n in keys}
+        stack = lambda arrays: tf.raw_ops.Pack(values=arrays, axis=0).numpy()
+        batch = {n: stack([example[n] for example in examples]) for n in keys}
       with timed("to device"):
         jax.block_until_ready(sharding.to_devices(batch, mesh))
   together, padded = seconds.pop("read, decode and instances"), seconds.pop("resize and pad")
@@ -287,10 +289,10 @@ def their_loader(config: ConfigDict, workers: int) -> dict[str, float]:
         self.sizes_N2 = reader.sizes_N2
         self.records = [reader.read(index) for index in range(len(reader))]
 
-    def read(self, index: int) -> Record:
+    def read(self, index: int) -> Record | LabelRecord:
       return self.records[index]
 
-    def decode(self, index: int, record: Record) -> np.ndarray:
+    def decode(self, index: int, record: Record | LabelRecord) -> np.ndarray:
       del index
       return decode_image(record.image, exif=config.data.exif)
 
@@ -324,8 +326,10 @@ def their_loader(config: ConfigDict, workers: int) -> dict[str, float]:
   def work() -> dict[str, float]:
     batches = iter(DataLoader(Images(reader), batch_sampler=order, num_workers=workers))
     found = rate_of(batches, warm_up, count)
-    children = multiprocessing.active_children()
-    return found | {"workers_memory": sum(private(child.pid) for child in children)}
+    workers_memory = sum(
+      private(child.pid) for child in multiprocessing.active_children() if child.pid
+    )
+    return found | {"workers_memory": workers_memory}
 
   return weighed(work)
 

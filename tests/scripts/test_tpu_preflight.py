@@ -108,13 +108,15 @@ def test_a_wrong_operation_is_noticed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_checks_pass_on_the_cpu(tmp_path):
-  process = start(f"--workdir={tmp_path}", "--words=fpt=none")
+def test_the_checks_pass_on_the_cpu(tmp_path):
+  """All but the step of detection, which takes a minute to compile."""
+  checks = "devices,collectives,attention,roi,nms,depthwise,step of cityscapes,input,checkpoint"
+  process = start(f"--workdir={tmp_path}", "--words=head=fcn", f"--only={checks}")
   out, errors = process.communicate()
   assert process.returncode == 0, out + errors[-3000:]
   found = results(out)
-  assert len(found) == 11 and list(found)[:2] == ["devices", "collectives"]
-  assert {"step of coco_mask", "step of cityscapes", "checkpoint"} <= set(found)
+  assert len(found) == 10 and list(found)[:2] == ["devices", "collectives"]
+  assert {"step of cityscapes", "checkpoint"} <= set(found)
   assert set(found.values()) == {"ok"}
   assert not list(tmp_path.iterdir())
 

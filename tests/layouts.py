@@ -18,7 +18,13 @@ from fpt_jax.tasks.task import task_of
 from fpt_jax.train import make_train_step, training_state
 from tests.runs import tiny_config, tiny_segmentation_config
 
-CONFIGS = {"detection": tiny_config, "segmentation": tiny_segmentation_config}
+CONFIGS = {
+  "detection": lambda **fields: tiny_config(
+    data__buckets=((128, 128),), data__short_edge=128, data__long_edge=128, **fields
+  ),
+  # FPT by itself is compared in tests/run/test_sharding.py
+  "segmentation": lambda **fields: tiny_segmentation_config("fpt=none", **fields),
+}
 STEPS = {"detection": 1, "segmentation": 10}
 LAYOUTS = ((1, 1, 1), (2, 2, 2))  # the second one uses every axis
 

@@ -162,18 +162,20 @@ def rows_over_query(tree: Tree, *, stride: int) -> Tree:
     stride: stride of the coarsest level that is computed from them.
 
   Raises:
-    UserError: the devices cannot share the rows of this level evenly.
+    UserError: the devices cannot share the rows of this level evenly, or get fewer than two each.
   """
 
   def one(x):
     shares = axis_size(x, "query")
     if shares == 1:
       return x
-    if x.shape[1] % (shares * stride):
+    rows, left = divmod(x.shape[1], shares * stride)
+    # with one row on each device, and images on several, XLA (jax 0.10) computes wrong gradients
+    if left or rows < 2:
       raise UserError(
         f"images of {x.shape[1]} rows cannot be shared by {shares} devices at a stride of {stride}; with "
-        f"this config.mesh.shape, heights must be multiples of {shares * stride} (config.data.buckets, "
-        "config.data.crop, config.data.canvas_multiple)"
+        f"this config.mesh.shape, heights must be multiples of {shares * stride}, and at least "
+        f"{2 * shares * stride} (config.data.buckets, config.data.crop, config.data.canvas_multiple)"
       )
     return constrained(x, BATCH_AXES, "query")
 

@@ -42,10 +42,12 @@ def differentiated(structure, total, trained):
 
 def assert_same(found, expected):
   for ours, theirs in zip(found, expected, strict=True):
+    # gradients of a bias before a normalisation are rounding alone
+    least = 1e-2 * max(np.abs(array).max() for array in jax.tree.leaves(theirs))
     for name, array in jax.tree_util.tree_leaves_with_path(theirs):
-      scale = np.abs(array).max() + 1e-12
+      scale = max(np.abs(array).max(), least)
       ours_at = dict(jax.tree_util.tree_leaves_with_path(ours))[name]
-      np.testing.assert_allclose(ours_at / scale, array / scale, atol=2e-5, err_msg=str(name))
+      np.testing.assert_allclose(ours_at / scale, array / scale, atol=5e-5, err_msg=str(name))
 
 
 def test_transformers_and_residual_blocks_give_the_same(rng):

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -89,6 +91,7 @@ def evaluated(monkeypatch, tmp_path, run, categories):
     "labels_BD": np.array([[1, 2]]),
     "valid_BD": np.ones((1, 2), bool),
   }
+  found = jax.tree.map(jnp.asarray, found)
   monkeypatch.setattr(views, "detector", lambda *_: lambda arrays, seen: found)
   metrics = detection.evaluate(run, None, {}, sharding.mesh(), str(tmp_path))
   results = json.loads((tmp_path / RESULTS_FILE).read_text())

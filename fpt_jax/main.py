@@ -63,14 +63,9 @@ _PROFILE_STEPS = flags.DEFINE_string(
   "FIRST:LAST, such as 20:25: write a profiler trace of these training steps, both included, into the folder "
   "profile of --workdir. The first step of a process also compiles.",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "HOST:PORT of the first of several processes that train or evaluate together; also set --num_processes and "
-  "--process_id. TPU pods, Slurm and Open MPI need none of them.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.", lower_bound=0)
+_find_cluster = cluster.define_flags()
+flags.adopt_module_key_flags(cluster)  # --help lists them
+flags.adopt_module_key_flags(command_line)
 _STEP = flags.DEFINE_integer(
   "step", None, "Step of the checkpoint for eval, predict and explain; the newest by default."
 )
@@ -118,7 +113,7 @@ def main() -> None:
   profile_steps = None
   if mode == "train":
     profile_steps = profile.parsed_steps(_PROFILE_STEPS.value, optim.total_steps(config))
-  processes = cluster.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  processes = _find_cluster()
   if processes and mode not in ("train", "eval"):
     raise UserError(
       f"--mode={mode} runs in one process, but {processes.source} names several; start it once, with "

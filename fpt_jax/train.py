@@ -1,12 +1,10 @@
 """The training loop."""
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-import optax
 from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
@@ -14,8 +12,7 @@ from ml_collections import ConfigDict
 from fpt_jax import data, models, optim
 from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
-from fpt_jax.models.fpt.health import Figures
-from fpt_jax.models.state import Skeleton, arrays_of, initial_arrays, within
+from fpt_jax.models.state import initial_arrays, within
 from fpt_jax.run import checkpoints, hosts, sharding
 from fpt_jax.run.config_file import (
   Changes,
@@ -34,6 +31,7 @@ from fpt_jax.run.profile import Steps, Trace
 from fpt_jax.run.progress import Clock
 from fpt_jax.run.stop import Stopped, StopSignal
 from fpt_jax.tasks.task import check_config, check_types, task_of
+from fpt_jax.train_step import make_train_step, state_shapes, training_state
 from fpt_jax.weights.families import preprocessing
 from fpt_jax.weights.imported import pretrained_shapes
 
@@ -101,25 +99,21 @@ def _train(
 
   # Initial state: the run's newest checkpoint, or other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
-  shapes = sharding.laid_out(structure.shapes, mesh)
-  state_shapes = training_state(
-    shapes,
-    trained,
-    sharding.laid_out(jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained}), mesh),
-  )
-  state_shardings = sharding.shardings(state_shapes)
-  logging.info("%s", sharding.describe(mesh, state_shapes, config.batch_size))
+  shapes = sharding.laid_out(state_shapes(structure, trained, optimizer), mesh)
+  shapes_of_model = {**shapes["trained"], **shapes["rest"]}
+  placement = sharding.shardings(shapes)
+  logging.info("%s", sharding.describe(mesh, shapes, config.batch_size))
   if saved.all_steps():
     start = checkpoints.choose_step(saved)
     changed = accepted_changes(before, config, workdir, start=start, allow=allow_config_changes)
-    arrays = checkpoints.restore_model(saved, start, shapes)
-    optimizer_state = checkpoints.restore_optimizer(saved, start, state_shapes["optimizer"])
+    arrays = checkpoints.restore_model(saved, start, shapes_of_model)
+    optimizer_state = checkpoints.restore_optimizer(saved, start, shapes["optimizer"])
     logging.info("resuming at step %d of %s", start, saved.directory)
     hosts.on_first_host(lambda: record_changes(workdir, changed, start))
   else:
     start = 0
-    arrays = starting_arrays(config, shapes)
-    optimizer_state = jax.jit(optimizer.init, out_shardings=state_shardings["optimizer"])(
+    arrays = starting_arrays(config, shapes_of_model)
+    optimizer_state = jax.jit(optimizer.init, out_shardings=placement["optimizer"])(
       {n: arrays[n] for n in trained}
     )
   hosts.on_first_host(lambda: write_config(workdir, config))
@@ -127,7 +121,7 @@ def _train(
   train_step = jax.jit(
     make_train_step(structure, optimizer, total_steps, parts),
     donate_argnums=0,
-    out_shardings=(state_shardings, replicated, replicated),
+    out_shardings=(placement, replicated, replicated),
   )
   metrics = hosts.on_first_host(lambda: MetricsWriter(workdir, start))
   rate = optim.schedule(config)
@@ -270,13 +264,7 @@ def check_parts(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
   Raises:
     UserError: they cannot.
   """
-  images, left = divmod(config.batch_size, config.optim.accumulate_steps)
-  try:
-    sharding.over_batch(mesh).shard_shape((images,))
-    shared = left == 0
-  except ValueError:
-    shared = False
-  if not shared:
+  if config.batch_size % (config.optim.accumulate_steps * sharding.image_groups(mesh)):
     raise UserError(
       f"config.batch_size={config.batch_size} cannot be computed in config.optim.accumulate_steps="
       f"{config.optim.accumulate_steps} equal parts on {mesh.size} device(s); choose a multiple of both"
@@ -345,58 +333,6 @@ def adopt_classes(config: ConfigDict, workdir: str) -> ConfigDict | None:
   config.model.update({field: before.model[field] for field in unnamed if before.model[field]})
   task.adopt_classes(config, dataset)
   return before
-
-
-def training_state(arrays: Mapping[str, Any], trained: Container[str], optimizer_state) -> dict:
-  """Returns the state of a training step: arrays, or their shapes, divided into trained ones and the rest."""
-  return {
-    "trained": {n: a for n, a in arrays.items() if n in trained},
-    "rest": {n: a for n, a in arrays.items() if n not in trained},
-    "optimizer": optimizer_state,
-  }
-
-
-def make_train_step(
-  structure: Skeleton, optimizer: optax.GradientTransformation, total_steps: int, parts: int = 1
-) -> Callable:
-  """Returns the pure function of one step: (state, batch, step, key, measure) -> (state, losses, figures).
-
-  If a step computes its batch in several parts, each part is a call, and `step` counts the parts since the
-  beginning of the training.
-
-  `figures` are `optim.norms` and those of FPT's health, see `models.fpt.health`; zeros unless `measure` is
-  true. The key is the same in every step. It is an argument so that runs with different seeds share the
-  compiled program.
-
-  Randomness is a function of the seed and the step alone, so that a resumed run equals an
-  uninterrupted one. Only `state["trained"]` is differentiated.
-  """
-
-  def train_step(state, batch, step, key, measure):
-    def total_loss(trained):
-      model = structure.fill({**trained, **state["rest"]})
-      measured = Figures(wanted=measure)
-      losses = model.losses(
-        batch,
-        jax.random.fold_in(key, step),
-        progress=step // parts / total_steps,
-        measured=measured,
-      )
-      updated = arrays_of(model)
-      total = sum(losses.values())
-      rest = {n: updated[n] for n in state["rest"]}
-      return total, ({"total_loss": total} | losses, rest, measured.values)
-
-    gradients, (losses, rest, figures) = jax.grad(total_loss, has_aux=True)(state["trained"])
-    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["trained"])
-    trained = optax.apply_updates(state["trained"], updates)
-    mean = optim.mean_gradient(gradients, state["optimizer"])
-    norms = Figures(wanted=measure)
-    norms.add(lambda: optim.norms(mean, trained, optimizer_state))
-    figures |= norms.values
-    return {"trained": trained, "rest": rest, "optimizer": optimizer_state}, losses, figures
-
-  return train_step
 
 
 def starting_arrays(

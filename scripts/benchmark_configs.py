@@ -27,7 +27,7 @@ from fpt_jax import models, optim
 from fpt_jax.models.state import initial_arrays
 from fpt_jax.run.command_line import load_config
 from fpt_jax.tasks.task import task_of
-from fpt_jax.train import make_train_step, training_state
+from fpt_jax.train_step import make_train_step, training_state
 
 OBJECTS = 6  # per image, of those that a batch has room for
 

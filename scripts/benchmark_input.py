@@ -189,9 +189,10 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
             config.data, reader, index, config.data.short_edge, False, True, set()
           )
         with timed("resize"):
-          resized = transforms.resize_and_pad(example["image_BHWC"], *[example["size_B2"]] * 2)
+          size = example["size_B2"]
+          resized = transforms.resize_and_pad(example["image_BHWC"], size, size)
         with timed("resize and pad"):
-          image = transforms.resize_and_pad(example["image_BHWC"], example["size_B2"], canvas)
+          image = transforms.resize_and_pad(example["image_BHWC"], size, canvas)
         del resized
         examples.append(example | {"image_BHWC": image})
       with timed("batch"):

@@ -41,7 +41,7 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> int
     return 0
   operands = [computation[name] for name in dict.fromkeys(one.operands)]
   match one.opcode:
-    case "dynamic-slice" | "slice" | "gather":
+    case opcode if opcode in _SLICES:
       return hbm_bytes(one.type) + min(sum(sizes_of(one.type)), hbm_bytes(operands[0].type))
     case "dynamic-update-slice":
       return 2 * min(sum(sizes_of(operands[1].type)), hbm_bytes(one.type))

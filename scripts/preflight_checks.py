@@ -30,7 +30,7 @@ from fpt_jax.run import checkpoints, hosts, sharding
 from fpt_jax.run.command_line import load_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.task import check_config, task_of
-from fpt_jax.train import make_train_step, training_state
+from fpt_jax.train_step import make_train_step, training_state
 from scripts.preflight_report import DifferenceError, check_same_bits, largest_difference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -13,8 +13,6 @@ import numpy as np
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.run import hosts
 
-_TEXT_BYTES = 400  # of a message that hosts exchange
-
 
 class DifferenceError(Exception):
   """Two results differ; the message says in what."""
@@ -130,13 +128,11 @@ def _of_all_hosts(problem: str) -> str:
   """Returns the problem of the first host that has one, with the host's index; "" if none has."""
   if jax.process_count() == 1:
     return problem
-  row_T = np.frombuffer(problem.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
   try:
-    rows_HT = hosts.from_all_hosts({"text": row_T[None]})["text"]
+    problems = hosts.gather(problem)
   except Exception as error:  # the devices of the hosts do not reach one another
     return f"{problem}; the hosts cannot exchange results ({one_line(error, 200)})".lstrip("; ")
-  texts = [bytes(row_T).rstrip(b"\0").decode(errors="replace") for row_T in np.asarray(rows_HT)]
-  return next((f"host {host}: {text}" for host, text in enumerate(texts) if text), "")
+  return next((f"host {host}: {text}" for host, text in enumerate(problems) if text), "")
 
 
 def _print_line(name: str, passed: bool, seconds: float, text: str) -> None:

@@ -204,7 +204,7 @@ check_flags() {
     *) fail "--mode=$mode runs in one process; on a pod there are train and eval" ;;
   esac
   [ -z "$config" ] || [ -f "$root/${config%%:*}" ] ||
-    fail "--config=$config: there is no file ${config%%:*} in $root, which is what the hosts get"
+    fail "--config=$config: ${config%%:*} does not exist in $root, the folder that is copied to the hosts"
   [[ "$workdir" == gs://?* ]] ||
     fail "--workdir=$workdir must be gs://bucket/folder: the hosts share no disk, and it goes with the TPU"
 }
@@ -302,7 +302,7 @@ case "$command" in
     ;;
   start | resume) check_flags ;;
   "") fail "which command? create, install, data, start, tail, status, stop, resume or delete; see --help" ;;
-  *) fail "there is no command '$command'; choose create, install, data, start, tail, status, stop, resume or delete" ;;
+  *) fail "unknown command '$command'; choose create, install, data, start, tail, status, stop, resume or delete" ;;
 esac
 data_source="${data_source/#\~\//$HOME/}"
 for argument in spot queued mount; do

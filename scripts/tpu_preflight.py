@@ -52,11 +52,8 @@ _WORDS = flags.DEFINE_string(
 )
 _LIMIT = flags.DEFINE_float("limit", 600, "Seconds after which a check counts as failed.")
 _TRACE = flags.DEFINE_bool("trace", False, "Print the stack trace of each failure.")
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", "", "HOST:PORT of the first of several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.", lower_bound=0)
+_find_cluster = cluster.define_flags()
+flags.adopt_module_key_flags(cluster)  # --help lists them
 
 
 def all_checks(workdir: str, words: str, data_dir: str) -> list[Check]:
@@ -87,7 +84,7 @@ def main() -> None:
   chosen = [c for c in found if not _ONLY.value or c.name.startswith(tuple(_ONLY.value))]
   if not chosen:
     raise UserError(f"--only={','.join(_ONLY.value)}: choose of {', '.join(c.name for c in found)}")
-  cluster.join(cluster.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value))
+  cluster.join(_find_cluster())
   if not run_checks(chosen, limit=_LIMIT.value, trace=_TRACE.value):
     sys.exit(1)
 

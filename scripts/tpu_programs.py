@@ -20,7 +20,7 @@ from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import Skeleton, skeleton
 from fpt_jax.run import sharding
 from fpt_jax.tasks.task import task_of
-from fpt_jax.train import make_train_step, training_state
+from fpt_jax.train_step import make_train_step, state_shapes
 
 PARTS = ("train", "eval", "fpt")
 
@@ -71,11 +71,6 @@ def works(part: str, config: ConfigDict, devices: list, images: int) -> list[Wor
   return {"train": train, "eval": evaluation, "fpt": fpt}[part](config, mesh, images)
 
 
-def all_images(mesh: Mesh, images: int) -> int:
-  """Returns the images of a global batch."""
-  return images * mesh.size // mesh.shape["query"]
-
-
 def placed(tree, where: NamedSharding):
   """Shapes with one sharding."""
   return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree)
@@ -96,17 +91,15 @@ def train(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
   computed twice to save memory. Figures of FPT's health, which few steps have, are not counted.
   """
   structure = models.structure_of(config)
-  shapes, trained = structure.shapes, optim.trainable(config, structure.parameters())
-  optimizer = optim.optimizer(config)
-  optimizer_state = jax.eval_shape(optimizer.init, {n: shapes[n] for n in trained})
-  state = sharding.laid_out(training_state(shapes, trained, optimizer_state), mesh)
+  trained, optimizer = optim.trainable(config, structure.parameters()), optim.optimizer(config)
+  state = sharding.laid_out(state_shapes(structure, trained, optimizer), mesh)
   whole = sharding.replicated(mesh)
   task = task_of(config)
   canvas = task.canvas(config)
 
   def lower() -> jax.stages.Lowered:
     step = make_train_step(structure, optimizer, optim.total_steps(config))
-    batch = task.batch_shapes(config, all_images(mesh, images), canvas)
+    batch = task.batch_shapes(config, images * sharding.image_groups(mesh), canvas)
     numbers = (
       jax.ShapeDtypeStruct((), jnp.int32),
       random_key(),
@@ -140,7 +133,7 @@ def evaluation(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
   """The program that an evaluation runs for each batch; its arithmetic is that of the forward pass."""
   structure = models.structure_of(config)
   task = task_of(config)
-  everything = all_images(mesh, images)
+  everything = images * sharding.image_groups(mesh)
   program, inputs, options = task.eval_program(config, structure, mesh, everything)
   leaves = jax.tree.leaves(inputs)
   image_BHWC = next(leaf for leaf in leaves if leaf.ndim == 4)
@@ -186,7 +179,7 @@ def fpt(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
     def lower() -> jax.stages.Lowered:
       return jax.jit(run).lower(
         sharding.laid_out(structure.shapes, mesh),
-        placed(levels(all_images(mesh, images)), sharding.over_batch(mesh)),
+        placed(levels(images * sharding.image_groups(mesh)), sharding.over_batch(mesh)),
         placed(random_key(), sharding.replicated(mesh)),
       )
 

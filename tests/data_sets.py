@@ -1,5 +1,6 @@
 """Data sets for tests: a small one in COCO's format, and fixtures of prepared ones."""
 
+import concurrent.futures
 import io
 import json
 import pathlib
@@ -25,6 +26,13 @@ UPRIGHT = {
   7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
   8: lambda pixels: pixels.swapaxes(0, 1)[::-1],  # left, bottom
 }
+
+
+def errors_of_preparing(settings: ml_collections.ConfigDict, *, times: int) -> list[BaseException]:
+  """Prepares a data set several times at the same time, in threads; returns the errors."""
+  with concurrent.futures.ThreadPoolExecutor(times) as pool:
+    calls = [pool.submit(data.prepare, settings) for _ in range(times)]
+  return [error for call in calls if (error := call.exception())]
 
 
 def encode_tagged(pixels: np.ndarray, orientation: int, name: str, **options: object) -> bytes:

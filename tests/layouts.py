@@ -15,7 +15,7 @@ from fpt_jax import data, models, optim
 from fpt_jax.models.state import initial_arrays
 from fpt_jax.run import sharding
 from fpt_jax.tasks.task import task_of
-from fpt_jax.train import make_train_step, training_state
+from fpt_jax.train_step import make_train_step, state_shapes, training_state
 from tests.runs import tiny_config, tiny_segmentation_config
 
 CONFIGS = {
@@ -34,12 +34,11 @@ def trained(config, mesh: jax.sharding.Mesh, steps: int) -> dict:
   task, structure = task_of(config), models.structure_of(config)
   names = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
-  shapes = sharding.laid_out(structure.shapes, mesh)
-  moments = jax.eval_shape(optimizer.init, {n: shapes[n] for n in names})
-  state_shapes = training_state(shapes, names, sharding.laid_out(moments, mesh))
-  placement, whole = sharding.shardings(state_shapes), sharding.replicated(mesh)
+  placement = sharding.shardings(sharding.laid_out(state_shapes(structure, names, optimizer), mesh))
+  whole = sharding.replicated(mesh)
   arrays = initial_arrays(
-    lambda: models.build(config, nnx.Rngs(config.seed)), sharding.shardings(shapes)
+    lambda: models.build(config, nnx.Rngs(config.seed)),
+    {**placement["trained"], **placement["rest"]},
   )
   moments = jax.jit(optimizer.init, out_shardings=placement["optimizer"])(
     {n: arrays[n] for n in names}

@@ -5,12 +5,11 @@ import pathlib
 import re
 import sys
 
+import nbclient
+import nbformat
 import pytest
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-
-from tests.runs import QUICK, ROOT, config_file  # noqa: E402 - after what may skip this file
+from tests.runs import QUICK, ROOT, config_file
 
 NOTEBOOK = ROOT / "notebooks" / "fpt_tpu_colab.ipynb"
 

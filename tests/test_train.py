@@ -22,7 +22,8 @@ from fpt_jax.run import checkpoints
 from fpt_jax.run.profile import Steps
 from fpt_jax.tasks import detection
 from fpt_jax.tasks.task import task_of
-from fpt_jax.train import make_train_step, train, training_state
+from fpt_jax.train import train
+from fpt_jax.train_step import make_train_step, state_shapes
 from tests.data_sets import write_coco
 from tests.runs import (
   command,
@@ -162,9 +163,7 @@ def equations_of(jaxpr, scope=""):
 def test_bfloat16_is_the_dtype_of_layers_only(make):
   config = make(model__dtype="bfloat16")
   structure, optimizer, task = models.structure_of(config), optim.optimizer(config), task_of(config)
-  shapes = structure.shapes
-  trained = {n: shapes[n] for n in optim.trainable(config, structure.parameters())}
-  state = training_state(shapes, trained, jax.eval_shape(optimizer.init, trained))
+  state = state_shapes(structure, optim.trainable(config, structure.parameters()), optimizer)
   batch = task.batch_shapes(config, 2, task.canvas(config))
   key = jax.eval_shape(lambda: jax.random.key(0))
   scalars = jax.ShapeDtypeStruct((), np.int32), key, jax.ShapeDtypeStruct((), bool)

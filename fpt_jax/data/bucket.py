@@ -53,6 +53,11 @@ def manifest(remote: epath.Path) -> dict[str, File] | None:
     raise UserError(f"{path} is not a list of files; {advice}") from error
 
 
+def _write_manifest(folder: epath.Path, files: dict[str, File]) -> None:
+  content = {name: file._asdict() for name, file in files.items()}
+  write_whole(folder / MANIFEST, json.dumps(content, indent=1))
+
+
 def write(local: epath.Path, remote: epath.Path) -> None:
   """Copies prepared records to a bucket.
 
@@ -68,9 +73,9 @@ def write(local: epath.Path, remote: epath.Path) -> None:
   with writing(remote):
     make_folder(remote)
     sums = _copy_files(f"copy to {remote}", local, remote, sizes)
-  text = json.dumps({n: File(sizes[n], sums[n])._asdict() for n in names}, indent=1)
-  write_whole(remote / MANIFEST, text)
-  write_whole(local / MANIFEST, text)
+  files = {name: File(sizes[name], sums[name]) for name in names}
+  _write_manifest(remote, files)
+  _write_manifest(local, files)
 
 
 def copy(remote: epath.Path, local: epath.Path) -> bool:
@@ -94,7 +99,7 @@ def copy(remote: epath.Path, local: epath.Path) -> bool:
 
 
 def _is_copy(local: epath.Path, wanted: dict[str, File]) -> bool:
-  with contextlib.suppress(UserError):  # a manifest that is damaged is that of no copy
+  with contextlib.suppress(UserError):  # a folder with a damaged manifest is copied again
     return manifest(local) == wanted
   return False
 
@@ -121,8 +126,7 @@ def _copy_records(remote: epath.Path, local: epath.Path, wanted: dict[str, File]
       raise UserError(
         f"{remote / changed[0]} has another content than {MANIFEST} says; delete {remote} and prepare again"
       )
-    text = json.dumps({name: file._asdict() for name, file in wanted.items()}, indent=1)
-    write_whole(temporary / MANIFEST, text)
+    _write_manifest(temporary, wanted)
     with writing(local):
       temporary.rename(local)
   except BaseException:

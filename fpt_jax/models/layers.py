@@ -11,7 +11,8 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap
-from fpt_jax.ops.mesh import axis_size
+from fpt_jax.ops.mesh import mesh_of
+from fpt_jax.run.sharding import image_groups
 
 NORMS = ("sync_bn", "bn", "frozen_bn", "group_norm", "none")
 # Accepted spellings of the dtype of the computation, and JAX's name of each.
@@ -205,9 +206,7 @@ class BatchNorm(nnx.Module):
   def batch_statistics(self, x_BHWC, valid_BHW) -> tuple[jax.Array, jax.Array]:
     """[N, C] float32 mean and variance of each of N groups of images."""
     batch, height, width, channels = x_BHWC.shape
-    groups = 1
-    if not self.synchronised:
-      groups = axis_size(x_BHWC, "data") * axis_size(x_BHWC, "fsdp")
+    groups = 1 if self.synchronised else image_groups(mesh_of(x_BHWC))
     if batch % groups:
       raise ValueError(
         f"norm 'bn' needs the same number of images on every device, got {batch} images for "

@@ -122,7 +122,7 @@ class RCNN(nnx.Module):
         level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))
         for level, norm in zip(levels, self.level_norms, strict=True)
       )
-    policy = policy_of(self.config, "pyramid") if train else "none"
+    policy = policy_of(self.config, "pyramid", train=train)
     run_pyramid = recomputed(lambda pyramid, levels: pyramid(levels, train=train), policy)
     with jax.named_scope("pyramid"):
       return run_pyramid(self.pyramid, levels)
@@ -241,8 +241,7 @@ class RCNN(nnx.Module):
       )
       return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["valid_BR"])
 
-    total = recomputed(total, policy_of(self.config, "heads"))
-    totals = in_blocks(total, rois, rois["valid_BR"])
+    totals = in_blocks(recomputed(total, policy_of(self.config, "heads")), rois, rois["valid_BR"])
     return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 
   def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:

@@ -17,9 +17,15 @@ POLICIES = ("none", "dots_saveable", "nothing_saveable")
 PARTS = ("backbone", "pyramid", "fpt", "heads")
 
 
-def policy_of(config, part: str) -> str:
-  """Returns the policy of one of `PARTS`; `config` is the `model` part of a config."""
-  return config.remat if part in config.remat_parts else "none"
+def policy_of(config, part: str, *, train: bool = True) -> str:
+  """Returns the policy of a part of the model.
+
+  Args:
+    config: `model` part of a config.
+    part: one of `PARTS`.
+    train: whether there is a backward pass; without it, the policy is "none".
+  """
+  return config.remat if train and part in config.remat_parts else "none"
 
 
 def recomputed(function: F, policy: str) -> F:

@@ -105,10 +105,9 @@ class Segmenter(nnx.Module):
     """
     fpt_key, head_key = (None, None) if key is None else jax.random.split(key)
     train = key is not None
-    pyramid_policy, head_policy = (
-      policy_of(self.config, part) if train else "none" for part in ("pyramid", "heads")
-    )
-    run_pyramid = recomputed(lambda pyramid, levels: pyramid(levels, train=train), pyramid_policy)
+    policy = policy_of(self.config, "pyramid", train=train)
+    run_pyramid = recomputed(lambda pyramid, levels: pyramid(levels, train=train), policy)
+    classify = recomputed(classified, policy_of(self.config, "heads", train=train))
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("pyramid"):
       levels = run_pyramid(self.pyramid, levels)
@@ -116,7 +115,7 @@ class Segmenter(nnx.Module):
       with jax.named_scope("fpt"):
         levels = self.fpt(levels, key=fpt_key, progress=progress, measured=measured)
     with jax.named_scope("head"):
-      return recomputed(classified, head_policy)(self.head, levels, head_key)
+      return classify(self.head, levels, head_key)
 
   def losses(
     self,

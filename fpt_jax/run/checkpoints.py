@@ -230,7 +230,7 @@ def _damaged(checkpoints, step, what: str) -> UserError:
   advice = (
     f"move its folder away to use an earlier one; there are {others}"
     if others
-    else "there is no other checkpoint; copy this one from a backup, or train in a new --workdir"
+    else "there is no other checkpoint; restore this one from a backup, or train in a new --workdir"
   )
   return UserError(f"{_where(checkpoints, step)} is damaged ({what}); {advice}")
 

@@ -7,10 +7,11 @@ import os
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from absl import flags
 
 from fpt_jax.errors import RunAgainError, UserError, one_line
 from fpt_jax.run import hosts
@@ -20,7 +21,6 @@ _SECONDS = 5  # that the metadata server of a TPU VM may take
 # parts of the errors of Gloo, NCCL and the coordination service in processes that lack another one
 _LOSSES = ("Gloo", "remote process exited", "CoordinationServiceError", "BarrierError")
 _FLAGS = "--coordinator, --num_processes and --process_id"
-_joined = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,25 @@ def find(
   return None
 
 
+def define_flags() -> Callable[[], Cluster | None]:
+  """Defines --coordinator, --num_processes and --process_id; returns `find` with their values."""
+  coordinator = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of the first of several processes that work together; also set --num_processes and "
+    "--process_id. TPU pods, Slurm and Open MPI need none of them.",
+  )
+  num_processes = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+  process_id = flags.DEFINE_integer("process_id", None, "Index of this process.", lower_bound=0)
+  return lambda: find(coordinator.value, num_processes.value, process_id.value)
+
+
 def join(cluster: Cluster | None) -> None:
   """Joins the other processes; None and a second call do nothing.
 
   Raises:
     UserError: the others cannot be reached.
   """
-  global _joined
   if cluster is None or jax.distributed.is_initialized():
     return
   # the collectives of several CPU processes; other devices have their own
@@ -95,7 +107,6 @@ def join(cluster: Cluster | None) -> None:
       f"cannot join the other processes that {cluster.source} names ({one_line(error, 200)}); set {_FLAGS}, "
       "or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, in every process"
     ) from error
-  _joined = True
 
 
 @contextlib.contextmanager
@@ -104,7 +115,7 @@ def noticing_lost_processes() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if _joined and _is_loss(error):
+    if jax.distributed.is_initialized() and _is_loss(error):
       raise RunAgainError(
         f"another process has ended, see its log; this is process {jax.process_index()} of "
         f"{jax.process_count()}; run the same command again in all of them, and it resumes from the newest "
@@ -125,7 +136,7 @@ def _is_loss(error: BaseException) -> bool:
 
 def all_leave(seconds: float) -> bool:
   """Waits for all processes to end; returns whether they do. True for a process on its own."""
-  if not _joined:
+  if not jax.distributed.is_initialized():
     return True
   try:
     hosts.wait_for_all_hosts(seconds, "leaving")

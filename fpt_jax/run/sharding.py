@@ -129,29 +129,32 @@ def describe(mesh: Mesh, state: Tree, batch_size: int) -> str:
   total = sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
   share = sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in leaves)
   sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-  groups = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = f", each over {mesh.shape['query']} devices" if mesh.shape["query"] > 1 else ""
   return (
-    f"mesh {sizes}: {batch_size // groups} images per device{rows}; weights and optimizer "
+    f"mesh {sizes}: {batch_size // image_groups(mesh)} images per device{rows}; weights and optimizer "
     f"{share / 1e6:.1f} MB per device of {total / 1e6:.1f} MB"
   )
 
 
-def constrained(tree: Tree, *spec) -> Tree:
-  """States the sharding of arrays inside a compiled function; without a mesh of `AXES`, does nothing."""
+def image_groups(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+  """Returns the number of groups of devices that share the images of a batch; 1 without a mesh of `AXES`."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def _constrained(tree: Tree, axis: str, *spec) -> Tree:
+  """States the sharding of arrays inside a compiled function, if an axis has several devices."""
 
   def one(x):
-    mesh = mesh_of(x)
-    if set(AXES) - set(mesh.axis_names):
+    if axis_size(x, axis) == 1:
       return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh_of(x), PartitionSpec(*spec)))
 
   return jax.tree.map(one, tree)
 
 
 def whole_weights(arrays: Tree) -> Tree:
   """Gathers the shares of weights where they are used; their gradients are summed and split again."""
-  return jax.tree.map(lambda x: constrained(x) if axis_size(x, "fsdp") > 1 else x, arrays)
+  return _constrained(arrays, "fsdp")
 
 
 def rows_over_query(tree: Tree, *, stride: int) -> Tree:
@@ -165,28 +168,22 @@ def rows_over_query(tree: Tree, *, stride: int) -> Tree:
     UserError: the devices cannot share the rows of this level evenly, or get fewer than two each.
   """
 
-  def one(x):
+  for x in jax.tree.leaves(tree):
     shares = axis_size(x, "query")
-    if shares == 1:
-      return x
     rows, left = divmod(x.shape[1], shares * stride)
     # with one row on each device, and images on several, XLA (jax 0.10) computes wrong gradients
-    if left or rows < 2:
+    if shares > 1 and (left or rows < 2):
       raise UserError(
         f"images of {x.shape[1]} rows cannot be shared by {shares} devices at a stride of {stride}; with "
         f"this config.mesh.shape, heights must be multiples of {shares * stride}, and at least "
         f"{2 * shares * stride} (config.data.buckets, config.data.crop, config.data.canvas_multiple)"
       )
-    return constrained(x, BATCH_AXES, "query")
-
-  return jax.tree.map(one, tree)
+  return _constrained(tree, "query", BATCH_AXES, "query")
 
 
 def whole_images(tree: Tree) -> Tree:
   """Gathers the rows of arrays [B, H, ...]."""
-  return jax.tree.map(
-    lambda x: constrained(x, BATCH_AXES) if axis_size(x, "query") > 1 else x, tree
-  )
+  return _constrained(tree, "query", BATCH_AXES)
 
 
 def in_shares(function: Callable[[Tree, Tree], jax.Array], split: Tree, whole: Tree) -> jax.Array:
@@ -214,8 +211,7 @@ def in_shares(function: Callable[[Tree, Tree], jax.Array], split: Tree, whole: T
   def padded(x_BQ):
     return jnp.pad(x_BQ, [(0, 0), (0, padding), *[(0, 0)] * (x_BQ.ndim - 2)])
 
-  evenly = batch % (axis_size(first, "data") * axis_size(first, "fsdp")) == 0
-  images = BATCH_AXES if evenly else None
+  images = BATCH_AXES if batch % image_groups(mesh) == 0 else None
   result_BQ = jax.shard_map(
     function,
     mesh=mesh,

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import shutil
-import threading
 
 import numpy as np
 import pytest
 
 from fpt_jax import data
 from fpt_jax.errors import UserError
-from tests.data_sets import config, write_coco
+from tests.data_sets import config, errors_of_preparing, write_coco
 
 pytestmark = pytest.mark.usefixtures("bucket")
 
@@ -60,20 +59,8 @@ def test_records_are_written_to_the_bucket_and_read_from_a_copy(coco, bucket, tm
 
 def test_several_preparations_at_a_time(coco, caplog):
   caplog.set_level("INFO")
-  failed = []
-
-  def prepare():
-    try:
-      data.prepare(coco)
-    except BaseException as error:
-      failed.append(error)
-
-  threads = [threading.Thread(target=prepare) for _ in range(3)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not failed and caplog.text.count("preparing coco in") >= 1
+  assert not errors_of_preparing(coco, times=3)
+  assert caplog.text.count("preparing coco in") >= 1
   assert len(list(data.examples(coco, "val"))) == 4
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import pathlib
 import shutil
-import threading
 
 import numpy as np
 import PIL.Image
@@ -13,7 +12,14 @@ import pytest
 from fpt_jax import data
 from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
-from tests.data_sets import HEIGHT, WIDTH, config, label_config, write_coco
+from tests.data_sets import (
+  HEIGHT,
+  WIDTH,
+  config,
+  errors_of_preparing,
+  label_config,
+  write_coco,
+)
 
 
 @pytest.fixture
@@ -156,20 +162,7 @@ def test_two_preparations_at_a_time_and_what_a_killed_one_has_left(tmp_path, cap
   prepared.parent.rename(left)
   assert not data.is_prepared(coco)
   caplog.set_level("INFO")
-  failed = []
-
-  def prepare():
-    try:
-      data.prepare(coco)
-    except BaseException as error:
-      failed.append(error)
-
-  threads = [threading.Thread(target=prepare) for _ in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not failed
+  assert not errors_of_preparing(coco, times=2)
   assert caplog.text.count("preparing coco in") == 1 and caplog.text.count("already prepared") == 1
   assert f"removed {left}, which a preparation that was killed has left" in caplog.text
   assert not left.exists() and data.is_prepared(coco)

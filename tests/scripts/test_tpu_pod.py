@@ -203,8 +203,7 @@ def test_what_needs_google_cloud_is_marked_in_the_documentation():
 def test_the_shell_scripts_pass_shellcheck():
   beside = pathlib.Path(sys.executable).parent
   shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
-  if shellcheck is None:
-    pytest.skip("shellcheck is not installed")
+  assert shellcheck, "install requirements-test.txt"
   scripts = sorted((ROOT / "scripts").glob("*.sh"))
   done = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout

@@ -259,7 +259,7 @@ class FeaturePyramidTransformer(nnx.Module):
     return tuple(outputs if isinstance(given[0], FeatureMap) else (o.values_BHWC for o in outputs))
 
   def policy(self, train: bool) -> str:
-    """Returns the policy of rematerialisation; without training, there is no backward pass."""
+    """Returns the rematerialisation policy: `remat` in training, "none" in inference."""
     return self.remat if train else "none"
 
   def projected(self, given) -> Pyramid:

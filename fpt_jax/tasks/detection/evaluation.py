@@ -1,7 +1,7 @@
 """Evaluation of detection: pycocotools scores the detections in every image of a split.
 
 Each host detects objects in its share of the images, and pastes and encodes their masks. The first host gets
-all results, scores them, and tells the others the metrics.
+all results, scores them, and sends the metrics to the others.
 
 Shapes: B images of this host's part of a batch, D detections.
 """

@@ -25,7 +25,7 @@ from fpt_jax.models.backbones.context_blocks import (
 from fpt_jax.models.backbones.resnet import ResNet
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.state import initial_arrays, skeleton
-from fpt_jax.train import make_train_step, training_state
+from fpt_jax.train_step import make_train_step, training_state
 from tests.models.oracle import assert_equals_reference, convolve, random_arrays, randomised
 
 SIZES = np.array([[7, 5], [4, 3]], np.int32)  # of two images on a canvas of 7 x 5

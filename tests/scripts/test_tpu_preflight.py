@@ -142,5 +142,5 @@ def test_a_wrong_flag_is_reported(tmp_path):
   _, errors = process.communicate()
   assert process.returncode == 2
   assert errors.splitlines()[-1].startswith(
-    "error: --only=nothing: choose of devices, collectives, "
+    "error: --only=nothing: choose from devices, collectives, "
   )

@@ -83,7 +83,9 @@ def main() -> None:
   found = all_checks(_WORKDIR.value, _WORDS.value, _DATA_DIR.value)
   chosen = [c for c in found if not _ONLY.value or c.name.startswith(tuple(_ONLY.value))]
   if not chosen:
-    raise UserError(f"--only={','.join(_ONLY.value)}: choose from {', '.join(c.name for c in found)}")
+    raise UserError(
+      f"--only={','.join(_ONLY.value)}: choose from {', '.join(c.name for c in found)}"
+    )
   cluster.join(_find_cluster())
   if not run_checks(chosen, limit=_LIMIT.value, trace=_TRACE.value):
     sys.exit(1)

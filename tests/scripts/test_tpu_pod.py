@@ -127,7 +127,7 @@ def test_what_resume_would_do_after_a_preemption():
   ("arguments", "words"),
   [
     ((), ("which command?", "--help")),
-    (("crate",), ("no command 'crate'", "create")),
+    (("crate",), ("unknown command 'crate'", "create")),
     (("create", "--type=v4-8"), ("--name is missing",)),
     (("create", "--name=a", "--type=v4-8"), ("--zone is missing",)),
     ((*SETTINGS, "create"), ("--type is missing",)),
@@ -140,7 +140,7 @@ def test_what_resume_would_do_after_a_preemption():
     ((*SETTINGS, "data", "--data=/none"), ("--data=/none", "no such folder")),
     ((*SETTINGS, "data", "--data=/tmp", "--mount"), ("--mount needs --data=gs://",)),
     ((*SETTINGS, "start", "--workdir=gs://b/r"), ("--config=FILE is missing",)),
-    ((*SETTINGS, "start", "--config=configs/x.py:a", "--workdir=gs://b/r"), ("no file configs/x.py",)),
+    ((*SETTINGS, "start", "--config=configs/x.py:a", "--workdir=gs://b/r"), ("configs/x.py does not exist",)),
     ((*SETTINGS, "start", FLAGS[0], "--workdir=/runs/a"), ("--workdir=/runs/a must be gs://",)),
     ((*SETTINGS, "start", FLAGS[0]), ("--workdir= must be gs://",)),
     ((*SETTINGS, "start", *FLAGS, "--mode=predict"), ("--mode=predict runs in one process",)),

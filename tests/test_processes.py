@@ -1,4 +1,4 @@
-"""Two processes train as one, stop together, and report what is missing."""
+"""Several processes train and evaluate as one, stop together, and report what is missing."""
 
 import json
 import re
@@ -30,10 +30,10 @@ from tests.runs import (
 from tests.test_train import wait_for_step
 
 
-def two(*flags: str):
-  """Starts two processes that share the devices of both."""
-  common = (f"--coordinator=localhost:{free_port()}", "--num_processes=2")
-  return [command(*flags, *common, f"--process_id={i}") for i in range(2)]
+def start(count: int, *flags: str):
+  """Starts processes that share the devices of all of them."""
+  common = (f"--coordinator=localhost:{free_port()}", f"--num_processes={count}")
+  return [command(*flags, *common, f"--process_id={i}") for i in range(count)]
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
   file = config_file(tmp_path, **fields, checkpoint__every_steps=2000)
   one, both = tmp_path / "one", tmp_path / "both"
   succeed(command(f"--config={file}", f"--workdir={one}", **host_devices(2)))
-  processes = two(f"--config={file}", f"--workdir={both}")
+  processes = start(2, f"--config={file}", f"--workdir={both}")
   wait_for_step(both, 3, processes[0])
   processes[1].send_signal(signal.SIGTERM)
   steps = set()
@@ -68,25 +68,26 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
   results = one / "eval" / "coco_instances_results.json"
   expected = results.read_text()
   results.unlink()
-  logs = [succeed(process) for process in two("--mode=eval", f"--workdir={one}")]
+  logs = [succeed(process) for process in start(2, "--mode=eval", f"--workdir={one}")]
   assert len(json.loads(expected)) > 3 and results.read_text() == expected
   assert coco_ap.format_table(theirs) in logs[0]
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_segmentation_as_one(tmp_path):
-  config = tiny_segmentation_config("fpt=none", eval__batch_size=2, data__eval_split="val[:3]")
+def test_four_processes_evaluate_segmentation_as_one(tmp_path):
+  # three images in a batch of four: the last process has none
+  config = tiny_segmentation_config("fpt=none", eval__batch_size=4, data__eval_split="val[:3]")
   segmentation.adopt_classes(config, data.info(config.data))
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))
   with checkpoints.closing(checkpoints.manager(str(tmp_path))) as saved:
     checkpoints.save(saved, 0, arrays)
   write_config(str(tmp_path), config)
   flags = ("--mode=eval", f"--workdir={tmp_path}")
-  succeed(command(*flags, **host_devices(2)))
+  succeed(command(*flags, **host_devices(4)))
   counts = tmp_path / "eval" / "confusion.json"
   expected = counts.read_text()
   counts.unlink()
-  for process in two(*flags):
+  for process in start(4, *flags):
     succeed(process)
   assert np.sum(json.loads(expected)["counts"]) == 3 * 64 * 64 and counts.read_text() == expected
 
@@ -96,7 +97,7 @@ def test_an_error_of_the_first_process_ends_both(tmp_path):
   """The others must not wait for it."""
   file = config_file(tmp_path)
   with lock.locked(run_folder(str(tmp_path / "run"))):
-    for process in two(f"--config={file}", f"--workdir={tmp_path}/run"):
+    for process in start(2, f"--config={file}", f"--workdir={tmp_path}/run"):
       (line,) = error_lines(process)
       assert process.returncode == 2
       assert "is in use by process" in line or "the first host has stopped" in line

@@ -365,12 +365,12 @@ def test_two_devices_train_as_one_and_restore_on_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path):
-  file = config_file(tmp_path, steps=4, checkpoint__every_steps=2, model__box_head__hidden=512)
+  file = config_file(tmp_path, steps=4, checkpoint__every_steps=2)
   workdir = tmp_path / "run"
   process = command(f"--config={file}", f"--workdir={workdir}")
   wait_for_step(workdir, 2, process)
   error_lines(process)
-  file = config_file(tmp_path, steps=8, checkpoint__every_steps=2, model__box_head__hidden=512)
+  file = config_file(tmp_path, steps=8, checkpoint__every_steps=2)
   process = command(f"--config={file}", f"--workdir={workdir}")
   # from here on, no file may grow beyond 100 kB: writes fail as on a full disk
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))

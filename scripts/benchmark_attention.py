@@ -16,8 +16,6 @@ import argparse
 import functools
 import os
 import pathlib
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +32,8 @@ import numpy as np
 from fpt_jax.ops.local_attention import local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
 from scripts.process_memory import peak_growth
+from scripts.timing import medians, number_printed_by, turns
+from scripts.torch_device import torch_device
 
 try:
   import torch
@@ -41,11 +41,7 @@ try:
 except ImportError:
   torch = None
 
-DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
-if torch and DEVICE == "cuda":
-  if not torch.cuda.is_available():
-    sys.exit("error: JAX sees a GPU and torch does not; install torch for CUDA, or uninstall it")
-  torch.set_float32_matmul_precision("high")
+DEVICE = torch_device(torch) if torch else "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 CHANNELS = 256
 WINDOW = 5
@@ -148,33 +144,22 @@ def _cell(value, ours, unit) -> str:
 
 def _times(runs: dict[str, dict[str, Run]], arguments) -> tuple[dict, float]:
   """Medians by (name, kind), and the rate of a large matrix product in GFLOP/s, all in turns."""
-  clock = CLOCKS[arguments.clock]
   side = 4096
   a = jax.random.normal(jax.random.key(0), (side, side), arguments.dtype)
   product = jax.jit(jnp.matmul).lower(a, a).compile()
   everything = {(name, kind): run for name, kinds in runs.items() for kind, run in kinds.items()}
   everything["product", ""] = lambda: jax.block_until_ready(product(a, a))
-  taken = {key: [] for key in everything}
-  for key in everything if arguments.repetitions > 1 else ():
-    everything[key]()
-  for _ in range(arguments.repetitions):
-    for key, run in everything.items():
-      start = clock()
-      run()
-      taken[key].append(clock() - start)
-  medians = {key: statistics.median(values) for key, values in taken.items()}
-  return medians, 2 * side**3 / medians.pop(("product", "")) / 1e9
+  count = arguments.repetitions
+  seconds = medians(
+    turns(everything, count, warm_ups=min(count - 1, 1), clock=CLOCKS[arguments.clock])
+  )
+  return seconds, 2 * side**3 / seconds.pop(("product", "")) / 1e9
 
 
 def _weigh(name, case, arguments) -> float:
   """MB of a process that runs one implementation forward and backward."""
-  command = [sys.executable, __file__, "--local-side", str(arguments.local_side)]
-  command += ["--dtype", arguments.dtype, "--weigh", name, *map(str, case)]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode:
-    print(f"{name} could not be weighed: {done.stderr.splitlines()[-1:] or done.returncode}")
-    return float("nan")
-  return float(done.stdout.split()[-1])
+  options = ["--local-side", str(arguments.local_side), "--dtype", arguments.dtype]
+  return number_printed_by(__file__, *options, "--weigh", name, *map(str, case))
 
 
 def _weigh_here(name, similarity, tokens, parts, arguments) -> float:

@@ -16,7 +16,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -28,6 +27,7 @@ from fpt_jax.models.state import initial_arrays
 from fpt_jax.run.command_line import load_config
 from fpt_jax.tasks.task import task_of
 from fpt_jax.train_step import make_train_step, training_state
+from scripts.timing import medians, turns
 
 OBJECTS = 6  # per image, of those that a batch has room for
 
@@ -41,19 +41,14 @@ def main() -> None:
   arguments = parser.parse_args()
   files = (arguments.ours, arguments.other)
   steps, megabytes = zip(*(compiled_step(file, arguments.batch) for file in files), strict=True)
-  seconds: list[list[float]] = [[] for _ in steps]
-  for _ in range(arguments.repetitions):
-    for times, step in zip(seconds, steps, strict=True):
-      begun = time.perf_counter()
-      step()
-      times.append(time.perf_counter() - begun)
-  medians = [statistics.median(times) for times in seconds]
+  # places, because both configs may be the same
+  seconds = turns(dict(enumerate(steps)), arguments.repetitions)
   print(
     f"{arguments.batch} images per step, {jax.device_count()} {jax.default_backend()} device(s)"
   )
-  for file, median, memory in zip(files, medians, megabytes, strict=True):
+  for file, median, memory in zip(files, medians(seconds).values(), megabytes, strict=True):
     print(f"{file:<60}{median:>8.3f} s{memory:>8.0f} MB")
-  ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
+  ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
   print(f"ratio {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
@@ -75,7 +70,6 @@ def compiled_step(file: str, images: int) -> tuple[Callable[[], None], float]:
   def run() -> None:
     jax.block_until_ready(compiled(state, batch, *others))
 
-  run()  # warm-up
   return run, compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 

@@ -13,13 +13,12 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
 from fpt_jax.ops.depthwise import depthwise
+from scripts.timing import medians, turns
 
 LAYERS = [  # rows, columns, channels, kernel, stride
   (144, 192, 32, 3, 1),
@@ -48,10 +47,8 @@ def programs(convolution, stride: int):
   return jax.jit(run), jax.jit(jax.grad(square, argnums=(0, 1)))
 
 
-def seconds(program, arguments) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(program(*arguments))
-  return time.perf_counter() - start
+def run_of(program, arguments):
+  return lambda: jax.block_until_ready(program(*arguments))
 
 
 def main() -> None:
@@ -74,12 +71,8 @@ def main() -> None:
       strict=True,
     )
     for name, ours, theirs in pairs:
-      for program in (ours, theirs):  # compiles
-        seconds(program, arguments)
-      times = [
-        (seconds(ours, arguments), seconds(theirs, arguments)) for _ in range(options.repetitions)
-      ]
-      mine, other = (statistics.median(column) for column in zip(*times, strict=True))
+      runs = {program: run_of(program, arguments) for program in (ours, theirs)}
+      mine, other = medians(turns(runs, options.repetitions)).values()
       layer = f"{rows} x {columns} x {channels}, {kernel} x {kernel}, stride {stride}"
       print(f"{layer:<36}{name:<10}{1e3 * mine:>8.1f}{1e3 * other:>8.1f}{mine / other:>12.3f}")
 

@@ -16,10 +16,7 @@ measured, float32 products are those of TF32 in both libraries, torch's layout i
 import argparse
 import os
 import pathlib
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,6 +31,8 @@ from fpt_jax import models, optim
 from fpt_jax.run.command_line import load_config
 from fpt_jax.weights.torchvision import from_torchvision
 from scripts.process_memory import peak_growth
+from scripts.timing import medians, number_printed_by, turns
+from scripts.torch_device import torch_device
 
 try:
   import torch
@@ -45,12 +44,7 @@ except ImportError as missing:
   sys.exit(f"error: {missing}; pip install torch torchvision to compare with them")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
-if DEVICE == "cuda":
-  if not torch.cuda.is_available():
-    sys.exit("error: JAX sees a GPU and torch does not; install torch for CUDA")
-  torch.set_float32_matmul_precision("high")
-  torch.backends.cudnn.benchmark = True
+DEVICE = torch_device(torch)
 
 CLASSES = 91
 BITMAP = 112
@@ -71,24 +65,19 @@ def main() -> None:
     print(peak_growth(makers[arguments.weigh]()))
     return
   steps = {name: make() for name, make in makers.items()}
-  losses = {name: [step() for _ in range(3)][-1] for name, step in steps.items()}  # warm-up
+  losses = {name: step() for name, step in steps.items()}
   for loss in sorted(losses["torchvision"]):
     print(f"{loss:<18}" + "".join(f"{name} {losses[name][loss]:<12.5g}" for name in steps))
-  seconds = {name: [] for name in steps}
-  for _ in range(arguments.repetitions):
-    for name, step in steps.items():
-      begun = time.perf_counter()
-      step()
-      seconds[name].append(time.perf_counter() - begun)
-  medians = {name: statistics.median(values) for name, values in seconds.items()}
+  seconds = medians(turns(steps, arguments.repetitions, warm_ups=2))
   trained = "all trained" if arguments.train_backbone else "backbone frozen"
   work = f"{arguments.size} x {arguments.size}, {arguments.batch} image(s), {trained}"
   print(f"\n{work}, {arguments.dtype}, {jax.devices()[0].device_kind}")
   print(f"{'':14}{'step':>10}" + (f"{'memory':>12}" if DEVICE == "cpu" else ""))
-  for name, median in medians.items():
+  weigh = lambda name: number_printed_by(__file__, *sys.argv[1:], "--weigh", name)
+  for name, median in seconds.items():
     memory = f"{weigh(name):>9.0f} MB" if DEVICE == "cpu" else ""
     print(f"{name:14}{median:>8.3f} s{memory}")
-  print(f"ratio {medians['fpt_jax'] / medians['torchvision']:.2f}")
+  print(f"ratio {seconds['fpt_jax'] / seconds['torchvision']:.2f}")
 
 
 def parse_arguments():
@@ -215,15 +204,6 @@ def their_step(model: MaskRCNN, scene, arguments) -> Step:
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
   return step
-
-
-def weigh(name: str) -> float:
-  """MB by which a process's peak grows in its first step."""
-  command = [sys.executable, __file__, *sys.argv[1:], "--weigh", name]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode:
-    sys.exit(f"error: {name} could not be weighed: {done.stderr.splitlines()[-1:]}")
-  return float(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

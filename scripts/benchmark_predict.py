@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Times the detection of one image by our Mask R-CNN and by torchvision's, with the same weights.
+
+    python scripts/benchmark_predict.py                        # a drawn image of 480 x 640 at 800/1333
+    python scripts/benchmark_predict.py --image photo.jpg --short_edge 400 --long_edge 666
+    taskset -c 0 python scripts/benchmark_predict.py           # on one core
+    JAX_PLATFORMS=cuda python scripts/benchmark_predict.py --dtype bfloat16
+
+`restore(...).predict` of `configs/coco_mask.py:torchvision` beside the call of maskrcnn_resnet50_fpn: from a
+uint8 image to boxes and pasted masks, its resize included. The weights are random, scaled so that the box
+head is as sure of its classes as a trained one and finds the 100 detections that both models keep. Times are
+medians of interleaved repetitions; the first call includes our compilation. Memory is the growth of the
+process's peak in the first call, each in a process of its own, on the CPU only. It needs torch and
+torchvision in addition to requirements.txt.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpt_jax import models
+from fpt_jax.data.records.images import decode_image
+from fpt_jax.ops.boxes import iou
+from fpt_jax.restored import Restored
+from fpt_jax.run.command_line import load_config
+from fpt_jax.weights.torchvision import from_torchvision
+from scripts.machine import allowed_cores, cpu
+from scripts.process_memory import peak_growth
+from scripts.timing import medians, number_printed_by, turns
+from scripts.torch_device import torch_device
+
+try:
+  import torch
+  from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
+except ImportError as missing:
+  sys.exit(f"error: {missing}; pip install torch torchvision to compare with them")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICE = torch_device(torch)
+
+SPREAD, BACKGROUND = 2.5, 6.0  # standard deviation of class logits, and what background has more
+
+# One prediction; it returns boxes [N, 4] and scores [N].
+Predict = Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+def main() -> None:
+  arguments = parse_arguments()
+  image_HWC = image_of(arguments)
+  theirs = torchvision_model(arguments)
+  makers = {
+    "fpt_jax": lambda: our_prediction(theirs, image_HWC, arguments),
+    "torchvision": lambda: their_prediction(theirs, image_HWC, arguments),
+  }
+  if arguments.weigh:
+    print(peak_growth(makers[arguments.weigh]()))
+    return
+  predictions = {name: make() for name, make in makers.items()}
+  first, found = {}, {}
+  for name, predict in predictions.items():
+    begun = time.perf_counter()
+    found[name] = predict()
+    first[name] = time.perf_counter() - begun
+  seconds = medians(turns(predictions, arguments.repetitions))
+  height, width = image_HWC.shape[:2]
+  where = jax.devices()[0].device_kind if DEVICE == "cuda" else f"{len(allowed_cores())} of {cpu()}"
+  print(
+    f"image of {height} x {width} at {arguments.short_edge}/{arguments.long_edge}, "
+    f"{arguments.dtype}, {where}"
+  )
+  print(agreement(found["fpt_jax"], found["torchvision"]))
+  heading = f"{'memory':>12}" if DEVICE == "cpu" else ""
+  print(f"{'':14}{'first call':>12}{'prediction':>12}{heading}")
+  for name in predictions:
+    weigh = lambda name: number_printed_by(__file__, *sys.argv[1:], "--weigh", name)
+    memory = f"{weigh(name):>9.0f} MB" if DEVICE == "cpu" else ""
+    print(f"{name:14}{first[name]:>10.2f} s{seconds[name]:>10.3f} s{memory}", flush=True)
+  print(f"ratio {seconds['fpt_jax'] / seconds['torchvision']:.2f}")
+
+
+def parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--image", help="an image file; by default one is drawn")
+  parser.add_argument("--short_edge", type=int, default=800, help="pixels")
+  parser.add_argument("--long_edge", type=int, default=1333, help="pixels, at most")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  parser.add_argument("--repetitions", type=int, default=5)
+  parser.add_argument("--weigh", help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def image_of(arguments: argparse.Namespace) -> np.ndarray:
+  """The image to predict on, uint8 [H, W, 3]: the file, or rectangles on noise, as large as those of COCO."""
+  if arguments.image:
+    return decode_image(pathlib.Path(arguments.image).read_bytes())
+  rng = np.random.default_rng(0)
+  image_HWC = rng.integers(0, 60, (480, 640, 3), np.uint8)
+  for _ in range(30):
+    top, left = rng.integers(0, (420, 560))
+    height, width = rng.integers(20, 200, 2)
+    image_HWC[top : top + height, left : left + width] += rng.integers(0, 190, 3, np.uint8)
+  return image_HWC
+
+
+def torchvision_model(arguments: argparse.Namespace) -> MaskRCNN:
+  """maskrcnn_resnet50_fpn with random weights that give as many candidates as trained ones."""
+  torch.manual_seed(0)
+  model = maskrcnn_resnet50_fpn(
+    weights=None,
+    weights_backbone=None,
+    min_size=arguments.short_edge,
+    max_size=arguments.long_edge,
+  )
+  for name, parameter in model.named_parameters():
+    if name.endswith("bn3.weight"):
+      parameter.detach().fill_(0.2)  # activations as small as trained ones
+  be_sure_of_classes(model, arguments)
+  return model.eval()
+
+
+def be_sure_of_classes(model: MaskRCNN, arguments: argparse.Namespace) -> None:
+  """Scales the class logits: most regions are background, and of the others a few classes stand out."""
+  logits = []
+  predictor = model.roi_heads.box_predictor.cls_score
+  hook = predictor.register_forward_hook(lambda module, inputs, output: logits.append(output))
+  with torch.no_grad():
+    model.eval()([as_tensor(image_of(arguments))])
+  hook.remove()
+  predictor.weight.detach().mul_(SPREAD / logits[0].std(0).mean())
+  predictor.bias.detach().copy_(-logits[0].mean(0) * SPREAD / logits[0].std(0).mean())
+  predictor.bias.detach()[0] += BACKGROUND
+
+
+def as_tensor(image_HWC: np.ndarray) -> torch.Tensor:
+  """An image as torchvision takes it: float32 [3, H, W] in 0..1."""
+  return torch.from_numpy(image_HWC).to(DEVICE).permute(2, 0, 1).float() / 255
+
+
+def our_prediction(theirs: MaskRCNN, image_HWC: np.ndarray, arguments) -> Predict:
+  config = load_config(str(ROOT / "configs/coco_mask.py:torchvision"))
+  config.data.short_edge, config.data.long_edge = arguments.short_edge, arguments.long_edge
+  config.model.dtype = arguments.dtype
+  structure = models.structure_of(config)
+  state_dict = {name: tensor.cpu().numpy() for name, tensor in theirs.state_dict().items()}
+  arrays = {n: jnp.asarray(a) for n, a in from_torchvision(state_dict, structure.shapes).items()}
+  restored = Restored(config, 0, structure, arrays)
+
+  def predict():
+    (found,) = restored.predict([image_HWC])
+    return found["boxes_xyxy"], found["scores"]
+
+  return predict
+
+
+def their_prediction(model: MaskRCNN, image_HWC: np.ndarray, arguments) -> Predict:
+  if DEVICE == "cuda":
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+  low_precision = arguments.dtype == "bfloat16"
+
+  def predict():
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=low_precision):
+      (found,) = model([as_tensor(image_HWC)])
+    masks = (found["masks"][:, 0] > 0.5).cpu().numpy()  # as bool [N, H, W], like ours
+    assert masks.shape[1:] == image_HWC.shape[:2]
+    return found["boxes"].cpu().numpy(), found["scores"].cpu().numpy()
+
+  return predict
+
+
+def agreement(ours: tuple, theirs: tuple) -> str:
+  """How many detections there are, and how many of torchvision's we find."""
+  overlaps = np.asarray(iou(jnp.asarray(theirs[0]), jnp.asarray(ours[0])))
+  matched = int((overlaps.max(axis=1) > 0.99).sum()) if overlaps.size else 0
+  return (
+    f"{len(ours[0])} and {len(theirs[0])} detections, {matched} with the same box; scores "
+    f"{theirs[1].max(initial=0):.2f} to {theirs[1].min(initial=1):.2f}"
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -184,6 +184,15 @@ ABLATIONS = {
       Row("pyramid from 2/fan-out", DETECTION, ("--config.model.pyramid.init=fan_out",)),
     ),
   ),
+  "precision": Table(
+    "float32 and bfloat16, detection on Context Shapes",
+    CONTEXT,
+    (
+      Row("float32", with_words(DETECTION, FPT_DETECTION)),
+      Row("bfloat16", with_words(DETECTION, FPT_DETECTION), ("--config.model.dtype=bfloat16",)),
+    ),
+    note="Weights and the optimizer's state are float32 in both.",
+  ),
   "conditioning_segmentation": Table(
     "Conditioning, segmentation of Context Shapes",
     MIOU,

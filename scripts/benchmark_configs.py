@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from fpt_jax import models, optim
 from fpt_jax.models.state import initial_arrays
@@ -40,7 +41,9 @@ def main() -> None:
   parser.add_argument("--repetitions", type=int, default=9)
   arguments = parser.parse_args()
   files = (arguments.ours, arguments.other)
-  steps, megabytes = zip(*(compiled_step(file, arguments.batch) for file in files), strict=True)
+  steps, megabytes = zip(
+    *(compiled_step(load_config(file), arguments.batch) for file in files), strict=True
+  )
   # places, because both configs may be the same
   seconds = turns(dict(enumerate(steps)), arguments.repetitions)
   print(
@@ -52,9 +55,8 @@ def main() -> None:
   print(f"ratio {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
-def compiled_step(file: str, images: int) -> tuple[Callable[[], None], float]:
+def compiled_step(config: ConfigDict, images: int) -> tuple[Callable[[], None], float]:
   """The training step of a config as a function without arguments, and its temporaries in MB."""
-  config = load_config(file)
   structure = models.structure_of(config)
   optimizer = optim.optimizer(config)
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))

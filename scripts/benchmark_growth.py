@@ -167,7 +167,7 @@ def neck_runs(size: int) -> dict[str, Callable[[], list[np.ndarray]]]:
     trained = {n: arrays[n] for n in structure.parameters()}
 
     def total(trained, values):
-      return sum(jnp.sum(jnp.square(x)) for x in forward({**arrays, **trained}, values))
+      return sum(jnp.sum(x**3) for x in forward({**arrays, **trained}, values))
 
     return jax.grad(total, argnums=(0, 1))(trained, values)
 
@@ -198,7 +198,7 @@ def torch_runs(arrays, trained: set[str], values: list[np.ndarray]):
   def gradient():
     for leaf in leaves:
       leaf.requires_grad_()
-    total = sum((x**2).sum() for x in torch_fpt.transformed(tensors, levels))
+    total = sum((x**3).sum() for x in torch_fpt.transformed(tensors, levels))
     gradients = torch.autograd.grad(total, leaves)
     for leaf in leaves:
       leaf.requires_grad_(False)

@@ -407,6 +407,12 @@ def _encoded(text: Any, encoding: Any) -> Latin1:
   return Latin1(text)
 
 
+def _no_bytes(*arguments: Any) -> bytes:
+  if arguments:
+    raise pickle.UnpicklingError("bytes from something else than nothing")
+  return b""
+
+
 # what the pickles of arrays call; NumPy 2 has `numpy._core` instead of `numpy.core`
 _NUMPY: dict[tuple[str, str], Any] = {
   ("numpy", "ndarray"): _CLASS,
@@ -415,4 +421,5 @@ _NUMPY: dict[tuple[str, str], Any] = {
   ("numpy.core.multiarray", "scalar"): _scalar,
   ("numpy.core.numeric", "_frombuffer"): _from_buffer,
   ("_codecs", "encode"): _encoded,
+  ("__builtin__", "bytes"): _no_bytes,
 }

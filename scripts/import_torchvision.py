@@ -140,13 +140,12 @@ def main() -> None:
 def preprocessing_of(default: Preprocessing) -> Preprocessing:
   """Returns what the weights expect: the values of the flags, or else those of `default`."""
   library = RESNET_WEIGHTS[_PREPROCESSING.value] if _PREPROCESSING.value else default
-  given = {
-    "pixel_mean": three_numbers(_PIXEL_MEAN),
-    "pixel_std": three_numbers(_PIXEL_STD),
-    "stride_in": _STRIDE_IN.value,
-    "channel_order": _CHANNEL_ORDER.value,
-  }
-  return library._replace(**{name: value for name, value in given.items() if value is not None})
+  return Preprocessing(
+    three_numbers(_PIXEL_MEAN) or library.pixel_mean,
+    three_numbers(_PIXEL_STD) or library.pixel_std,
+    _STRIDE_IN.value or library.stride_in,
+    _CHANNEL_ORDER.value or library.channel_order,
+  )
 
 
 def set_preprocessing(model: ConfigDict, chosen: Preprocessing) -> None:
@@ -156,7 +155,7 @@ def set_preprocessing(model: ConfigDict, chosen: Preprocessing) -> None:
   model.backbone.stride_in = chosen.stride_in
 
 
-def three_numbers(flag) -> tuple[float, ...] | None:
+def three_numbers(flag) -> tuple[float, float, float] | None:
   """Returns the value of a flag as three numbers; None if it is not set."""
   if flag.value is None:
     return None

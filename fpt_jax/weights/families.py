@@ -59,12 +59,16 @@ FAMILIES = (
 
 # What wrappers of a whole network put before all names: torch's parallel and compiled modules, Lightning.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-# Where other libraries keep a ResNet within a classifier or a detector: mmdetection and mmpretrain, DETR.
-_WITHIN = ("backbone.", "backbone.0.body.")
-_FIRST_LAYER = "conv1.weight"
+# Where other libraries keep a ResNet within a classifier or a detector, and the name of its first tensor:
+# mmdetection and mmpretrain, DETR; torchvision and detectron2, whose whole detectors are in `FAMILIES`.
+_WITHIN = {"backbone.": "conv1.weight", "backbone.0.body.": "conv1.weight"}
+_WITHIN_KNOWN = {"backbone.body.": "conv1.weight", "backbone.bottom_up.": "stem.conv1.weight"}
+_CONSTANTS = ("pixel_mean", "pixel_std")  # of detectron2, see `check_recorded`
 
 
-def without_prefix(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def without_prefix(
+  state_dict: Mapping[str, np.ndarray], *, only_backbone: bool = False
+) -> dict[str, np.ndarray]:
   """Returns a state dict without what other libraries put before the names.
 
   Prefixes of all names are removed ("module."). If the file has a ResNet within another network, which is
@@ -72,20 +76,34 @@ def without_prefix(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
   Args:
     state_dict: tensors by name.
+    only_backbone: whether to return the ResNet alone of a detector that is one of `FAMILIES`, too. A file
+      with the ResNet alone under a detector's names needs no such choice.
+
+  Raises:
+    UserError: the ResNet of a detector is asked for, and the file has none.
   """
   arrays = dict(state_dict)
   while found := [p for p in _WRAPPERS if arrays and all(name.startswith(p) for name in arrays)]:
     arrays = {name.removeprefix(found[0]): array for name, array in arrays.items()}
   known = any(name.startswith(family.mark) for family in FAMILIES for name in arrays)
-  for prefix in _WITHIN:
-    if not known and prefix + _FIRST_LAYER in arrays:
-      others = [name for name in arrays if not name.startswith(prefix)]
-      if others:
-        logging.info(
-          "%d of %d tensors are not below %s and are not imported: %s",
-          *(len(others), len(arrays), prefix.removesuffix("."), first_of(others, 3)),
-        )
-      return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+  for prefix, first in (({} if known else _WITHIN) | _WITHIN_KNOWN).items():
+    if prefix + first not in arrays:
+      continue
+    inside = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    constants = {name: arrays[name] for name in _CONSTANTS if name in arrays}
+    others = [n for n in arrays if not n.startswith(prefix) and n not in constants]
+    if prefix in _WITHIN_KNOWN and others and not only_backbone:
+      return arrays
+    if others:
+      logging.info(
+        "%d of %d tensors are not below %s and are not imported: %s",
+        *(len(others), len(arrays), prefix.removesuffix("."), first_of(others, 3)),
+      )
+    return inside | constants
+  if only_backbone:
+    raise UserError(
+      "--only_backbone is for detectors, and the names of the weights are not a detector's"
+    )
   return arrays
 
 

@@ -322,6 +322,30 @@ def detectron_resnet50(biases):
 R50 = "demo,backbone=resnet50"
 
 
+@pytest.mark.parametrize(
+  ("prefix", "other", "names"),
+  [
+    ("backbone.body.", "rpn.head.cls_logits.weight", torchvision_names),
+    ("module.backbone.bottom_up.", "module.backbone.fpn_lateral2.weight", detectron2_names),
+  ],
+)
+def test_the_backbone_of_a_detector(prefix, other, names, caplog):
+  expected = convert(resnet50(torchvision_names), R50)
+  tensors = resnet50(names, prefix)
+  assert_equal(convert(without_prefix(tensors), R50), expected)  # a file of the backbone alone
+  tensors[other] = np.zeros(3, np.float32)
+  tensors["module." * prefix.startswith("module.") + "pixel_mean"] = np.zeros(3, np.float32)
+  assert any(name.startswith("backbone.") for name in without_prefix(tensors))
+  with caplog.at_level("INFO"):
+    found = without_prefix(tensors, only_backbone=True)
+  assert other.removeprefix("module.") in caplog.text
+  assert "pixel_mean" in found
+  del found["pixel_mean"]
+  assert_equal(convert(found, R50), expected)
+  with pytest.raises(UserError, match="--only_backbone is for detectors"):
+    without_prefix(found, only_backbone=True)
+
+
 def test_a_resnet_of_detectron2():
   expected = convert(resnet50(torchvision_names), R50)
   assert_equal(convert(resnet50(detectron2_names), R50), expected)

@@ -391,15 +391,26 @@ def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
   Raises:
     UserError: mean, standard deviation, channel order or strides differ.
   """
-  theirs = preprocessing(other.model)
-  for field, value in preprocessing(config.model).items():
-    wanted = theirs[field]
-    same = value == wanted if isinstance(value, str) else np.allclose(value, wanted, atol=1e-4)
-    if not same:
-      raise UserError(
-        f"--config.init_from={config.init_from} has weights for model.{field}={wanted}, and this run "
-        f"has {value}; set '--config.model.{field}={wanted}'"
-      )
+  theirs, ours = preprocessing(other.model), preprocessing(config.model)
+  different = [
+    field
+    for field, value in ours.items()
+    if (
+      value != theirs[field]
+      if isinstance(value, str)
+      else not np.allclose(value, theirs[field], atol=1e-4)
+    )
+  ]
+  if different:
+    wanted, found, flags = (
+      ", ".join(f"model.{field}={theirs[field]}" for field in different),
+      ", ".join(str(ours[field]) for field in different),
+      " ".join(f"'--config.model.{field}={theirs[field]}'" for field in different),
+    )
+    raise UserError(
+      f"--config.init_from={config.init_from} has weights for {wanted}, and this run has {found}; set "
+      f"{flags}"
+    )
 
 
 def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:

@@ -190,9 +190,9 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
           )
         with timed("resize"):
           size = example["size_B2"]
-          resized = transforms.resize_and_pad(example["image_BHWC"], size, size)
+          resized = transforms.resize_and_pad(example["image_BHWC"], size, size, config.data.resize)
         with timed("resize and pad"):
-          image = transforms.resize_and_pad(example["image_BHWC"], size, canvas)
+          image = transforms.resize_and_pad(example["image_BHWC"], size, canvas, config.data.resize)
         del resized
         examples.append(example | {"image_BHWC": image})
       with timed("batch"):
@@ -223,7 +223,9 @@ def batches_of_one_canvas(
 def canvas_of(settings: ConfigDict, size) -> tuple[int, int]:
   """Returns (height, width) of the canvas of an image whose file has this size."""
   height, width = map(int, size)
-  resized = transforms.resized_size(height, width, settings.short_edge, settings.long_edge)
+  resized = transforms.resized_size(
+    height, width, settings.short_edge, settings.long_edge, settings.resize
+  )
   return transforms.smallest_canvas(resized, settings.buckets, settings.canvas_multiple)
 
 

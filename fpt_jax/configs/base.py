@@ -93,7 +93,8 @@ def add_model(config: ConfigDict) -> None:
   model.pixel_mean = IMAGENET.pixel_mean
   # standard deviation of the images that the backbone was trained on: R, G, B in 0..1
   model.pixel_std = IMAGENET.pixel_std
-  model.channel_order = "rgb"  # order of the channels that the backbone was trained on: rgb or bgr
+  # order of the channels that the backbone takes: rgb, or bgr in checkpoints that earlier versions imported
+  model.channel_order = "rgb"
   # dtype of the computation: float32 or bfloat16; parameters and the optimizer's state are float32
   model.dtype = "float32"
   # what the backward pass computes again instead of keeping it in memory: none, dots_saveable (all but the

@@ -8,6 +8,7 @@ from ml_collections.config_dict import placeholder
 
 from fpt_jax.configs import variants
 from fpt_jax.configs.base import base
+from fpt_jax.models.preprocess import DETECTRON2
 
 
 def detection() -> ConfigDict:
@@ -21,6 +22,9 @@ def detection() -> ConfigDict:
   # those of the official layout
   data.builder.splits = placeholder(dict)
   data.long_edge = 1000  # upper bound of the longer edge of a resized image, pixels
+  # how images are resized: torchvision (sizes cut off to whole pixels; bilinear, without antialiasing) or
+  # detectron2 (sizes rounded; Pillow's bilinear filter, which averages where an image shrinks)
+  data.resize = "torchvision"
   # largest number of ground truths per image; the largest objects are kept
   data.max_instances = 100
 
@@ -42,11 +46,15 @@ def detection() -> ConfigDict:
   # sides of each level's anchors at an aspect ratio of 1, pixels
   rpn.anchor_sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
   rpn.aspect_ratios = (0.5, 1.0, 2.0)  # height / width of the anchors
+  # round the corners of anchors to pixels and spread their centres over the canvas, as in torchvision; False:
+  # exact corners, and centres at multiples of the stride, as in detectron2
+  rpn.round_anchors = True
   rpn.fg_threshold = 0.7  # IoU from which an anchor is positive
   rpn.bg_threshold = 0.3  # IoU below which an anchor is negative
   rpn.samples = 256  # anchors per image in the RPN's loss
   rpn.positive_fraction = 0.5  # largest share of positive anchors in the RPN's loss
   rpn.nms_threshold = 0.7  # IoU above which a proposal suppresses another
+  rpn.min_side = 1e-3  # proposals that are narrower or lower are discarded, pixels
   rpn.train = ConfigDict()
   rpn.train.pre_nms = 2000  # in training: proposals per level before NMS
   rpn.train.post_nms = 2000  # in training: proposals per image after NMS
@@ -55,7 +63,8 @@ def detection() -> ConfigDict:
   rpn.test.post_nms = 1000  # in evaluation: proposals per image after NMS
   box_head = model.box_head = ConfigDict()
   box_head.pool_size = 7  # side of a region that is pooled for the box head, positions
-  box_head.sampling_ratio = 2  # sampling points of RoIAlign per bin and axis
+  # sampling points of RoIAlign per bin and axis; 0: one per cell of the level, rounded up
+  box_head.sampling_ratio = 2
   box_head.hidden = 1024  # channels of the box head's two fully connected layers
   box_head.samples = 512  # regions per image in the box head's loss
   box_head.positive_fraction = 0.25  # largest share of positive regions in the box head's loss
@@ -63,11 +72,12 @@ def detection() -> ConfigDict:
   mask_head = model.mask_head = ConfigDict()
   mask_head.enabled = True  # predict masks; False: Faster R-CNN
   mask_head.pool_size = 14  # side of a region that is pooled for the mask head, positions
-  mask_head.sampling_ratio = 2  # sampling points of RoIAlign per bin and axis
+  mask_head.sampling_ratio = 2  # as model.box_head.sampling_ratio
   mask_head.hidden = 256  # channels of the mask head's convolutions
   mask_head.layers = 4  # number of the mask head's 3x3 convolutions
   test = model.test = ConfigDict()
   test.score_threshold = 0.05  # detections with a lower score are discarded
+  test.min_side = 1e-2  # detections that are narrower or lower are discarded, pixels
   test.nms_threshold = 0.5  # IoU above which a detection suppresses another of its class
   test.detections_per_image = 100  # largest number of detections per image; the best are kept
   test.max_candidates = 2000  # largest number of boxes per image, of all classes, that enter NMS
@@ -81,8 +91,8 @@ def detection() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """Returns the config changed by the words after the colon of its file, in any order.
 
-  Words: `small`, `tiny`, `demo` or `torchvision`, `multiscale` and `literal`. Settings: those of `SETTINGS`,
-  such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
+  Words: `small`, `tiny`, `demo`, `torchvision` or `detectron2`, `multiscale` and `literal`. Settings: those
+  of `SETTINGS`, such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
     UserError: a word, a setting or its value does not exist, or two of them exclude each other.
@@ -127,6 +137,33 @@ def torchvision(config: ConfigDict) -> None:
   config.model.aligned = False
   config.model.pyramid.name = "fpn"
   config.model.fpt.enabled = False
+
+
+# category ids of COCO's 80 classes: 1 to 90 without those that no object has
+COCO_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
+
+
+def detectron2(config: ConfigDict) -> None:
+  """Sets the detector that equals detectron2's mask_rcnn_R_50_FPN (configs/COCO-InstanceSegmentation).
+
+  With its weights it gives detectron2's detections. Losses are those of this project.
+  """
+  config.data.long_edge = 1333
+  config.data.resize = "detectron2"
+  config.data.buckets = ()
+  config.model.pixel_mean = DETECTRON2.pixel_mean
+  config.model.pixel_std = DETECTRON2.pixel_std
+  config.model.backbone.stride_in = DETECTRON2.stride_in
+  config.model.num_classes = len(COCO_IDS)
+  config.model.category_ids = COCO_IDS
+  config.model.pyramid.name = "fpn"
+  config.model.fpt.enabled = False
+  config.model.rpn.round_anchors = False
+  config.model.rpn.min_side = 1e-6  # detectron2 discards what has no area
+  config.model.rpn.train.post_nms = 1000
+  config.model.box_head.sampling_ratio = 0
+  config.model.mask_head.sampling_ratio = 0
+  config.model.test.min_side = 1e-6
 
 
 def small(config: ConfigDict) -> None:
@@ -186,9 +223,16 @@ def demo(config: ConfigDict) -> None:
 
 PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
 HEADS = ("standard", "augmented")
-SIZES = {"small": small, "tiny": tiny, "demo": demo, "torchvision": torchvision}
+SIZES = {
+  "small": small,
+  "tiny": tiny,
+  "demo": demo,
+  "torchvision": torchvision,
+  "detectron2": detectron2,
+}
 SETTINGS = {
   "backbone": set_backbone,
+  "weights": variants.set_weights,
   "pyramid": set_pyramid,
   "fpt": variants.set_fpt,
   "scope": variants.set_scope,

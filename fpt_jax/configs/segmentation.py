@@ -167,6 +167,7 @@ NOT_BUILT = {
 SIZES = {"small": small, "demo": demo}
 SETTINGS = {
   "backbone": variants.set_backbone,
+  "weights": variants.set_weights,
   "pyramid": set_pyramid,
   "fpt": variants.set_fpt,
   "scope": variants.set_scope,

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax.errors import UserError
 from fpt_jax.models.fpt import LITERAL
-from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
+from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET, RESNET_WEIGHTS
 
 Change = Callable[[ConfigDict], None]
 Setting = Callable[[ConfigDict, str], None]
@@ -95,10 +95,11 @@ DROPBLOCK = {"on": 0.9, "off": 1.0}
 
 
 def set_backbone(config: ConfigDict, value: str) -> None:
-  """Sets a backbone, and the mean and standard deviation of the images that it was trained on.
+  """Sets a backbone.
 
-  A backbone of another family (ResNet, EfficientNet) starts from frozen pretrained weights. A backbone of
-  the same family keeps the benchmark's normalisation, and is frozen or trained as before.
+  A backbone of another family (ResNet, EfficientNet) starts from frozen pretrained weights, and gets the
+  mean and standard deviation of the images that it was trained on. A backbone of the same family keeps
+  those of the benchmark and its normalisation, and is frozen or trained as before.
 
   Args:
     config: a complete config.
@@ -110,12 +111,29 @@ def set_backbone(config: ConfigDict, value: str) -> None:
   name, context = choice("backbone", value, known)
   if (name, context) == (backbone.name, backbone.context):
     return
-  images = IMAGENET if name in RESNETS else EFFICIENTNET_LITE
-  config.model.pixel_mean, config.model.pixel_std = images.pixel_mean, images.pixel_std
   if (name in RESNETS) != (backbone.name in RESNETS):
+    images = IMAGENET if name in RESNETS else EFFICIENTNET_LITE
+    config.model.pixel_mean, config.model.pixel_std = images.pixel_mean, images.pixel_std
     backbone.update(dict(norm="frozen_bn", frozen=True))
   backbone.name, backbone.context = name, context
   config.optim.frozen = ()  # they are names of another backbone's parts
+
+
+def set_weights(config: ConfigDict, value: str) -> None:
+  """Sets what a ResNet's pretrained weights expect, by the library that they come from.
+
+  Args:
+    config: a complete config.
+    value: a name of `RESNET_WEIGHTS`.
+  """
+  images = choice("weights", value, RESNET_WEIGHTS)
+  if config.model.backbone.name not in RESNETS:
+    raise UserError(
+      f"weights={value} are those of a ResNet, and the backbone is {config.model.backbone.name}; set "
+      "backbone=resnet50 too"
+    )
+  config.model.pixel_mean, config.model.pixel_std = images.pixel_mean, images.pixel_std
+  config.model.backbone.stride_in = images.stride_in
 
 
 def set_fpt(config: ConfigDict, value: str) -> None:

@@ -18,11 +18,25 @@ with epy.lazy_imports():
 _SCALE = 0x5CA1E  # separates these random numbers from others of the same seed
 
 
-def resized_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+RESIZES = ("torchvision", "detectron2")
+
+
+def resized_size(
+  height: int, width: int, short: int, long: int, resize: str = "torchvision"
+) -> tuple[int, int]:
   """Returns (height, width) with a shorter edge of `short` and a longer edge of at most `long`.
 
-  The rule is that of torchvision's GeneralizedRCNNTransform; fractions of a pixel are cut off.
+  Args:
+    height, width: size of the image, pixels.
+    short, long: edges of the result, pixels.
+    resize: "torchvision" for the rule of GeneralizedRCNNTransform, which cuts off fractions of a pixel, or
+      "detectron2" for that of ResizeShortestEdge, which rounds them.
   """
+  if resize == "detectron2":
+    scale = short / min(height, width)
+    y, x = (short, scale * width) if height < width else (scale * height, short)
+    again = min(1.0, long / max(y, x))
+    return max(1, math.floor(y * again + 0.5)), max(1, math.floor(x * again + 0.5))
   scale = min(short / min(height, width), long / max(height, width))
   return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 
@@ -49,24 +63,36 @@ def resize_and_pad(
   image_HWC: np.ndarray | tf.Tensor,
   size: tuple[int, int] | tf.Tensor,
   bucket: tuple[int, int] | tf.Tensor,
+  resize: str = "torchvision",
 ) -> tf.Tensor:
   """Resizes an image and places it at the top left of a black canvas.
 
-  The resize is bilinear with half-pixel centres and no antialiasing, in float32, as in torch's
-  interpolate(mode="bilinear", align_corners=False).
+  The resize is bilinear with half-pixel centres.
 
   Args:
     image_HWC: image of any real dtype.
     size: (height, width) of the image on the canvas in pixels.
     bucket: (height, width) of the canvas in pixels.
+    resize: "torchvision" for no antialiasing, in float32, as in torch's interpolate(mode="bilinear",
+      align_corners=False); or "detectron2" for Pillow's BILINEAR on 8-bit images: it averages where the
+      image shrinks, and rounds after the columns and after the rows.
 
   Returns:
     float32 [*bucket, C], in the value range of `image_HWC`.
   """
   size, bucket = tf.convert_to_tensor(size, tf.int32), tf.convert_to_tensor(bucket, tf.int32)
-  resized_HWC = tf.cast(tf.image.resize(image_HWC, size, "bilinear", antialias=False), tf.float32)
+  if resize == "detectron2":
+    wide = tf.stack([tf.shape(image_HWC)[0], size[1]])
+    resized_HWC = _resize_and_round(_resize_and_round(image_HWC, wide), size)
+  else:
+    resized_HWC = tf.image.resize(image_HWC, size, "bilinear", antialias=False)
+  resized_HWC = tf.cast(resized_HWC, tf.float32)
   rest = bucket - size
   return tf.pad(resized_HWC, [[0, rest[0]], [0, rest[1]], [0, 0]])
+
+
+def _resize_and_round(image_HWC: np.ndarray | tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+  return tf.floor(tf.image.resize(image_HWC, size, "bilinear", antialias=True) + 0.5)
 
 
 def scale_boxes(

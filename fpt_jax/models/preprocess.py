@@ -14,14 +14,32 @@ CHANNEL_ORDERS = ("rgb", "bgr")
 
 
 class Preprocessing(NamedTuple):
-  """Mean and standard deviation that pretrained weights expect, of RGB in 0..1."""
+  """What pretrained weights expect.
+
+  Attributes:
+    pixel_mean, pixel_std: mean and standard deviation of RGB in 0..1.
+    stride_in: convolution of a bottleneck with the stride, see `backbones.resnet.ResNet`.
+    channel_order: order of the channels in the file of weights. The importer converts "bgr" to "rgb".
+  """
 
   pixel_mean: tuple[float, float, float]
   pixel_std: tuple[float, float, float]
+  stride_in: str = "3x3"
+  channel_order: str = "rgb"
+
+
+def _caffe(red: float, green: float, blue: float) -> Preprocessing:
+  """Returns the preprocessing of weights for BGR in 0..255, minus a mean that is given as RGB in 0..255."""
+  return Preprocessing((red / 255, green / 255, blue / 255), (1 / 255,) * 3, "1x1", "bgr")
 
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EFFICIENTNET_LITE = Preprocessing((127 / 255,) * 3, (128 / 255,) * 3)
+# Detectron's and detectron2's configs have different means for the same ImageNet weights of MSRA.
+DETECTRON = _caffe(122.7717, 115.9465, 102.9801)
+DETECTRON2 = _caffe(123.675, 116.28, 103.53)
+# of a ResNet's weights by the library that they come from
+RESNET_WEIGHTS = {"torchvision": IMAGENET, "detectron": DETECTRON, "detectron2": DETECTRON2}
 
 
 def normalize(config, image_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:

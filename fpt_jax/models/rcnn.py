@@ -28,7 +28,6 @@ from fpt_jax.ops.roi_align import multilevel_roi_align
 from fpt_jax.run.sharding import in_shares, rows_over_query, whole_images
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-MIN_DETECTION_SIDE = 1e-2
 MASK_BLOCK = 10  # regions of an image whose masks are computed together
 
 
@@ -343,7 +342,7 @@ class RCNN(nnx.Module):
     )
     boxes_NK4 = boxes.clip(boxes_NK4, size_2[0], size_2[1])
     candidate_NK = (scores_NK > config.score_threshold) & valid_N[:, None]
-    candidate_NK &= boxes.large_enough(boxes_NK4, MIN_DETECTION_SIDE)
+    candidate_NK &= boxes.large_enough(boxes_NK4, config.min_side)
     candidate_NK &= (jnp.arange(classes) > 0)[None]
     ranked = jnp.where(candidate_NK, scores_NK, -1.0).reshape(-1)
     scores_M, index_M = jax.lax.top_k(ranked, min(config.max_candidates, ranked.size))

@@ -1,4 +1,4 @@
-"""Reads state dicts (.pth, .safetensors, .npz) into NumPy, without torch.
+"""Reads state dicts (.pth, .pkl, .safetensors, .npz) into NumPy, without torch.
 
 Files are not trusted: memory and time are bounded by the length of the file, whatever it says of itself.
 """
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
-from fpt_jax.errors import UserError, one_line
-from fpt_jax.weights.pickles import Storage, Tensor, read_pickle
+from fpt_jax.errors import UserError, first_of, one_line
+from fpt_jax.weights.pickles import Array, Storage, Tensor, read_pickle
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
@@ -31,33 +32,45 @@ MAX_EXPANSION = 16
 ALWAYS_ALLOWED = 2**24  # bytes
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_state_dict(path: str | os.PathLike, entry: str = "") -> dict[str, np.ndarray]:
   """Reads the tensors of a file.
 
   Args:
-    path: .pth, .pt or .bin file (zip format or the older one), .safetensors or .npz file.
+    path: .pth, .pt or .bin file (zip format or the older one), .pkl file of NumPy arrays (detectron2,
+      Detectron), .safetensors or .npz file.
+    entry: the entry of a checkpoint that has the tensors; "" if they are not in an entry, or if only one
+      entry is a dictionary of tensors, whatever its name ("model", "state_dict", "blobs").
 
   Returns:
     Arrays by name in the file's dtypes (bfloat16 as ml_dtypes.bfloat16), contiguous and writable.
 
   Raises:
-    UserError: the file is missing, damaged, of another kind, or contains more than tensors; or its contents
-      are much larger than the file.
+    UserError: the file is missing, damaged, of another kind, or contains objects other than plain values
+      and tensors; several entries have tensors, or the one that is named has none; or the contents are
+      much larger than the file.
   """
   path = pathlib.Path(os.path.expanduser(path))
   suffix = path.suffix.lower()
-  if suffix not in (*_TORCH_SUFFIXES, ".safetensors", ".npz"):
+  if suffix not in (*_TORCH_SUFFIXES, ".pkl", ".safetensors", ".npz"):
     raise UserError(
       f"{path}: cannot read {suffix or 'a file without a suffix'} as a state dict; "
-      "give a .pth, .pt, .bin, .safetensors or .npz file"
+      "give a .pth, .pt, .bin, .pkl, .safetensors or .npz file"
     )
   if not path.is_file():
     raise UserError(f"{path}: no such file")
+  if entry and suffix in (".safetensors", ".npz"):
+    raise UserError(f"{path}: {suffix} files have no entries; leave out --entry={entry}")
   try:
     if suffix == ".safetensors":
       return {name: np.array(value) for name, value in safetensors.numpy.load_file(path).items()}
     with path.open("rb") as file:
-      return _read_npz(file, path) if suffix == ".npz" else _read_torch(file, path)
+      if suffix == ".npz":
+        return _read_npz(file, path)
+      tensors, storages = (_read_pkl if suffix == ".pkl" else _read_torch)(file, path, entry)
+    return {
+      name: tensor.to_numpy() if isinstance(tensor, Array) else _to_array(tensor, storages)
+      for name, tensor in tensors.items()
+    }
   except UserError:
     raise
   except OSError as error:
@@ -127,32 +140,78 @@ def _read_npy(data: bytes, name: str, path: pathlib.Path) -> np.ndarray:
   return np.array(array, dtype.newbyteorder("="), order="C")
 
 
-def _read_torch(file, path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_pkl(file, path: pathlib.Path, entry: str):
+  return _state_dict(read_pickle(io.BytesIO(file.read()), path, {}), path, entry), {}
+
+
+def _read_torch(file, path: pathlib.Path, entry: str):
   if zipfile.is_zipfile(file):
-    content, storages = _read_zip(file, path)
-  else:
-    file.seek(0)
-    content, storages = _read_legacy(io.BytesIO(file.read()), path)
-  return {name: _to_array(tensor, storages) for name, tensor in content.items()}
+    return _read_zip(file, path, entry)
+  file.seek(0)
+  return _read_legacy(io.BytesIO(file.read()), path, entry)
 
 
-def _check_content(content: Any, path: pathlib.Path) -> None:
-  """Raises UserError unless `content` is a dict of tensors by name."""
+def _state_dict(content: Any, path: pathlib.Path, entry: str) -> dict[str, Tensor | Array]:
+  """Returns the tensors of a checkpoint by name, see `read_state_dict`."""
   if not isinstance(content, dict):
     raise UserError(
       f"{path}: contains an object of type {type(content).__name__}, not a dict of tensors"
     )
-  for name, value in content.items():
-    if not isinstance(name, str) or not isinstance(value, Tensor):
+  # one dict can stand in many entries
+  distinct = {id(value): value for value in content.values()}
+  good = {key for key, value in distinct.items() if _has_tensors(value)}
+  entries = {str(key): value for key, value in content.items() if id(value) in good}
+  listed = first_of([name[:80] for name in entries], 8) or "none"
+  if entry:
+    if entry not in entries:
       raise UserError(
-        f"{path}: entry {str(name)[:80]!r} is of type {type(value).__name__}, not a tensor; "
-        "save `model.state_dict()` alone with torch.save"
+        f"{path}: --entry={entry} is not an entry with tensors; those that have any: {listed}"
       )
-  sizes = [math.prod(t.shape) * t.storage.dtype.itemsize for t in content.values()]
-  _check_size(sum(sizes), path)
+    tensors = entries[entry]
+  elif _has_tensors(content):
+    tensors = content
+  elif len(entries) == 1:
+    ((name, tensors),) = entries.items()
+    logging.info("%s: the weights are its entry %r", path, name[:80])
+  elif entries:
+    raise UserError(f"{path}: has several entries with tensors, {listed}; choose one with --entry")
+  else:
+    if not content:
+      raise UserError(f"{path}: is an empty dict; save `model.state_dict()` with torch.save")
+    name, value = next(item for item in content.items() if not _is_named_tensor(*item))
+    raise UserError(
+      f"{path}: entry {str(name)[:80]!r} is of type {type(value).__name__}, not a tensor, and no entry is "
+      "a dict of tensors; save `model.state_dict()` alone with torch.save"
+    )
+  _check_size(sum(_nbytes(tensor) for tensor in tensors.values()), path)
+  return tensors
 
 
-def _read_zip(file, path):
+def _has_tensors(content: Any) -> bool:
+  """Returns whether `content` is a dict of tensors by name, and not an empty one."""
+  return (
+    isinstance(content, dict)
+    and bool(content)
+    and all(_is_named_tensor(name, value) for name, value in content.items())
+  )
+
+
+def _is_named_tensor(name: Any, value: Any) -> bool:
+  return isinstance(name, str) and isinstance(value, Tensor | Array)
+
+
+def _nbytes(tensor: Tensor | Array) -> int:
+  if isinstance(tensor, Array):
+    return tensor.nbytes
+  return math.prod(tensor.shape) * tensor.storage.dtype.itemsize
+
+
+def _keys(tensors: Mapping[str, Tensor | Array]) -> set[str]:
+  """Returns the keys of the storages of tensors; those of a checkpoint's optimizer are not read."""
+  return {tensor.storage.key for tensor in tensors.values() if isinstance(tensor, Tensor)}
+
+
+def _read_zip(file, path, entry):
   with zipfile.ZipFile(file) as archive:
     (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     root = pickled.removesuffix("data.pkl")
@@ -164,13 +223,13 @@ def _read_zip(file, path):
       )
     storages: dict[str, Storage] = {}
     content = read_pickle(io.BytesIO(archive.read(pickled)), path, storages)
-    _check_content(content, path)
-    names = {key: f"{root}data/{key}" for key in storages}
+    tensors = _state_dict(content, path, entry)
+    names = {key: f"{root}data/{key}" for key in _keys(tensors)}
     _check_entries(archive, list(names.values()), path)
-    return content, {key: archive.read(name) for key, name in names.items()}
+    return tensors, {key: archive.read(name) for key, name in names.items()}
 
 
-def _read_legacy(file: io.BytesIO, path):
+def _read_legacy(file: io.BytesIO, path, entry):
   def load(storages: dict[str, Storage] | None = None):
     return read_pickle(file, path, {} if storages is None else storages)
 
@@ -181,17 +240,20 @@ def _read_legacy(file: io.BytesIO, path):
       f"{path}: written on a big-endian machine; save it again on a little-endian one"
     )
   storages: dict[str, Storage] = {}
-  content = load(storages)
-  _check_content(content, path)
-  data = {}
+  tensors = _state_dict(load(storages), path, entry)
+  needed, data = _keys(tensors), {}
   for key in load():
     if not isinstance(key, str):
       raise pickle.UnpicklingError("a storage without a name")
     (numel,) = struct.unpack("<q", file.read(8))
     if numel < 0:
       raise ValueError(f"a storage of {numel} numbers")
-    data[key] = file.read(numel * storages[key].dtype.itemsize)
-  return content, data
+    size = numel * storages[key].dtype.itemsize
+    if key in needed:
+      data[key] = file.read(size)
+    else:
+      file.seek(size, io.SEEK_CUR)
+  return tensors, data
 
 
 def _to_array(tensor: Tensor, storages: Mapping[str, bytes]) -> np.ndarray:

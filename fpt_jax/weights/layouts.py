@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from fpt_jax.errors import UserError, first_of
+from fpt_jax.models.backbones.context_blocks import in_context_block
 
 # (our pattern, torch's text) of normalisations and kernels
 NORM_NAMES = (
@@ -28,6 +29,24 @@ def renamed(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str
   for pattern, replacement in rules:
     name = re.sub(pattern, replacement, name)
   return name
+
+
+def to_fill(
+  shapes: Mapping[str, jax.ShapeDtypeStruct], *, whole: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of our arrays that a file of weights fills.
+
+  Args:
+    shapes: shapes of our model by name (`Skeleton.shapes`).
+    whole: whether the file has the whole model; otherwise it has a backbone, which fills the names under
+      "backbone.", or all names if the model is a backbone alone. Context blocks are in no file.
+  """
+  whole = whole or not any(name.startswith("backbone.") for name in shapes)
+  return {
+    name: shape
+    for name, shape in shapes.items()
+    if (whole or name.startswith("backbone.")) and not in_context_block(name)
+  }
 
 
 def fit(

@@ -1,14 +1,17 @@
-"""Reads the pickles of .pth files without `pickle`, which runs any code and which files can crash.
+"""Reads the pickles of .pth and .pkl files without `pickle`, which runs any code and which files can crash.
 
-The opcodes that plain values and tensors consist of are carried out here; all others are refused. Keys of
-dictionaries are strings and numbers, so nothing recurses into what a file nests. A limit on opcodes bounds
-the time and, with the length of the file, the memory.
+The opcodes that plain values, tensors and NumPy arrays consist of are carried out here; all others are
+refused. Keys of dictionaries are strings and numbers, so nothing recurses into what a file nests. A limit on
+opcodes bounds the time and, with the length of the file, the memory.
 """
 
 import collections
+import dataclasses
 import io
+import math
 import pickle
 import pickletools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,7 +45,7 @@ MAX_KEY = 2**60
 _VALUES = frozenset(
   ["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING"]
   + ["UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"]
-  + ["SHORT_BINBYTES", "BINBYTES", "BINBYTES8"]
+  + ["SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"]
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, Callable[[], Any]] = {
@@ -70,6 +73,103 @@ class Tensor(NamedTuple):
   strides: tuple[int, ...]
 
 
+@dataclasses.dataclass
+class DType:
+  """A dtype of numbers, which pickle completes with its order of bytes.
+
+  Attributes:
+    code: kind and bytes of a number, such as "f4".
+    order: order of bytes, "<", ">" or "|" for single bytes.
+  """
+
+  code: str
+  order: str = "<"
+
+  def build(self, state: Any) -> None:
+    """Takes the order of bytes from what pickle stores."""
+    match state:
+      case (int(), "<" | ">" | "|" as order, None, None, None, *_):
+        self.order = order
+      case _:
+        raise pickle.UnpicklingError("a dtype of something else than numbers")
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype in NumPy."""
+    return np.dtype(self.order + self.code)
+
+
+@dataclasses.dataclass
+class Array:
+  """An array of NumPy, whose bytes are copied only when they are needed.
+
+  Attributes:
+    dtype: dtype of the numbers.
+    shape: shape of the array.
+    column_major: whether the first axis varies fastest.
+    data: the bytes.
+  """
+
+  dtype: DType | None = None
+  shape: tuple[int, ...] = ()
+  column_major: bool = False
+  data: Any = None
+
+  def build(self, state: Any) -> None:
+    """Takes the contents from what pickle stores: a version, shape, dtype, order of the axes and bytes."""
+    match state:
+      case (int(), tuple() as shape, DType() as dtype, bool() | int() as column_major, data):
+        self._set(dtype, shape, bool(column_major), data)
+      case _:
+        raise pickle.UnpicklingError("an array without its contents")
+
+  def _set(self, dtype: DType, shape: tuple, column_major: bool, data: Any) -> None:
+    if len(shape) > MAX_DIMENSIONS or not all(isinstance(n, int) and 0 <= n < 2**63 for n in shape):
+      raise pickle.UnpicklingError("an array with an impossible shape")
+    self.dtype, self.shape, self.column_major, self.data = dtype, shape, column_major, data
+
+  @property
+  def nbytes(self) -> int:
+    """The number of bytes that the shape and the dtype need."""
+    return math.prod(self.shape) * self.complete().itemsize
+
+  def complete(self) -> np.dtype:
+    """Returns the dtype.
+
+    Raises:
+      UnpicklingError: pickle never stored the contents.
+    """
+    if self.dtype is None:
+      raise pickle.UnpicklingError("an array without its contents")
+    return self.dtype.dtype
+
+  def to_numpy(self) -> np.ndarray:
+    """Returns the array: contiguous, writable, in the machine's order of bytes.
+
+    Raises:
+      ValueError: the bytes do not have the length that the shape needs.
+    """
+    data = self.data
+    if isinstance(data, Latin1):
+      data = data.text.encode("latin-1")
+    elif isinstance(data, str):  # of Python 2, see BINSTRING
+      data = data.encode()
+    if not isinstance(data, bytes | bytearray) or len(data) != self.nbytes:
+      raise ValueError(f"an array of shape {self.shape} without its {self.nbytes} bytes")
+    dtype = self.complete()
+    flat = np.frombuffer(data, dtype).reshape(self.shape, order="F" if self.column_major else "C")
+    return np.array(flat, dtype.newbyteorder("="), order="C")
+
+
+class Latin1(NamedTuple):
+  """Bytes, each a character: those of Python 2 and of protocols before 3."""
+
+  text: str
+
+
+_CLASS = object()  # stands for numpy.ndarray
+
+
 def read_pickle(file: io.BytesIO, path: object, storages: dict[str, Storage]) -> Any:
   """Reads one pickle.
 
@@ -79,7 +179,7 @@ def read_pickle(file: io.BytesIO, path: object, storages: dict[str, Storage]) ->
     storages: gets the storages that the tensors refer to, by key.
 
   Returns:
-    Plain values, lists, tuples and dictionaries of them, and `Tensor`.
+    Plain values, lists, tuples and dictionaries of them, `Tensor` and `Array`.
 
   Raises:
     UserError: the pickle has something else.
@@ -123,8 +223,11 @@ class _Machine:
         push(_EMPTY[name]())
       case _ if name in _TUPLES:
         push(tuple(reversed([self.pop() for _ in range(_TUPLES[name])])))
-      case "BINSTRING" | "SHORT_BINSTRING":  # of Python 2
-        push(argument.encode("latin-1").decode())
+      case "BINSTRING" | "SHORT_BINSTRING":  # text or bytes of Python 2
+        try:
+          push(argument.encode("latin-1").decode())
+        except UnicodeDecodeError:
+          push(Latin1(argument))
       case "MARK":
         self.marks.append(len(self.stack))
       case "POP":
@@ -172,7 +275,10 @@ class _Machine:
           raise pickle.UnpicklingError("a call with too many arguments")
         push(function(*arguments))
       case "BUILD":
-        self.pop()  # attributes, such as `_metadata` of torch's state dicts
+        state, target = self.pop(), self._top()
+        if isinstance(target, Array | DType):
+          target.build(state)
+        # else attributes, such as `_metadata` of torch's state dicts
       case "BINPERSID":
         push(self._storage(self.pop()))
       case _:
@@ -206,8 +312,11 @@ class _Machine:
       raise pickle.UnpicklingError("a name that is not text")
     if module == "torch" and name in _STORAGES:
       return name
+    found = _NUMPY.get((module.replace("numpy._core", "numpy.core"), name))
+    if found is not None:
+      return found
     raise UserError(
-      f"{self._path}: contains {module[:80]}.{name[:80]}, but only tensors can be read; "
+      f"{self._path}: contains {module[:80]}.{name[:80]}, but only tensors and arrays can be read; "
       "save `model.state_dict()` alone with torch.save"
     )
 
@@ -266,3 +375,51 @@ def _parameter(tensor: Any, *_: Any) -> Tensor:
   if not isinstance(tensor, Tensor):
     raise pickle.UnpicklingError("a parameter without a tensor")
   return tensor
+
+
+def _new_array(kind: Any, *_: Any) -> Array:
+  if kind is not _CLASS:
+    raise pickle.UnpicklingError("an array of an unknown class")
+  return Array()
+
+
+def _dtype(code: Any, *_: Any) -> DType:
+  if not isinstance(code, str) or not re.fullmatch("b1|[iu][1248]|f[248]", code):
+    raise pickle.UnpicklingError("a dtype of something else than numbers")
+  return DType(code)
+
+
+def _scalar(dtype: Any, data: Any) -> Array:
+  array = Array()
+  array.build((1, (), dtype, False, data))
+  return array
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
+  array = Array()
+  array.build((1, shape, dtype, order == "F", data))
+  return array
+
+
+def _encoded(text: Any, encoding: Any) -> Latin1:
+  if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+    raise pickle.UnpicklingError("bytes in an unknown encoding")
+  return Latin1(text)
+
+
+def _no_bytes(*arguments: Any) -> bytes:
+  if arguments:
+    raise pickle.UnpicklingError("bytes from something else than nothing")
+  return b""
+
+
+# what the pickles of arrays call; NumPy 2 has `numpy._core` instead of `numpy.core`
+_NUMPY: dict[tuple[str, str], Any] = {
+  ("numpy", "ndarray"): _CLASS,
+  ("numpy", "dtype"): _dtype,
+  ("numpy.core.multiarray", "_reconstruct"): _new_array,
+  ("numpy.core.multiarray", "scalar"): _scalar,
+  ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+  ("_codecs", "encode"): _encoded,
+  ("__builtin__", "bytes"): _no_bytes,
+}

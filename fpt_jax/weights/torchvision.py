@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.models.backbones.context_blocks import in_context_block
-from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed
+from fpt_jax.errors import UserError
+from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed, to_fill
 
 # (our name, torchvision's name); the first one that matches is applied
 _DETECTOR = (
@@ -38,6 +38,8 @@ _RESNET = (
 )
 # Tensors without a counterpart in our models: counters, and the classifier of a ResNet.
 _IGNORED = re.compile(r"num_batches_tracked$|^fc\.")
+# What timm's ResNets with three convolutions in the stem, or with pooling in the shortcuts, have.
+_VARIANT = re.compile(r"(^|\.)(conv1\.\d+\.weight|downsample\.2\.\w+)$")
 
 
 def torchvision_name(name: str, *, detector: bool) -> str:
@@ -69,18 +71,19 @@ def from_torchvision(
     Arrays by our names.
 
   Raises:
-    UserError: tensors are missing, unused or of another shape; the message names them.
+    UserError: the ResNet has another stem or other shortcuts; or tensors are missing, unused or of another
+      shape; the message names them.
   """
   detector = any(name.startswith("backbone.body.") for name in state_dict)
-  bare = not any(name.startswith("backbone.") for name in shapes)
-  wanted = {
-    name: shape
-    for name, shape in shapes.items()
-    if (detector or bare or name.startswith("backbone.")) and not in_context_block(name)
-  }
+  others = [name for name in state_dict if _VARIANT.search(name)]
+  if others:
+    raise UserError(
+      f"the weights are those of a ResNet with another stem or with pooled shortcuts ({others[0]}), such as "
+      "timm's resnet50d; choose weights of a plain ResNet, such as resnet50"
+    )
   return fit(
     state_dict,
-    wanted,
+    to_fill(shapes, whole=detector),
     functools.partial(torchvision_name, detector=detector),
     lambda name: bool(_IGNORED.search(name)),
   )

@@ -28,6 +28,7 @@ def parameters(shapes, prefix):
     (coco_mask, "small"),
     (coco_mask, "tiny"),
     (coco_mask, "torchvision"),
+    (coco_mask, "detectron2"),
     (coco_box, ""),
     (coco_box, "demo"),
   ],
@@ -38,7 +39,7 @@ def test_variants_describe_models(module, arg):
   config = ConfigDict(json.loads(config.to_json()))
   shapes = models.structure_of(config).shapes
   assert (parameters(shapes, "mask_head.") > 0) == (module is coco_mask)
-  assert (parameters(shapes, "fpt.") > 0) == (arg != "torchvision")
+  assert (parameters(shapes, "fpt.") > 0) == (arg not in ("torchvision", "detectron2"))
 
 
 def test_parameters_of_the_papers_model():

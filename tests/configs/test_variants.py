@@ -19,6 +19,8 @@ from fpt_jax.tasks.task import check_config
     (coco_mask, ("multiscale", "small", "fpt=st+gt")),
     (coco_mask, ("backbone=efficientnet_lite0", "tiny", "fpt=none")),
     (coco_mask, ("torchvision", "backbone=resnet101", "multiscale")),
+    (coco_mask, ("detectron2", "backbone=resnet101", "multiscale")),
+    (cityscapes, ("weights=detectron", "backbone=resnet101_gc", "fpt=st")),
     (coco_box, ("demo", "backbone=resnet34_gc", "pyramid=fpn", "head=augmented")),
     (cityscapes, ("small", "backbone=resnet50", "fpt=lgt+rt")),
     (camvid, ("demo", "sbn=off", "dropblock=off", "pyramid=ppm")),

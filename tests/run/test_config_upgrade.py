@@ -14,7 +14,8 @@ LATER = {
     "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
-    "checkpoint.every_minutes", "mesh",
+    "checkpoint.every_minutes", "mesh", "data.resize", "model.rpn.round_anchors", "model.rpn.min_side",
+    "model.test.min_side",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",

@@ -95,6 +95,13 @@ def _save(path, content, storages=(), **extra):
   return path
 
 
+def _legacy(path, content, keys=(b"]",)):
+  """Writes a file in torch's older layout around a pickle."""
+  header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+  path.write_bytes(b"".join(pickle.dumps(h, 2) for h in header) + content + b"".join(keys))
+  return path
+
+
 class _Call:
   """An object whose pickle is a function call."""
 
@@ -128,8 +135,10 @@ def test_names_other_than_tensors_are_refused(tmp_path, monkeypatch, content, na
   ("content", "message"),
   [
     ([1, 2], "contains an object of type list"),
-    ({"epoch": 3}, "entry 'epoch' is of type int"),
+    ({"epoch": 3}, "entry 'epoch' is of type int, not a tensor, and no entry is a dict of tensors"),
     ({"model": collections.OrderedDict()}, "entry 'model' is of type OrderedDict"),
+    ({"model": {"model": {}}}, "entry 'model' is of type dict"),
+    ({}, "is an empty dict"),
   ],
 )
 def test_checkpoints_other_than_state_dicts_are_refused(tmp_path, content, message):
@@ -143,6 +152,173 @@ def _tensor_pickle(offset, shape, strides, numel=4):
   storage = b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\n" + b"I%d\ntQ" % numel
   arguments = storage + b"I%d\n" % offset + ints(shape) + ints(strides) + b"I00\nNt"
   return b"(dS'w'\nctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"Rs."
+
+
+def _checkpoint(**entries):
+  """A checkpoint in the opcodes torch writes; bytes stand for the pickle of an entry."""
+  items = [
+    f"S{name!r}\n".encode()
+    + (value if isinstance(value, bytes) else pickle.dumps(value, 0)).removesuffix(b".")
+    for name, value in entries.items()
+  ]
+  return b"(" + b"".join(items) + b"d."
+
+
+# an optimizer's state, whose storage is not in the file
+OPTIMIZER = (
+  b"(dS'state'\n" + _tensor_pickle(0, (2,), (1,)).replace(b"S'0'\n", b"S'9'\n")[:-1] + b"s."
+)
+NUMBERS = [("data/0", np.arange(4, dtype=np.float32).tobytes())]
+
+
+@pytest.mark.parametrize("entry", ["model", "state_dict", "state_dict_ema", "teacher"])
+@pytest.mark.parametrize("save", [_save, _legacy])
+def test_the_entry_of_a_checkpoint_that_has_tensors(tmp_path, save, entry):
+  """mmdetection's, DETR's and timm's checkpoints; only one entry is a dict of tensors."""
+  content = _checkpoint(
+    meta={"epoch": 12, "CLASSES": ("cat", "dog")},
+    **{entry: _tensor_pickle(1, (3,), (1,))},
+    optimizer={"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]},
+    epoch=7,
+  )
+  extra = [NUMBERS] if save is _save else [[pickle.dumps(["0"], 2), _stored(4)]]
+  state = read_state_dict(save(tmp_path / "c.pth", content, *extra))
+  assert list(state) == ["w"]
+  np.testing.assert_array_equal(state["w"], [1, 2, 3])
+
+
+def _stored(count):
+  """A storage of the numbers 0, 1, 2, ... in torch's older layout."""
+  return count.to_bytes(8, "little") + np.arange(count, dtype=np.float32).tobytes()
+
+
+def test_storages_of_other_entries_are_not_read(tmp_path):
+  content = _checkpoint(
+    model=_tensor_pickle(1, (3,), (1,)), optimizer=b"(dS'0'\n" + OPTIMIZER[:-1] + b"s."
+  )
+  path = _save(tmp_path / "c.pth", content, NUMBERS)
+  np.testing.assert_array_equal(read_state_dict(path)["w"], [1, 2, 3])
+  # the older layout has the storages one behind the other
+  keys = [
+    pickle.dumps(["9", "0"], 2),
+    _stored(4),
+    _stored(4)[:8],
+    np.float32([9, 5, 6, 7]).tobytes(),
+  ]
+  path = _legacy(tmp_path / "old.pth", content, keys)
+  np.testing.assert_array_equal(read_state_dict(path)["w"], [5, 6, 7])
+
+
+def test_one_of_several_entries_is_chosen(tmp_path):
+  content = _checkpoint(
+    epoch=7,
+    state_dict=_tensor_pickle(1, (3,), (1,)),
+    state_dict_ema=_tensor_pickle(0, (2,), (1,)),
+  )
+  path = _save(tmp_path / "c.pth", content, NUMBERS)
+  message = r"several entries with tensors, state_dict, state_dict_ema; choose one with --entry"
+  with pytest.raises(UserError, match=message):
+    read_state_dict(path)
+  np.testing.assert_array_equal(read_state_dict(path, "state_dict_ema")["w"], [0, 1])
+  np.testing.assert_array_equal(read_state_dict(path, "state_dict")["w"], [1, 2, 3])
+  with pytest.raises(UserError, match=r"--entry=ema is not an entry with tensors; .*: state_dict"):
+    read_state_dict(path, "ema")
+  np.savez(tmp_path / "x.npz", a=BASE)
+  with pytest.raises(UserError, match=r"\.npz files have no entries"):
+    read_state_dict(tmp_path / "x.npz", "model")
+
+
+# .pkl files of detectron2 and Detectron
+
+ARRAYS = {
+  "conv1_w": BASE,
+  "column_major": np.asfortranarray(BASE.astype(np.float64)),
+  "big_endian": BASE.astype(">f4"),
+  "half": BASE.astype(np.float16),
+  "counts": np.arange(-3, 300, dtype=np.int64),
+  "bytes": np.arange(256, dtype=np.uint8),
+  "flags": np.array([True, False]),
+  "step": np.float32(2.5),
+  "scalar": np.array(7),
+  "empty": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("others", [None, {"__author__": "A"}, {"cfg": "MODEL: {}"}])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_arrays(tmp_path, protocol, others):
+  path = tmp_path / "R-50.pkl"
+  path.write_bytes(pickle.dumps({"model": ARRAYS} | others if others else ARRAYS, protocol))
+  state = read_state_dict(path)
+  assert list(state) == list(ARRAYS)
+  for name, expected in ARRAYS.items():
+    assert state[name].dtype == expected.dtype.newbyteorder("=") and state[name].dtype.isnative
+    assert state[name].shape == expected.shape
+    np.testing.assert_array_equal(state[name], expected, err_msg=name)
+    assert state[name].flags.c_contiguous and state[name].flags.writeable
+
+
+def _python2(data, shape=b"K\x02K\x03\x86", dtype=b"U\x02f4"):
+  """{"w": array} as Python 2 and NumPy 1 pickle it with protocol 2: the numbers are a string."""
+  array = b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87R"
+  number = (
+    b"cnumpy\ndtype\nq\x03("
+    + dtype
+    + b"K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+  )
+  state = b"(K\x01" + shape + number + b"\x89T" + len(data).to_bytes(4, "little") + data + b"tb"
+  return b"\x80\x02}U\x01w" + array + state + b"s."
+
+
+@pytest.mark.parametrize("numbers", [np.arange(6), np.zeros(6), np.full(6, -1e30), [1e-40] * 6])
+def test_pickles_of_python_2(tmp_path, numbers):
+  """The bytes of an array may or may not be valid text."""
+  expected = np.float32(numbers).reshape(2, 3)
+  (tmp_path / "R-50.pkl").write_bytes(_python2(expected.tobytes()))
+  np.testing.assert_array_equal(read_state_dict(tmp_path / "R-50.pkl")["w"], expected, strict=True)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (pickle.dumps({"w": np.array(["text", None], object)}), "damaged.* a dtype of something else"),
+    (pickle.dumps({"w": np.zeros(2, [("x", "f4")])}), "damaged.* a dtype of something else"),
+    (pickle.dumps({"w": np.array(["text"])}), "damaged.* a dtype of something else"),
+    (pickle.dumps({"w": np.ma.zeros(3)}), "contains numpy.ma"),
+    (pickle.dumps({"w": _Call(eval, "1")}), "contains builtins.eval"),
+    (pickle.dumps(np.zeros(2)), "contains an object of type Array"),
+    (_python2(bytes(20)), "damaged.* without its 24 bytes"),
+    (_python2(bytes(24), shape=b"K\x02\x8a\x09" + bytes(8) + b"\x01\x86"), "an impossible shape"),
+    (_python2(bytes(24), shape=b"K\x02\x8a\x07" + bytes(6) + b"\x01\x86"), "its contents need"),
+    (_python2(bytes(24), shape=b"K\x02J\xff\xff\xff\xff\x86"), "damaged.* an impossible shape"),
+    (_python2(bytes(24), dtype=b"U\x01O"), "damaged.* a dtype of something else"),
+    (_python2(bytes(24), dtype=b"U\x03f16"), "damaged.* a dtype of something else"),
+    (b"}S'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\ntRs.", "an array without its contents"),
+    (b"}S'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\ntRs.", "an array of an unknown class"),
+    (b"}S'w'\nc_codecs\nencode\n(S'x'\nS'utf-7'\ntRs.", "bytes in an unknown encoding"),
+    (b"}S'w'\ncnumpy\nload\n(S'x'\ntRs.", "contains numpy.load"),
+    (b"}S'w'\ncnumpy.core.multiarray\nfromfile\n(S'x'\ntRs.", "contains numpy.core.multiarray.fromfile"),
+  ],
+)  # fmt: skip
+def test_pickles_of_other_things_are_refused(tmp_path, content, message):
+  (tmp_path / "bad.pkl").write_bytes(content)
+  _refused(tmp_path / "bad.pkl", rf"bad\.pkl.*({message})")
+
+
+def test_arrays_that_share_their_bytes_are_not_much_larger_than_their_file(tmp_path):
+  array = pickle.dumps(np.zeros(2**18, np.float32), 2)[2:-1]
+  content = b"\x80\x02}(S'0'\n" + array + b"q\xff"
+  content += b"".join(b"S'%d'\nh\xff" % i for i in range(1, 100)) + b"u."
+  (tmp_path / "b.pkl").write_bytes(content)
+  _refused(tmp_path / "b.pkl", "its contents need 104857600 bytes")
+
+
+def test_one_dict_in_many_entries_is_looked_at_once(tmp_path):
+  tensors = pickle.dumps({str(i): np.zeros(0, np.float32) for i in range(2000)}, 2)[2:-1]
+  content = b"\x80\x02}(S'0'\n" + tensors + b"r\xff\xff\xff\x00"
+  content += b"".join(b"S'%d'\nj\xff\xff\xff\x00" % i for i in range(1, 30_000)) + b"u."
+  (tmp_path / "b.pkl").write_bytes(content)
+  _refused(tmp_path / "b.pkl", "several entries with tensors, 0, 1, .* and 29992 more")
 
 
 @pytest.mark.parametrize(
@@ -194,13 +370,6 @@ def _refused_without_reading(path, message):
   finally:
     tracemalloc.stop()
   assert peak < 2**23
-
-
-def _legacy(path, content, keys=(b"]",)):
-  """Writes a file in torch's older layout around a pickle."""
-  header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
-  path.write_bytes(b"".join(pickle.dumps(h, 2) for h in header) + content + b"".join(keys))
-  return path
 
 
 NESTED = b")" + b"\x85" * 100  # a tuple in a tuple in a tuple ...

@@ -32,6 +32,7 @@ FILES = {
   "zip.pth": (GOLDEN / "tensors_zip.pth").read_bytes(),
   "legacy.pth": (GOLDEN / "tensors_legacy.pth").read_bytes(),
   "x.npz": _npz(),
+  "x.pkl": pickle.dumps({"blobs": ARRAYS}, 2),
   "x.safetensors": safetensors.numpy.save({"a.weight": ARRAYS["a.weight"]}),
 }
 
@@ -76,6 +77,9 @@ PIECES = st.one_of(
     [b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"]
     + [b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_parameter\n"]
     + [b"S'storage'\n", b"S'0'\n", b"S'w'\n", b"I4\n", b"I01\n", b"q\x00", b"h\x00", b"K\x01"]
+    + [b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n"]
+    + [b"cnumpy.core.numeric\n_frombuffer\n", b"cnumpy.core.multiarray\nscalar\n", b"U\x02f4"]
+    + [b"c_codecs\nencode\n", b"S'latin1'\n", b"(cnumpy\nndarray\ntR", b"U\x04\x00\x00\x80\xff"]
     + [b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ", b"(I2\nt", b"(I1\nt", b"\x80\x02"]
   ),
   st.integers(-(2**70), 2**70).map(lambda n: b"L%dL\n" % n),
@@ -86,6 +90,7 @@ PIECES = st.one_of(
 def test_pickles_of_any_opcodes():
   programs = st.lists(PIECES, max_size=30).map(lambda pieces: b"".join(pieces) + b".")
   fuzz(programs, lambda program: _check("zip.pth", _zip_with(program)))
+  fuzz(programs, lambda program: _check("x.pkl", program))
 
 
 VALUES = st.recursive(

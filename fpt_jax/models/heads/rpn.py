@@ -4,6 +4,8 @@ Shapes: B batch, H W rows and columns, A anchors (of a position, a level, or all
 G ground truths, K candidates of a level, L levels.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,6 @@ from fpt_jax.ops.anchors import anchors
 from fpt_jax.ops.nms import nms
 from fpt_jax.run.sharding import whole_images
 
-MIN_PROPOSAL_SIDE = 1e-3
-
 
 class RegionProposalNetwork(nnx.Module):
   """A small convolutional head on every level, with anchors of one size per level.
@@ -25,8 +25,9 @@ class RegionProposalNetwork(nnx.Module):
   Args:
     channels: channels of the pyramid.
     config: `model.rpn` part of a config: `anchor_sizes` (pixels, one tuple per level), `aspect_ratios`
-      (height / width), `fg_threshold` and `bg_threshold` (IoU), `samples`, `positive_fraction`,
-      `nms_threshold` (IoU), and the counts `pre_nms` and `post_nms` for `train` and `test`.
+      (height / width), `round_anchors`, `fg_threshold` and `bg_threshold` (IoU), `samples`,
+      `positive_fraction`, `nms_threshold` (IoU), `min_side` (pixels), and the counts `pre_nms` and
+      `post_nms` for `train` and `test`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
   """
@@ -60,12 +61,8 @@ class RegionProposalNetwork(nnx.Module):
       pyramid: P2..P6.
       canvas: (height, width) of the padded images, pixels.
     """
-    return anchors(
-      [level.size for level in pyramid],
-      [(canvas[0] // level.size[0], canvas[1] // level.size[1]) for level in pyramid],
-      self.config.anchor_sizes,
-      self.config.aspect_ratios,
-    )
+    sizes, strides = zip(*((level.size, level.stride) for level in pyramid), strict=True)
+    return anchors_of_levels(self.config, sizes, strides, canvas)
 
   def propose(
     self, logits, deltas, anchors_LA4, size_B2: jax.Array, *, train: bool
@@ -86,7 +83,7 @@ class RegionProposalNetwork(nnx.Module):
 
     def one_image(logits_L, deltas_L, size_2):
       kept = [
-        propose_on_level(*level, size_2, counts.pre_nms, counts.post_nms, self.config.nms_threshold)
+        propose_on_level(*level, size_2, counts, self.config)
         for level in zip(logits_L, deltas_L, anchors_LA4, strict=True)
       ]
       boxes_N4, scores_N, valid_N = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
@@ -165,22 +162,41 @@ def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:
     canvas: (height, width) of the padded images, pixels.
   """
   strides = [4 * 2**level for level in range(len(config.anchor_sizes))]
-  sizes = [tuple(-(-edge // stride) for edge in canvas) for stride in strides]
-  spacings = [tuple(e // n for e, n in zip(canvas, size, strict=True)) for size in sizes]
-  levels = anchors(sizes, spacings, config.anchor_sizes, config.aspect_ratios)
-  return np.concatenate(levels)
+  sizes = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in strides]
+  return np.concatenate(anchors_of_levels(config, sizes, strides, canvas))
 
 
-def propose_on_level(logits_A, deltas_A4, anchors_A4, size_2, pre_nms, post_nms, threshold):
+def anchors_of_levels(
+  config,
+  sizes: Sequence[tuple[int, int]],
+  strides: Sequence[int],
+  canvas: tuple[int, int],
+) -> tuple[np.ndarray, ...]:
+  """Returns the anchors of each level, [A, 4] boxes in pixels.
+
+  Args:
+    config: as for `RegionProposalNetwork`.
+    sizes: (rows, columns) of each level.
+    strides: stride of each level, pixels.
+    canvas: (height, width) of the padded images, pixels.
+  """
+  spacings: Sequence[int | tuple[int, int]] = strides
+  if config.round_anchors:
+    spacings = [(canvas[0] // rows, canvas[1] // columns) for rows, columns in sizes]
+  return anchors(
+    sizes, spacings, config.anchor_sizes, config.aspect_ratios, rounded=config.round_anchors
+  )
+
+
+def propose_on_level(logits_A, deltas_A4, anchors_A4, size_2, counts, config):
   """Selects the `post_nms` best boxes of one level after NMS: boxes_N4, scores_N, valid_N."""
-  top_K, index_K = jax.lax.top_k(logits_A, min(pre_nms, logits_A.size))
+  top_K, index_K = jax.lax.top_k(logits_A, min(counts.pre_nms, logits_A.size))
   boxes_K4 = boxes.decode(
     deltas_A4[index_K], jnp.asarray(anchors_A4)[index_K], (1.0, 1.0, 1.0, 1.0)
   )
   boxes_K4 = boxes.clip(boxes_K4, size_2[0], size_2[1])
   scores_K = jax.nn.sigmoid(top_K)
-  large_K = boxes.large_enough(boxes_K4, MIN_PROPOSAL_SIDE)
-  index_N, valid_N = nms(
-    boxes_K4, scores_K, threshold, min(post_nms, scores_K.size), valid_N=large_K
-  )
+  large_K = boxes.large_enough(boxes_K4, config.min_side)
+  most = min(counts.post_nms, scores_K.size)
+  index_N, valid_N = nms(boxes_K4, scores_K, config.nms_threshold, most, valid_N=large_K)
   return boxes_K4[index_N], scores_K[index_N], valid_N

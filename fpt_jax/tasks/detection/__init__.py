@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, info
+from fpt_jax.data import canvases, info, transforms
 from fpt_jax.data.records.instances import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
@@ -68,6 +68,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "test.",
   "rpn.test.",
   "rpn.train.",
+  "rpn.min_side",
   "category_names",
   "dtype",
   "fpt.implementation",
@@ -76,6 +77,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
 _RULES = {
   "data.short_edge": POSITIVE,
   "data.long_edge": POSITIVE,
+  "data.resize": config_values.one_of(*transforms.RESIZES),
   "data.max_instances": POSITIVE,
   "model.canonical_size": config_values.ABOVE_ZERO,
   "model.rpn.anchor_sizes": config_values.Rule(
@@ -91,7 +93,11 @@ _RULES = {
   "model.box_head.hidden": POSITIVE,
   "model.mask_head.hidden": POSITIVE,
   "model.mask_head.layers": NOT_NEGATIVE,
+  "model.rpn.min_side": NOT_NEGATIVE,
+  "model.box_head.sampling_ratio": NOT_NEGATIVE,
+  "model.mask_head.sampling_ratio": NOT_NEGATIVE,
   "model.test.score_threshold": SHARE,
+  "model.test.min_side": NOT_NEGATIVE,
   "model.test.detections_per_image": POSITIVE,
   "model.test.max_candidates": POSITIVE,
   "eval.short_edges": config_values.PIXELS,

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from fpt_jax import data
 from fpt_jax.data import transforms
@@ -17,6 +18,7 @@ from fpt_jax.data.reader import Reader
 from fpt_jax.data.records.images import Picture, decode_image
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches
+from fpt_jax.tasks.detection.prediction import view_at
 from tests.data_sets import config, write_coco
 from tests.runs import ROOT
 
@@ -73,6 +75,20 @@ def test_an_image_and_its_ground_truth_on_the_canvas(coco):
   np.testing.assert_array_equal(
     batch["image_BHWC"][0], transforms.resize_and_pad(pixels, (30, 60), (31, 61)).numpy()
   )
+
+
+def test_images_are_resized_as_the_config_says(coco):
+  coco = coco.copy_and_resolve_references()
+  coco.update(short_edge=37, long_edge=69, buckets=((40, 72),), resize="detectron2")
+  (batch,) = _take(eval_batches(coco, "train[:1]", batch_size=1), 1)
+  # 20 x 40 becomes 37 x 74, then 34.5 x 69
+  assert batch["size_B2"].tolist() == [[35, 69]]
+  pixels = decode_image(pathlib.Path(coco.source, "train2017/rgb.jpg").read_bytes())
+  resized = Image.fromarray(pixels).resize((69, 35), Image.Resampling.BILINEAR)
+  np.testing.assert_allclose(batch["image_BHWC"][0, :35, :69], np.asarray(resized), atol=1)
+  view = view_at(ml_collections.ConfigDict({"data": coco}), pixels, 37)
+  for name in ("size_B2", "image_BHWC"):
+    np.testing.assert_array_equal(view[name], batch[name])
 
 
 def test_flipped_images_carry_flipped_ground_truth(shapes):

@@ -210,7 +210,7 @@ def compiled(
   """The compiled programs of a stage by kind, its result, and its floating-point operations and bytes."""
 
   def forward(arrays, inputs):
-    return stage.run(structure.fill(arrays), *inputs.values())
+    return stage.run(structure.fill(arrays), *(inputs[name] for name in stage.inputs))
 
   def gradient(arrays, inputs):
     """Gradients of the trained parameters and of what earlier stages have computed."""

@@ -185,7 +185,7 @@ def demo(config: ConfigDict) -> None:
 
 
 PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
-HEADS = ("standard", "augmented")
+HEADS = ("standard", "augmented", "zigzag")
 SIZES = {"small": small, "tiny": tiny, "demo": demo, "torchvision": torchvision}
 SETTINGS = {
   "backbone": set_backbone,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from fpt_jax.errors import UserError
+
 # New names of renamed fields, for messages.
 RENAMED = {
   "images": "train_images",
@@ -72,8 +74,13 @@ _LATER_FIELDS = {  # by model
     "model.swaps": (),
     "model.class_weights": (),
     "model.head.name": "fcn",
+    "model.head.dropout_of": "channels",
   },
 }
+
+
+# heads of segmentation with other layers in versions whose configs have no model.head.dropout_of
+_REBUILT = ("oc_base", "oc_pyramid", "oc_asp", "acf")
 
 
 def upgrade(config: ConfigDict) -> ConfigDict:
@@ -81,6 +88,9 @@ def upgrade(config: ConfigDict) -> ConfigDict:
 
   Args:
     config: a complete config; it is changed in place.
+
+  Raises:
+    UserError: this version does not have the model of the config.
   """
   _move(config, "images")
   _UPGRADES.get(config.model.name, lambda _: None)(config)
@@ -129,6 +139,11 @@ def _upgrade_segmenter(config: ConfigDict) -> None:
   if "context" in head:
     head.name = "fcn" if head.context == "none" else head.context
     del head.context
+  if head.get("name") in _REBUILT and "dropout_of" not in head:
+    raise UserError(
+      f"the head {head.name!r} of this run has other layers in this version; use the run with the version "
+      "that trained it, or train again"
+    )
 
 
 _UPGRADES: dict[str, Callable[[ConfigDict], None]] = {

@@ -25,7 +25,7 @@ TRAINED = (
   "backbone=resnet101_aa",
   "backbone=resnet101,pyramid=fpn,fpt=none",
   "backbone=resnet101,pyramid=bpa,fpt=none",
-  "backbone=resnet101,pyramid=bfi,fpt=none,head=augmented,multiscale",
+  "backbone=resnet101,pyramid=bfi,fpt=none,head=zigzag",
   "backbone=resnet101,head=augmented,multiscale",
 )
 

@@ -153,8 +153,8 @@ def add_model(config: ConfigDict) -> None:
   # for all other values
   fpt.implementation = "auto"
   head = model.head = ConfigDict()
-  # name of the head; detection: standard, augmented (PANet) or zigzag (ZigZagNet); segmentation: fcn, oc_base,
-  # oc_pyramid, oc_asp, acf or apnb
+  # name of the head; detection: standard, augmented (PANet) or zigzag (ZigZagNet); segmentation: fcn,
+  # oc_base, oc_pyramid, oc_asp, acf or apnb
   head.name = "standard"
 
 

@@ -1,9 +1,9 @@
 """The box and mask heads of ZigZagNet (Lin et al., CVPR 2019), with its encoding of regions.
 
-From the authors' detector (github.com/sitingshen/Detectron-ZZNet, `add_three_stage_mask` in
-`modeling/mask_rcnn_heads.py`, and `modeling/fast_rcnn_heads.py`), which specifies the operations: every region
-is pooled from every level; the box head takes the sum over the levels; the mask head encodes the regions
-of all levels with each other first. There is neither a normalisation nor an activation in the encoding.
+From the authors' detector (github.com/sitingshen/Detectron-ZZNet: `modeling/fast_rcnn_heads.py`, and
+`add_three_stage_mask` in `modeling/mask_rcnn_heads.py`), which specifies the operations: every region is
+pooled from every level; the box head takes the sum over the levels; the mask head first encodes the
+regions of all levels with each other. The encoding has neither a normalisation nor an activation.
 
 Our choice: the initial weights of the encoding keep the variance of the features, whatever the number of
 terms of a sum.
@@ -35,7 +35,14 @@ class SummedBoxHead(nnx.Module):
     self.of_sum = BoxHead(channels, **options)
 
   def __call__(self, pooled: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns the logits [B, R, K] and deltas [B, R, K, 4], float32, of [B, R, P, P, C] regions of every level."""
+    """Classifies regions and refines their boxes.
+
+    Args:
+      pooled: [B, R, P, P, C] regions of every level, fine to coarse.
+
+    Returns:
+      Logits [B, R, K] and deltas [B, R, K, 4], float32.
+    """
     return self.of_sum(sum_of(pooled))
 
 
@@ -63,13 +70,13 @@ class RegionEncoding(nnx.Module):
     def share_of(terms: int):
       return nnx.initializers.variance_scaling(1 / terms, "fan_in", "normal")
 
-    def per_level(terms: int) -> nnx.List:
+    def convs(terms: int) -> nnx.List:
       init = share_of(terms)
       return nnx.List(
         [conv(channels, channels, 1, kernel_init=init, **options) for _ in range(levels)]
       )
 
-    self.local = per_level(2)
+    self.local = convs(2)
     # With an input of one position, a transposed convolution is a matrix product.
     self.spread = nnx.List(
       [
@@ -80,8 +87,8 @@ class RegionEncoding(nnx.Module):
       ]
     )
     self.spread_biases = nnx.List([nnx.Param(jnp.zeros(channels)) for _ in range(levels)])
-    self.of_part = per_level(2 * levels)
-    self.of_sum = per_level(2 * levels**2)
+    self.of_part = convs(2 * levels)
+    self.of_sum = convs(2 * levels**2)
 
   def __call__(self, pooled: tuple[jax.Array, ...]) -> jax.Array:
     """[N, P, P, C], N = B R, from the [B, R, P, P, C] regions of every level, fine to coarse."""

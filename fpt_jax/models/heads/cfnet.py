@@ -2,7 +2,8 @@
 
 Their code (zhanghang1989/PyTorch-Encoding, `sseg/atten.py`) also concatenates the mean of the image and
 weights all channels by EncNet's context encoding (Zhang et al. 2018, reference [40]). So does this head.
-That code has eight heads with one softmax each; the mixture of four softmaxes of one head is our choice.
+That code has eight heads with one softmax each; the mixture of four softmaxes of one head, of the same
+width, is our choice.
 
 Shapes: B batch, H W rows and columns, h w those of the co-occurrent features, C channels, M parts of
 the mixture of softmaxes, D channels of a part, Q = H W, K = h w, N codewords.
@@ -35,7 +36,7 @@ class CoOccurrentFeatureNetwork(nnx.Module):
     rngs: source of the initial weights.
 
   Raises:
-    ValueError: half the inner channels cannot be divided into the parts.
+    ValueError: the inner channels cannot be divided into the parts.
   """
 
   def __init__(
@@ -72,18 +73,17 @@ class AggregatedCoOccurrentFeature(nnx.Module):
     norm, dtype, rngs: see `CoOccurrentFeatureNetwork`.
 
   Raises:
-    ValueError: half the channels cannot be divided into the parts.
+    ValueError: the channels cannot be divided into the parts.
   """
 
   def __init__(self, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs):
-    inner = channels // 2
-    if inner % PARTS:
-      raise ValueError(f"head.hidden={channels}: its half cannot be divided into {PARTS} parts")
+    if channels % PARTS:
+      raise ValueError(f"head.hidden={channels} cannot be divided into {PARTS} parts")
     options = dict(dtype=dtype, rngs=rngs)
     init = nnx.initializers.lecun_normal()
-    self.key = conv(channels, inner, 1, kernel_init=init, **options)
+    self.key = conv(channels, channels, 1, kernel_init=init, **options)
     self.value = conv(channels, channels, 1, kernel_init=init, **options)
-    self.prior = nnx.Linear(inner, PARTS, use_bias=False, rngs=rngs)
+    self.prior = nnx.Linear(channels, PARTS, use_bias=False, rngs=rngs)
     self.project = conv(channels, channels, 1, bias=norm == "none", kernel_init=init, **options)
     self.norm = Norm(norm, channels, **options)
 

@@ -105,6 +105,7 @@ def analyze_table(number: int, workdir: str, *, markdown: bool) -> None:
   for i, row in enumerate(rows):
     logging.info("table %d, row %d of %d: %s", number, i + 1, len(rows), row.name)
     config = config_of_row(row)
+    config.data.train_sizes = ()  # the rows of a table are counted for images of one size
     key = (config.model.to_json(), task_of(config).canvas(config))
     if key not in known:
       known[key] = analyze(config)

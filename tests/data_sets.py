@@ -162,6 +162,7 @@ def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collection
     "images": "",
     "short_edge": 20,
     "long_edge": 40,
+    "train_long_edge": 0,
     "buckets": ((20, 40), (40, 20)),
     "max_instances": 4,
   }

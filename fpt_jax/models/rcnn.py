@@ -176,7 +176,12 @@ class RCNN(nnx.Module):
       pyramid, rois["boxes_BR4"], rois["valid_BR"]
     )
     result["loss_cls"], result["loss_box_reg"] = losses.box_losses(
-      class_logits_BRK, box_deltas_BRK4, rois["labels_BR"], rois["targets_BR4"], rois["valid_BR"]
+      class_logits_BRK,
+      box_deltas_BRK4,
+      rois["labels_BR"],
+      rois["targets_BR4"],
+      rois["valid_BR"],
+      self.config.box_head.beta,
     )
     if self.mask_head is not None:
       result["loss_mask"] = self.mask_loss(pyramid, batch, rois)

@@ -15,11 +15,12 @@ LATER = {
     "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
-    "checkpoint.every_minutes", "mesh",
+    "checkpoint.every_minutes", "mesh", "optim.decay_biases_and_norms", "optim.bias_rate",
+    "model.box_head.beta", "data.train_long_edge",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",
-    "model.remat_parts", "model.head.dropout_of",
+    "model.remat_parts", "model.head.dropout_of", "optim.decay_biases_and_norms", "optim.bias_rate",
   ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, info
+from fpt_jax.data import info
 from fpt_jax.data.records.instances import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
@@ -68,6 +68,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "test.",
   "rpn.test.",
   "rpn.train.",
+  "box_head.beta",
   "category_names",
   "dtype",
   "fpt.implementation",
@@ -76,6 +77,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
 _RULES = {
   "data.short_edge": POSITIVE,
   "data.long_edge": POSITIVE,
+  "data.train_long_edge": NOT_NEGATIVE,
   "data.max_instances": POSITIVE,
   "model.canonical_size": config_values.ABOVE_ZERO,
   "model.rpn.anchor_sizes": config_values.Rule(
@@ -89,6 +91,7 @@ _RULES = {
   "model.rpn.test.post_nms": POSITIVE,
   "model.box_head.samples": POSITIVE,
   "model.box_head.hidden": POSITIVE,
+  "model.box_head.beta": config_values.ABOVE_ZERO,
   "model.mask_head.hidden": POSITIVE,
   "model.mask_head.layers": NOT_NEGATIVE,
   "model.test.score_threshold": SHARE,
@@ -106,6 +109,12 @@ def check_config(config: ConfigDict) -> None:
     raise UserError(
       f"config.data.short_edge={data.short_edge} must be at most config.data.long_edge={data.long_edge}"
     )
+  largest = max(tuple(data.train_sizes) or (data.short_edge,))
+  if 0 < data.train_long_edge < largest:
+    raise UserError(
+      f"config.data.train_long_edge={data.train_long_edge} must be at least {largest}, the largest shorter "
+      "edge of training images, or 0"
+    )
 
 
 def train_batches(
@@ -118,8 +127,7 @@ def train_batches(
 
 def canvas(config: ConfigDict) -> tuple[int, int]:
   """See `tasks.task.Task.canvas`: the largest canvas of training images."""
-  sizes = tuple(config.data.train_sizes) or (config.data.short_edge,)
-  return batches.largest_canvas(canvases.at_short_edge(config.data, max(sizes)))
+  return batches.largest_canvas(batches.at_largest_train_size(config.data))
 
 
 def batch_shapes(

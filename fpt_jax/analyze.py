@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fpt_jax import models
+from fpt_jax.configs.published import PARAMETERS, Published
 from fpt_jax.configs.tables import TABLES, Row
 from fpt_jax.errors import UserError
 from fpt_jax.models.costs import Cost, count
@@ -104,6 +105,7 @@ def analyze_table(number: int, workdir: str, *, markdown: bool) -> None:
   for i, row in enumerate(rows):
     logging.info("table %d, row %d of %d: %s", number, i + 1, len(rows), row.name)
     config = config_of_row(row)
+    config.data.train_sizes = ()  # the rows of a table are counted for images of one size
     key = (config.model.to_json(), task_of(config).canvas(config))
     if key not in known:
       known[key] = analyze(config)
@@ -115,6 +117,7 @@ def analyze_table(number: int, workdir: str, *, markdown: bool) -> None:
       "config": row.config,
       "arg": row.arg,
       "paper": {"parameters": row.parameters, "gflops": row.gflops},
+      "published": published.as_dict() if (published := published_of(row)) else None,
       **analysis.as_dict(),
     }
     for row, analysis in zip(rows, analyses, strict=True)
@@ -136,6 +139,18 @@ def rows_of_table(number: int) -> Sequence[Row]:
 def config_of_row(row: Row) -> ConfigDict:
   """The config of a row of a table."""
   return importlib.import_module(f"fpt_jax.configs.{row.config}").get_config(row.arg)
+
+
+def published_of(row: Row) -> Published | None:
+  """The number of parameters that another source gives for a row of a table; None if there is none."""
+  return PARAMETERS.get((row.config, row.arg))
+
+
+def numbered(rows: Sequence[Row]) -> dict[Published, int]:
+  """The numbers of the footnotes of a table, in the order of its rows."""
+  found = (published_of(row) for row in rows)
+  distinct = dict.fromkeys(published for published in found if published)
+  return {published: i for i, published in enumerate(distinct, start=1)}
 
 
 def format_modules(analysis: Analysis) -> str:
@@ -176,21 +191,27 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def format_rows(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
-  """A table's parameters and multiply-adds next to the paper's, and the sums over its parts."""
+  """A table's parameters and multiply-adds next to the paper's and to those of other sources.
+
+  Footnotes have the sources and what differs, and sums over a row's parts follow.
+  """
   canvases = [" x ".join(map(str, analysis.canvas)) for analysis in analyses]
   one_size = len(set(canvases)) == 1
   lines = [
     f"One image of {canvases[0] if one_size else 'the size on the right'}. {CONVENTIONS}",
     "features: without the heads.",
     "",
-    f"{'':<24}{'parameters, M':^27}{'multiply-adds, G':^27}{'attention, G':>14}",
-    f"{'':<24}" + f"{'ours':>9}{'features':>9}{'paper':>9}" * 2 + f"{'ours':>14}",
+    f"{'':<24}{'parameters, M':^40}{'multiply-adds, G':^27}{'attention, G':>14}",
+    f"{'':<24}{'ours':>9}{'features':>9}{'paper':>9}{'published':>13}"
+    f"{'ours':>9}{'features':>9}{'paper':>9}{'ours':>14}",
   ]
+  footnotes = numbered(rows)
   for row, analysis, canvas in zip(rows, analyses, canvases, strict=True):
     whole, features = analysis.total(), analysis.total(*FEATURES)
     cells = [
       *(_number(n / 1e6, 1) for n in (whole.parameters, features.parameters)),
       _number(row.parameters, 1),
+      f"    {_published(row, footnotes):>9}",
       *(_number(n / 1e9, 1) for n in (whole.multiply_adds, features.multiply_adds)),
       _number(row.gflops, 1),
     ]
@@ -200,8 +221,14 @@ def format_rows(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
       + f"{_number(whole.attention / 1e9, 1):>14}"
       + ("" if one_size else f"  {canvas}")
     )
+  notes = [f"[{i}] {published.note()}" for published, i in footnotes.items()]
   sums = format_sums(rows, analyses)
-  return "\n".join(lines + (["", sums] if sums else []))
+  return "\n".join([*lines, *([""] * bool(notes)), *notes, *(["", sums] if sums else [])])
+
+
+def _published(row: Row, footnotes: Mapping[Published, int], mark: str = " [{}]") -> str:
+  published = published_of(row)
+  return f"{published.millions:.2f}{mark.format(footnotes[published])}" if published else "-"
 
 
 def format_sums(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
@@ -240,7 +267,8 @@ def format_sums(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
 
 
 def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
-  """The table as Markdown."""
+  """The table and its footnotes as Markdown."""
+  footnotes = numbered(rows)
   known = any(row.parameters or row.gflops for row in rows)  # from the paper
   paper = " / paper" if known else ""
   heads = (
@@ -248,6 +276,7 @@ def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
     "`--config=`",
     f"paper, {'box / mask AP' if rows[0].miou is None else 'mIoU'}",
     f"parameters, M: ours (features){paper}",
+    *["parameters published, M"] * bool(footnotes),
     f"multiply-adds, G: ours (features){paper}",
     "attention, G",
   )
@@ -260,12 +289,14 @@ def format_markdown(rows: Sequence[Row], analyses: Sequence[Analysis]) -> str:
       " / ".join(_number(value, 1) for value in results_of(row)),
       f"{whole.parameters / 1e6:.1f} ({features.parameters / 1e6:.1f})"
       + f" / {_number(row.parameters, 1)}" * known,
+      *[_published(row, footnotes, "<sup>{}</sup>")] * bool(footnotes),
       f"{whole.multiply_adds / 1e9:.1f} ({features.multiply_adds / 1e9:.1f})"
       + f" / {_number(row.gflops, 1)}" * known,
       _number(whole.attention / 1e9, 1),
     )
     lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+  notes = [f"{i}. {published.note()}" for published, i in footnotes.items()]
+  return "\n".join([*lines, *([""] * bool(notes)), *notes])
 
 
 def results_of(row: Row) -> tuple[float | None, ...]:

@@ -1,5 +1,7 @@
 """SGD with momentum, its schedules, and which parameters are trained."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -82,19 +84,47 @@ def trainable(config, parameters: set[str]) -> set[str]:
 def optimizer(config) -> optax.GradientTransformation:
   """Returns SGD with momentum; weight decay is added to the gradient before the momentum (paper, 4.1).
 
+  It takes dictionaries of arrays by name. `optim.bias_rate` multiplies the gradients of biases, and so the
+  updates.
+
   If `config.optim.accumulate_steps` is more than 1, it takes the gradients of so many parts of a batch one
   after the other. Its updates are zero until the last part, which gives the update of the mean gradient. The
   schedule counts batches.
   """
   optim = config.optim
-  sgd = optax.chain(
+  steps = [
     optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-    optax.add_decayed_weights(optim.weight_decay),
+    optax.add_decayed_weights(
+      optim.weight_decay, mask=None if optim.decay_biases_and_norms else weights_alone
+    ),
     optax.sgd(schedule(config), momentum=optim.momentum),
-  )
+  ]
+  if optim.bias_rate != 1:
+    steps.insert(2, optax.masked(optax.scale(optim.bias_rate), biases))
+  sgd = optax.chain(*steps)
   if optim.accumulate_steps == 1:
     return sgd
   return optax.MultiSteps(sgd, optim.accumulate_steps).gradient_transformation()
+
+
+def weights_alone(parameters: Collection[str]) -> dict[str, bool]:
+  """Marks the parameters, given by name, that are neither biases nor belong to a normalisation."""
+  return {n: not (of_norm(n, parameters) or is_bias(n)) for n in parameters}
+
+
+def biases(parameters: Collection[str]) -> dict[str, bool]:
+  """Marks the parameters, given by name, that are biases, except those of normalisations."""
+  return {n: is_bias(n) and not of_norm(n, parameters) for n in parameters}
+
+
+def is_bias(name: str) -> bool:
+  return any(part.endswith(("bias", "biases")) for part in name.split("."))
+
+
+def of_norm(name: str, parameters: Collection[str]) -> bool:
+  """Whether a parameter belongs to a normalisation: a scale, or a bias beside a scale."""
+  beginning, _, last = name.rpartition(".")
+  return last == "scale" or (last == "bias" and f"{beginning}.scale" in parameters)
 
 
 def norms(gradient, trained, state) -> dict[str, jax.Array]:

@@ -153,7 +153,8 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
 
   def box_losses(model, box_head, regions):
     names = ("labels_BR", "targets_BR4", "valid_BR")
-    return losses.box_losses(*box_head, *(regions[name] for name in names))
+    beta = model.config.box_head.beta
+    return losses.box_losses(*box_head, *(regions[name] for name in names), beta)
 
   def masks(model, levels, batch, regions):
     return model.mask_loss(with_last(levels), batch, regions)

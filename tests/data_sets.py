@@ -163,6 +163,7 @@ def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collection
     "short_edge": 20,
     "long_edge": 40,
     "resize": "torchvision",
+    "train_long_edge": 0,
     "buckets": ((20, 40), (40, 20)),
     "max_instances": 4,
   }

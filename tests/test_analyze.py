@@ -6,6 +6,7 @@ import pytest
 
 from fpt_jax import analyze
 from fpt_jax.configs import cityscapes, coco_mask, tables
+from fpt_jax.configs.published import PARAMETERS, Published
 from fpt_jax.errors import UserError
 from fpt_jax.models.costs import Cost
 
@@ -83,17 +84,56 @@ def test_a_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
   assert f"{-own / 1e6:+.1f}" in sums
 
 
-def test_table_in_markdown(torchvision):
+def test_table_in_markdown(torchvision, monkeypatch):
   rows = [
     tables.Row("A", "fpt=st", (32.0, 54.9), None, 55.0, 248.2),
     tables.Row("B", "", (31.6,), (29.9,)),
   ]
+  monkeypatch.setattr(analyze, "PARAMETERS", {})
   lines = analyze.format_markdown(rows, [torchvision] * 2).splitlines()
   assert len({line.count("|") for line in lines}) == 1
   assert lines[2:] == [
     "| A | `configs/coco_mask.py:fpt=st` | 32.0 / - | 44.4 (26.8) / 55.0 | 267.4 (148.5) / 248.2 | - |",
     "| B | `configs/coco_mask.py` | 31.6 / 29.9 | 44.4 (26.8) / - | 267.4 (148.5) / - | - |",
   ]
+
+
+def test_published_sizes_have_a_column_and_footnotes(torchvision, monkeypatch):
+  found = Published(44.46, "torchvision's metadata", ((0.053, "BatchNorm"), (0.01, "more classes")))
+  monkeypatch.setattr(
+    analyze,
+    "PARAMETERS",
+    {("coco_mask", "a"): found, ("coco_mask", "c"): Published(44.4, "README")},
+  )
+  rows = [tables.Row(arg.upper(), arg, (30.0,), None, 55.0, 248.2) for arg in "abc"]
+  notes = [
+    "torchvision's metadata. Differs from ours by +0.053 M, BatchNorm; +0.010 M, more classes.",
+    "README. The same as ours.",
+  ]
+  lines = analyze.format_rows(rows, [torchvision] * 3).splitlines()
+  printed = {line.split()[0]: line.split() for line in lines if line[:2] in ("A ", "B ", "C ")}
+  assert printed["A"][3:6] == ["55.0", "44.46", "[1]"]
+  assert printed["B"][3:5] == ["55.0", "-"]
+  assert printed["C"][3:6] == ["55.0", "44.40", "[2]"]
+  assert [f"[{i}] {note}" in lines for i, note in enumerate(notes, start=1)] == [True, True]
+  header = next(i for i, line in enumerate(lines) if "published" in line)
+  (row,) = [line for line in lines if line.startswith("A")]
+  assert row.index("44.46 [1]") + len("44.46 [1]") == lines[header].index("published") + len(
+    "published"
+  )
+
+  lines = analyze.format_markdown(rows, [torchvision] * 3).splitlines()
+  cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+  column = cells[0].index("parameters published, M")
+  assert [row[column] for row in cells[2:]] == ["44.46<sup>1</sup>", "-", "44.40<sup>2</sup>"]
+  assert len({len(row) for row in cells}) == 1
+  assert lines[-2:] == [f"{i}. {note}" for i, note in enumerate(notes, start=1)]
+
+
+def test_published_sizes_belong_to_rows():
+  assert set(PARAMETERS) <= {
+    (row.config, row.arg) for table in tables.TABLES.values() for row in table
+  }
 
 
 def test_costs_of_a_segmenter():

@@ -61,6 +61,44 @@ def test_sgd_with_momentum_and_weight_decay(rng):
     np.testing.assert_allclose(ours["p"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias_rate", [1.0, 2.0])
+def test_biases_and_norms_without_decay_and_biases_with_a_rate_of_their_own(bias_rate, rng):
+  """As in Detectron: decay for weights alone, and the rate of biases that are not of a norm."""
+  config = coco_mask.get_config()
+  config.optim.update(dict(warmup_steps=0, decay_biases_and_norms=False, bias_rate=bias_rate))
+  config.optim.weight_decay = 0.5
+  names = ("conv.kernel", "conv.bias", "norm.scale", "norm.bias", "deconv_bias", "spread_biases.0")
+  p = {n: rng.standard_normal(3).astype(np.float32) for n in names}
+  optimizer = optim.optimizer(config)
+  state, ours, momentum, expected = optimizer.init(p), p, dict.fromkeys(p, 0.0), dict(p)
+  for _ in range(3):
+    g = {n: rng.standard_normal(3).astype(np.float32) for n in p}
+    updates, state = optimizer.update(g, state, ours)
+    ours = optax.apply_updates(ours, updates)
+    for n in p:
+      decay = 0.5 if n == "conv.kernel" else 0.0
+      momentum[n] = 0.9 * momentum[n] + g[n] + decay * expected[n]
+      rate = 0.05 * (bias_rate if "bias" in n and n != "norm.bias" else 1.0)
+      expected[n] = expected[n] - rate * momentum[n]
+      np.testing.assert_allclose(ours[n], expected[n], rtol=1e-5, atol=1e-6, err_msg=n)
+  # the norm of the updates is the learning rate times that of the momentum
+  moved = optax.global_norm(updates)
+  found = optim.norms(g, ours, state)["momentum_norm"]
+  np.testing.assert_allclose(moved, 0.05 * found, rtol=1e-5)
+
+
+def test_biases_and_norms_of_a_model():
+  """Of a model with every kind of normalisation: what is neither is a kernel or has another name."""
+  config = coco_mask.get_config("demo,backbone=resnet18_gc,head=augmented")
+  config.model.fpt.similarity_norm = "unit"
+  parameters = models.structure_of(config).parameters()
+  alone = {n for n, kept in optim.weights_alone(parameters).items() if kept}
+  biases = {n for n, kept in optim.biases(parameters).items() if kept}
+  assert all(n.rpartition(".")[2] in ("kernel", "log_temperature") for n in alone)
+  assert all("norm" in n for n in parameters - alone - biases)
+  assert not any(".norm" in n for n in biases) and "mask_head.of_class.deconv_bias" in biases
+
+
 def test_accumulated_parts_of_a_batch_equal_the_batch(rng):
   """A linear model, with warm-up, momentum, weight decay and clipping."""
   config = coco_mask.get_config()

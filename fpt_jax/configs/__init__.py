@@ -1,9 +1,10 @@
 """The benchmarks, and what they share.
 
 `base`, `detection` and `segmentation` have every field with its default. `variants` reads the words after
-the colon of `--config=FILE:WORDS`. `tables` has the rows of the paper's tables, `ablations` those of
-`scripts/ablation.py`. Each benchmark is a module as well: `from fpt_jax.configs import coco_mask`. In a
-checkout the benchmarks are the files in `configs/`; an installed package contains them here.
+the colon of `--config=FILE:WORDS`. `tables` has the rows of the paper's tables, `published` the sizes that
+other sources give for them, `ablations` the rows of `scripts/ablation.py`. Each benchmark is a module as
+well: `from fpt_jax.configs import coco_mask`. In a checkout the benchmarks are the files in `configs/`; an
+installed package contains them here.
 """
 
 import pathlib
@@ -17,7 +18,9 @@ _CHECKOUT = _PACKAGE.parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "configs").is_dir():
   __path__.append(str(_CHECKOUT / "configs"))
 
-SHARED = ("__init__", "ablations", "base", "detection", "segmentation", "tables", "variants")
+SHARED = (
+  "__init__", "ablations", "base", "detection", "published", "segmentation", "tables", "variants"
+)  # fmt: skip
 
 
 def benchmarks() -> dict[str, pathlib.Path]:

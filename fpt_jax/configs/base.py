@@ -154,8 +154,8 @@ def add_model(config: ConfigDict) -> None:
   # for all other values
   fpt.implementation = "auto"
   head = model.head = ConfigDict()
-  # name of the head; detection: standard or augmented (PANet); segmentation: fcn, oc_base, oc_pyramid,
-  # oc_asp, acf or apnb
+  # name of the head; detection: standard, augmented (PANet) or zigzag (ZigZagNet); segmentation: fcn,
+  # oc_base, oc_pyramid, oc_asp, acf or apnb
   head.name = "standard"
 
 
@@ -168,6 +168,12 @@ def add_optim(config: ConfigDict) -> None:
   optim.momentum = 0.9  # momentum of SGD
   # weight decay: this factor times the parameter is added to the gradient
   optim.weight_decay = 1e-4
+  # also decay biases and the scales and biases of normalisations, as the code of OCNet, HRNet and EncNet
+  # does; False: as in Detectron, PANet and the code of FPT
+  optim.decay_biases_and_norms = True
+  # factor of the learning rate of biases, except those of normalisations; 2 in Detectron, PANet and the code
+  # of FPT
+  optim.bias_rate = 1.0
   # training steps in which the learning rate rises linearly; 0: no warm-up
   optim.warmup_steps = 500
   optim.warmup_factor = 0.001  # factor of the learning rate at the first step of the warm-up

@@ -25,6 +25,8 @@ def detection() -> ConfigDict:
   # how images are resized: torchvision (sizes cut off to whole pixels; bilinear, without antialiasing) or
   # detectron2 (sizes rounded; Pillow's bilinear filter, which averages where an image shrinks)
   data.resize = "torchvision"
+  # the same for training images; 0: data.long_edge, in proportion to the largest of data.train_sizes
+  data.train_long_edge = 0
   # largest number of ground truths per image; the largest objects are kept
   data.max_instances = 100
 
@@ -69,6 +71,9 @@ def detection() -> ConfigDict:
   box_head.samples = 512  # regions per image in the box head's loss
   box_head.positive_fraction = 0.25  # largest share of positive regions in the box head's loss
   box_head.fg_threshold = 0.5  # IoU from which a region is positive
+  # error of a box delta from which the box head's loss is linear: 1/9 in torchvision, 1/3 in the code of
+  # PANet and of FPT, 1 in Fast R-CNN
+  box_head.beta = 1 / 9
   mask_head = model.mask_head = ConfigDict()
   mask_head.enabled = True  # predict masks; False: Faster R-CNN
   mask_head.pool_size = 14  # side of a region that is pooled for the mask head, positions
@@ -124,8 +129,13 @@ def set_sbn(config: ConfigDict, value: str) -> None:
 
 
 def multiscale(config: ConfigDict) -> None:
-  """Sets random sizes of training images, from half the usual one: multi-scale training as in PANet."""
-  config.data.train_sizes = (config.data.short_edge // 2, config.data.short_edge)
+  """Sets PANet's multi-scale training: 400, 600, 800, 1000 or 1200 pixels, at most 1400, where 800 is usual.
+
+  The sizes are those of the code of PANet and of FPT; the paper refers to PANet.
+  """
+  short = config.data.short_edge
+  config.data.train_sizes = tuple(quarters * short // 4 for quarters in (2, 3, 4, 5, 6))
+  config.data.train_long_edge = 7 * short // 4
 
 
 def torchvision(config: ConfigDict) -> None:
@@ -222,7 +232,7 @@ def demo(config: ConfigDict) -> None:
 
 
 PYRAMIDS = ("bfp", "fpn", "bpa", "bfi")
-HEADS = ("standard", "augmented")
+HEADS = ("standard", "augmented", "zigzag")
 SIZES = {
   "small": small,
   "tiny": tiny,

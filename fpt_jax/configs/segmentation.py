@@ -44,7 +44,9 @@ def segmentation() -> ConfigDict:
   model.fpt.drop_block_size = 3
   model.head.name = "fcn"
   model.head.hidden = 512  # channels before the head's classifier
-  model.head.dropout = 0.1  # share of the channels before the head's classifier that dropout drops
+  model.head.dropout = 0.1  # share of what dropout drops before the head's classifier
+  # what it drops: channels (OCNet's and ANN's code) or values one by one (the code of EncNet and CFNet)
+  model.head.dropout_of = "channels"
   auxiliary = model.auxiliary = ConfigDict()
   # weight of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
   auxiliary.weight = 0.4
@@ -136,6 +138,8 @@ def set_head(config: ConfigDict, value: str) -> None:
   """
   if value in NOT_BUILT:
     raise UserError(f"head={value}: {NOT_BUILT[value]}")
+  if value in WIDE_AUXILIARY:
+    config.model.auxiliary.hidden *= 2
   pyramid, head = variants.choice("head", value, HEADS)
   config.model.pyramid.name, config.model.head.name = pyramid, head
   config.model.fpt.enabled = False
@@ -160,6 +164,8 @@ HEADS = {  # name: pyramid and head
   "cfnet": ("none", "acf"),
   "afnb": ("afnb", "apnb"),
 }
+# networks whose authors' code has 512 channels in the auxiliary head, twice as many as PSPNet
+WIDE_AUXILIARY = ("ocnet", "afnb")
 NOT_BUILT = {
   "hrnet": "its backbone HRNetV2 is not implemented",
   "gscnn": "its backbone Wide-ResNet-101 is not implemented",

@@ -162,7 +162,7 @@ TABLE_3 = (
     (37.3, 60.4, 39.9, 18.9, 39.7, 53.0),
     (36.3, 59.0, 38.3, 16.3, 39.0, 50.5),
   ),
-  Row("BFP+BFI", "backbone=resnet101,pyramid=bfi,fpt=none", (39.5,), None),
+  Row("BFP+BFI", "backbone=resnet101,pyramid=bfi,fpt=none,head=zigzag", (39.5,), None),
   Row(
     "BFP+FPT, ResNet-101",
     "backbone=resnet101",

@@ -15,6 +15,7 @@ from fpt_jax.ops.mesh import mesh_of
 from fpt_jax.run.sharding import image_groups
 
 NORMS = ("sync_bn", "bn", "frozen_bn", "group_norm", "none")
+DROPPED = ("channels", "values")
 # Accepted spellings of the dtype of the computation, and JAX's name of each.
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
@@ -290,6 +291,7 @@ class ConvNorm(nnx.Module):
   Args:
     in_channels, out_channels, kernel, dilation: see `conv_arguments`.
     relu: whether to apply the ReLU.
+    slope: factor of the ReLU below zero; 0.0 for none.
     norm: normalisation, see `Norm`; "none" for a bias.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
@@ -303,6 +305,7 @@ class ConvNorm(nnx.Module):
     *,
     dilation: int = 1,
     relu: bool = True,
+    slope: float = 0.0,
     norm: str,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -313,27 +316,34 @@ class ConvNorm(nnx.Module):
     )
     self.norm = Norm(norm, out_channels, **options)
     self.relu = relu
+    self.slope = slope
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=x.valid_BHW, train=train)
-    return x.with_values(nnx.relu(y_BHWC) if self.relu else y_BHWC)
+    if not self.relu:
+      return x.with_values(y_BHWC)
+    return x.with_values(nnx.leaky_relu(y_BHWC, self.slope) if self.slope else nnx.relu(y_BHWC))
 
 
-def drop_channels(x_BHWC: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-  """Drops whole channels (Tompson et al. 2015, SpatialDropout).
+def dropout(
+  x_BHWC: jax.Array, key: jax.Array | None, rate: float, *, of: str = "channels"
+) -> jax.Array:
+  """Drops whole channels (Tompson et al. 2015, SpatialDropout) or single values (Srivastava et al. 2014).
 
   Args:
     x_BHWC: [B, H, W, C] features.
     key: PRNG key for training; None for inference, which drops nothing.
-    rate: expected share of dropped channels, in [0, 1).
+    rate: expected share of what is dropped, in [0, 1).
+    of: what is dropped, one of `DROPPED`.
 
   Returns:
-    [B, H, W, C]; the channels that are kept are divided by 1 - rate.
+    [B, H, W, C]; what is kept is divided by 1 - rate.
   """
   if key is None or not rate:
     return x_BHWC
-  kept_BC = jax.random.bernoulli(key, 1 - rate, (x_BHWC.shape[0], x_BHWC.shape[-1]))
-  return jnp.where(kept_BC[:, None, None], x_BHWC / (1 - rate), 0)
+  batch, height, width, channels = x_BHWC.shape
+  shape = (batch, 1, 1, channels) if of == "channels" else (batch, height, width, channels)
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x_BHWC / (1 - rate), 0)
 
 
 def drop_block(

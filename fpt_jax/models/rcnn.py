@@ -15,7 +15,7 @@ from fpt_jax.models.backbones import build_backbone
 from fpt_jax.models.feature_map import Pyramid, subsample, valid_positions
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.fpt.health import Figures
-from fpt_jax.models.heads import build_heads
+from fpt_jax.models.heads import OF_ALL_LEVELS, build_heads
 from fpt_jax.models.heads.rpn import RegionProposalNetwork
 from fpt_jax.models.layers import Norm
 from fpt_jax.models.preprocess import normalize
@@ -175,7 +175,12 @@ class RCNN(nnx.Module):
       pyramid, rois["boxes_BR4"], rois["valid_BR"]
     )
     result["loss_cls"], result["loss_box_reg"] = losses.box_losses(
-      class_logits_BRK, box_deltas_BRK4, rois["labels_BR"], rois["targets_BR4"], rois["valid_BR"]
+      class_logits_BRK,
+      box_deltas_BRK4,
+      rois["labels_BR"],
+      rois["targets_BR4"],
+      rois["valid_BR"],
+      self.config.box_head.beta,
     )
     if self.mask_head is not None:
       result["loss_mask"] = self.mask_loss(pyramid, batch, rois)
@@ -258,8 +263,8 @@ class RCNN(nnx.Module):
       config: `box_head` or `mask_head` part of the config.
 
     Returns:
-      [B, R, P, P, C], each region from the level of its size. For augmented heads, a tuple with one
-      such array per level, each of every region.
+      [B, R, P, P, C], each region from the level of its size. For heads `OF_ALL_LEVELS`, a tuple with
+      one such array per level, each of every region.
     """
 
     def from_levels(levels):
@@ -282,7 +287,7 @@ class RCNN(nnx.Module):
       return in_shares(images, (boxes_BR4, valid_BR), features)
 
     levels = pyramid[:-1]
-    if self.config.head.name == "augmented":
+    if self.config.head.name in OF_ALL_LEVELS:
       return tuple(from_levels((level,)) for level in levels)
     return from_levels(levels)
 

@@ -52,6 +52,7 @@ class Segmenter(nnx.Module):
       output_stride=output_stride,
       num_classes=config.num_classes,
       dropout=config.head.dropout,
+      dropout_of=config.head.dropout_of,
       norm=config.norm,
       **options,
     )

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# The point where smooth L1 changes from a parabola to a line, for box deltas.
+# The point where smooth L1 changes from a parabola to a line, for box deltas: torchvision's, and that of
+# Detectron's RPN. Fast R-CNN has 1, the box heads of PANet and of the release of FPT 1/3.
 BOX_BETA = 1 / 9
 
 
@@ -102,6 +103,7 @@ def box_losses(
   labels_BR: jax.Array,
   targets_BR4: jax.Array,
   valid_BR: jax.Array,
+  beta: float = BOX_BETA,
 ) -> tuple[jax.Array, jax.Array]:
   """Computes the losses of the box head.
 
@@ -111,6 +113,7 @@ def box_losses(
     labels_BR: [B, R] integers in [0, K), 0 background.
     targets_BR4: [B, R, 4] float target deltas; used where foreground.
     valid_BR: [B, R] bool, the sampled regions.
+    beta: see `smooth_l1`.
 
   Returns:
     (classification, box) float32 scalars: cross-entropy of the sampled regions and smooth L1 of the
@@ -127,7 +130,7 @@ def box_losses(
   class_BR = softmax_cross_entropy(logits_BRK, labels_BR)
   of_class_BRK1 = jax.nn.one_hot(labels_BR, num_classes, dtype=jnp.bool_)[..., None]
   deltas_BR4 = jnp.sum(jnp.where(of_class_BRK1, _float32(deltas_BRK4), 0), axis=-2)
-  box_BR = jnp.sum(smooth_l1(deltas_BR4, targets_BR4, BOX_BETA), axis=-1)
+  box_BR = jnp.sum(smooth_l1(deltas_BR4, targets_BR4, beta), axis=-1)
   count = jnp.sum(valid_BR)
   return (
     _sum_over(class_BR, valid_BR, count),

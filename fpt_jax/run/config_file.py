@@ -63,7 +63,8 @@ def read_config(workdir: str) -> ConfigDict:
   """Reads the config of a run, upgraded to the fields of this version.
 
   Raises:
-    UserError: the file does not exist, is not valid JSON, or is not the config of a run.
+    UserError: the file does not exist, is not valid JSON, or is not the config of a run; or this version
+      does not have its model.
   """
   path = run_folder(workdir) / CONFIG_FILE
   if not path.exists():
@@ -84,6 +85,8 @@ def read_config(workdir: str) -> ConfigDict:
     raise UserError(f"{path}: model.name is {_short(name)}, not a name; restore the file")
   try:
     return upgrade(ConfigDict(content))
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
   # a field can have any name and any value
   except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
     raise UserError(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from fpt_jax.errors import UserError
+
 # New names of renamed fields, for messages.
 RENAMED = {
   "images": "train_images",
@@ -35,6 +37,8 @@ _BOTH = {
   "optim.decay_at": (0.75,),
   "optim.decay_factor": 0.1,
   "optim.power": 0.9,
+  "optim.decay_biases_and_norms": True,
+  "optim.bias_rate": 1.0,
   "eval.flip": False,
   "model.remat": "none",
   "model.remat_parts": ("backbone", "pyramid", "fpt", "heads"),
@@ -56,8 +60,10 @@ _LATER_FIELDS = {  # by model
     "data.images": "",
     "data.canvas_multiple": 32,
     "data.resize": "torchvision",
+    "data.train_long_edge": 0,
     "model.aligned": True,
     "model.canonical_size": 224.0,
+    "model.box_head.beta": 1 / 9,
     "model.channel_order": "rgb",
     "model.head": ConfigDict({"name": "standard"}),
     "model.backbone.context": "none",
@@ -76,8 +82,13 @@ _LATER_FIELDS = {  # by model
     "model.swaps": (),
     "model.class_weights": (),
     "model.head.name": "fcn",
+    "model.head.dropout_of": "channels",
   },
 }
+
+
+# heads of segmentation with other layers in versions whose configs have no model.head.dropout_of
+_REBUILT = ("oc_base", "oc_pyramid", "oc_asp", "acf")
 
 
 def upgrade(config: ConfigDict) -> ConfigDict:
@@ -85,6 +96,9 @@ def upgrade(config: ConfigDict) -> ConfigDict:
 
   Args:
     config: a complete config; it is changed in place.
+
+  Raises:
+    UserError: this version does not have the model of the config.
   """
   _move(config, "images")
   _UPGRADES.get(config.model.name, lambda _: None)(config)
@@ -133,6 +147,11 @@ def _upgrade_segmenter(config: ConfigDict) -> None:
   if "context" in head:
     head.name = "fcn" if head.context == "none" else head.context
     del head.context
+  if head.get("name") in _REBUILT and "dropout_of" not in head:
+    raise UserError(
+      f"the head {head.name!r} of this run has other layers in this version; use the run with the version "
+      "that trained it, or train again"
+    )
 
 
 _UPGRADES: dict[str, Callable[[ConfigDict], None]] = {

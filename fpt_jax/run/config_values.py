@@ -80,6 +80,7 @@ TRAINING_RULES = {
   "optim.base_batch_size": POSITIVE,
   "optim.momentum": SHARE,
   "optim.weight_decay": NOT_NEGATIVE,
+  "optim.bias_rate": NOT_NEGATIVE,
   "optim.warmup_steps": NOT_NEGATIVE,
   "optim.warmup_factor": NOT_NEGATIVE,
   "optim.schedule": one_of(*SCHEDULES),

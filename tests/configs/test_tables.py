@@ -8,6 +8,7 @@ import pytest
 
 from fpt_jax import models
 from fpt_jax.configs import coco_mask, tables
+from fpt_jax.configs.published import PARAMETERS
 from fpt_jax.train import train
 from tests.runs import losses_by_step, tiny_config
 
@@ -25,7 +26,7 @@ TRAINED = (
   "backbone=resnet101_aa",
   "backbone=resnet101,pyramid=fpn,fpt=none",
   "backbone=resnet101,pyramid=bpa,fpt=none",
-  "backbone=resnet101,pyramid=bfi,fpt=none,head=augmented,multiscale",
+  "backbone=resnet101,pyramid=bfi,fpt=none,head=zigzag",
   "backbone=resnet101,head=augmented,multiscale",
 )
 
@@ -44,8 +45,9 @@ def test_rows_have_the_papers_results():
 @pytest.mark.parametrize("arg", ROWS)
 def test_row_at_full_size(arg):
   """The model has the row's parts, at the paper's widths, and no others."""
-  config = coco_mask.get_config(arg)
-  shapes = models.structure_of(config).shapes
+  structure = models.structure_of(coco_mask.get_config(arg))
+  assert_size_is_explained("coco_mask", arg, structure)
+  shapes = structure.shapes
   parts = {
     "st": "self_transformers",
     "gt": "grounding_transformers",
@@ -56,6 +58,15 @@ def test_row_at_full_size(arg):
     assert any(n.startswith(f"fpt.{name}") for n in shapes) == (short in asked), name
   millions = sum(math.prod(s.shape) for s in shapes.values()) / 1e6
   assert 35 < millions < 175, millions
+
+
+def assert_size_is_explained(config, arg, structure):
+  """The differences from a published number of parameters account for it, up to its rounding."""
+  published = PARAMETERS.get((config, arg))
+  if published:
+    ours = sum(math.prod(structure.shapes[name].shape) for name in structure.parameters())
+    explained = ours / 1e6 + sum(amount for amount, _ in published.differences)
+    assert explained == pytest.approx(published.millions, abs=0.006)
 
 
 def test_the_trained_rows_have_every_word():

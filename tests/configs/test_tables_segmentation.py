@@ -13,6 +13,7 @@ from fpt_jax import models, optim
 from fpt_jax.configs import cityscapes, image_folder, tables
 from fpt_jax.errors import UserError
 from fpt_jax.train import train
+from tests.configs.test_tables import assert_size_is_explained
 from tests.models.test_segmenter import tiny
 from tests.runs import losses_by_step
 
@@ -37,7 +38,9 @@ def test_rows_have_the_papers_results():
 @pytest.mark.parametrize("arg", [row.arg for row in tables.TABLE_5[:10]])
 def test_row_at_full_size(arg):
   """The model has the row's parts, at the paper's widths, and no others."""
-  shapes = models.structure_of(cityscapes.get_config(arg)).shapes
+  structure = models.structure_of(cityscapes.get_config(arg))
+  assert_size_is_explained("cityscapes", arg, structure)
+  shapes = structure.shapes
   assert_transformers(arg, shapes)
   assert any(".context" in n for n in shapes) == ("oc" in arg)
   millions = sum(math.prod(s.shape) for s in shapes.values()) / 1e6

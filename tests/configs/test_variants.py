@@ -64,9 +64,11 @@ def test_baselines_have_no_transformer(module):
   assert not module.get_config("fpt=st").model.fpt.wide
 
 
-def test_multiscale_is_relative_to_the_size():
-  assert coco_mask.get_config("multiscale").data.train_sizes == (400, 800)
-  assert coco_mask.get_config("multiscale,small").data.train_sizes == (96, 192)
+def test_multiscale_has_panets_sizes_and_is_relative_to_the_size():
+  data = coco_mask.get_config("multiscale").data
+  assert data.train_sizes == (400, 600, 800, 1000, 1200) and data.train_long_edge == 1400
+  data = coco_mask.get_config("multiscale,small").data
+  assert data.train_sizes == (96, 144, 192, 240, 288) and data.train_long_edge == 336
 
 
 def test_a_backbone_sets_its_preprocessing():

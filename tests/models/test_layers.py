@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from fpt_jax.models.feature_map import valid_positions
-from fpt_jax.models.layers import Norm, conv, drop_block, resize_nearest
+from fpt_jax.models.layers import Norm, conv, drop_block, dropout, resize_nearest
 from tests.runs import host_devices
 
 
@@ -167,3 +167,14 @@ def test_resize_nearest(size, rng):
   rows = [i * 4 // size[0] for i in range(size[0])]
   columns = [j * 3 // size[1] for j in range(size[1])]
   np.testing.assert_array_equal(resize_nearest(jnp.asarray(x), *size), x[:, rows][:, :, columns])
+
+
+@pytest.mark.parametrize("of", ["channels", "values"])
+def test_dropout_drops_whole_channels_or_single_values(of):
+  x = jnp.ones((2, 20, 30, 64))
+  y = np.asarray(dropout(x, jax.random.key(0), 0.25, of=of))
+  np.testing.assert_allclose(y[y > 0], 1 / 0.75, rtol=1e-6)
+  kept = (y > 0).mean(axis=(1, 2))  # of each channel
+  assert kept.mean() == pytest.approx(0.75, abs=0.1 if of == "channels" else 0.01)
+  assert set(np.unique(kept)) == {0.0, 1.0} if of == "channels" else kept.std() < 0.05
+  np.testing.assert_array_equal(dropout(x, None, 0.25, of=of), x)

@@ -122,6 +122,19 @@ def _rpn(golden):
   return levels, objectness, deltas
 
 
+def test_box_loss_with_another_beta(rng):
+  """Fast R-CNN, eq. 3, with the point where the parabola ends as an argument."""
+  deltas = rng.standard_normal((1, 2, 1, 4)).astype(np.float32)
+  targets = np.zeros((1, 2, 4), np.float32)
+  deltas_K = np.concatenate([np.zeros_like(deltas), deltas], axis=2)
+  one = np.ones((1, 2), np.int32)
+  for beta in (1 / 9, 1 / 3, 1.0):
+    _, found = losses.box_losses(np.zeros((1, 2, 2)), deltas_K, one, targets, one > 0, beta)
+    d = np.abs(deltas.astype(float))
+    want = np.where(d < beta, 0.5 * d**2 / beta, d - 0.5 * beta).sum() / 2
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
 def test_rpn_losses_equal_torchvision():
   golden = np.load(GOLDEN / "maskrcnn_resnet50_fpn.npz")
   levels, objectness, deltas = _rpn(golden)

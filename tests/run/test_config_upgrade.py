@@ -6,6 +6,7 @@ import pytest
 
 from fpt_jax.configs import cityscapes, coco_mask
 from fpt_jax.data.transforms import draw_train_size
+from fpt_jax.errors import UserError
 from fpt_jax.run.config_file import read_config, write_config
 from fpt_jax.tasks.task import check_config
 
@@ -15,11 +16,12 @@ LATER = {
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
     "checkpoint.every_minutes", "mesh", "data.resize", "model.rpn.round_anchors", "model.rpn.min_side",
-    "model.test.min_side",
+    "model.test.min_side", "optim.decay_biases_and_norms", "optim.bias_rate", "model.box_head.beta",
+   , "data.train_long_edge",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",
-    "model.remat_parts",
+    "model.remat_parts", "model.head.dropout_of", "optim.decay_biases_and_norms", "optim.bias_rate",
   ),
 }  # fmt: skip
 
@@ -71,8 +73,8 @@ DETECTION = {
 SEGMENTATION = {
   "train_images": None, "images": 800, "data.train_sizes": None, "data.short_edges": [9, 30],
   "data.scale": None, "data.scale_min": 0.75, "data.scale_max": 1.5,
-  "model.head.name": None, "model.head.context": "oc_base", "optim.decay_at": None,
-  "optim.decay_factor": None,
+  "model.head.name": None, "model.head.context": "apnb", "model.head.dropout_of": None,
+  "optim.decay_at": None, "optim.decay_factor": None,
 }  # fmt: skip
 
 
@@ -91,10 +93,24 @@ def test_renamed_fields_of_detection(tmp_path):
 def test_renamed_fields_of_segmentation(tmp_path):
   config = older(cityscapes, SEGMENTATION, tmp_path)
   assert config.train_images == 800 and config.data.scale == (0.75, 1.5)
-  assert config.model.head.name == "oc_base" and "context" not in config.model.head
+  assert config.model.head.name == "apnb" and "context" not in config.model.head
+  assert config.model.head.dropout_of == "channels"
   check_config(config)
   plain = older(cityscapes, SEGMENTATION | {"model.head.context": "none"}, tmp_path)
   assert plain.model.head.name == "fcn"
+
+
+@pytest.mark.parametrize("field", ["name", "context"])
+@pytest.mark.parametrize("head", ["oc_base", "oc_pyramid", "oc_asp", "acf"])
+def test_heads_that_had_other_layers_are_refused_in_one_line(head, field, tmp_path):
+  changes = {"model.head.dropout_of": None, "model.head.name": None, f"model.head.{field}": head}
+  with pytest.raises(
+    UserError, match=rf"config\.json: the head '{head}' .* has other layers"
+  ) as error:
+    older(cityscapes, changes, tmp_path)
+  assert "\n" not in str(error.value)
+  write_config(str(tmp_path), cityscapes.get_config(f"fpt=none,pyramid=none,context={head}"))
+  assert read_config(str(tmp_path)).model.head.name == head
 
 
 def test_a_form_of_windows_that_had_a_name_of_its_own(tmp_path):

@@ -33,6 +33,7 @@ def described(batch):
   [
     (coco_mask, {}, (64, 96)),
     (coco_mask, {"buckets": (), "train_sizes": (32, 80)}, (96, 96)),  # 80 rounded up
+    (coco_mask, {"buckets": (), "train_sizes": (32, 80), "train_long_edge": 100}, (96, 128)),
     (cityscapes, {"crop": (40, 56)}, (40, 56)),
   ],
 )

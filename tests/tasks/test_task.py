@@ -46,6 +46,7 @@ def test_a_field_that_may_be_unset_is_no_wrong_type():
     ("optim.decay_at", (1.5,), "between 0 and 1"),
     ("optim.learning_rate", -0.1, "0 or more"),
     ("optim.base_batch_size", 0, "1 or more"),
+    ("optim.bias_rate", -1.0, "0 or more"),
   ],
 )
 def test_impossible_values_of_both_tasks_are_reported(module, field, value, needed):
@@ -97,6 +98,8 @@ def test_wrong_types_in_config_json_are_reported(path, value, message, tmp_path)
   [
     (coco_mask, "data.short_edge", 0, "1 or more"),
     (coco_mask, "data.short_edge", 1001, r"at most config\.data\.long_edge=1000"),
+    (coco_mask, "data.train_long_edge", 799, "at least 800"),
+    (coco_mask, "model.box_head.beta", 0.0, "more than 0"),
     (coco_mask, "model.rpn.anchor_sizes", ((8.0,), (16.0,)), "5 tuples of positive numbers"),
     (coco_mask, "eval.short_edges", (800, 0), "positive"),
     (coco_mask, "model.test.score_threshold", 1.5, "less than 1"),

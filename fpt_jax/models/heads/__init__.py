@@ -6,9 +6,16 @@ from fpt_jax.models.choices import check_choice
 from fpt_jax.models.heads.augmented import AugmentedBoxHead, AugmentedMaskHead
 from fpt_jax.models.heads.box import BoxHead
 from fpt_jax.models.heads.mask import MaskHead
+from fpt_jax.models.heads.zigzag import EncodedMaskHead, SummedBoxHead
 
-# box head and mask head by name; the input of "augmented" heads is each region pooled from every level
-HEADS = {"standard": (BoxHead, MaskHead), "augmented": (AugmentedBoxHead, AugmentedMaskHead)}
+# box head and mask head by name
+HEADS = {
+  "standard": (BoxHead, MaskHead),
+  "augmented": (AugmentedBoxHead, AugmentedMaskHead),
+  "zigzag": (SummedBoxHead, EncodedMaskHead),
+}
+# heads whose input is each region pooled from every level
+OF_ALL_LEVELS = ("augmented", "zigzag")
 
 
 def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Module | None]:
@@ -32,7 +39,7 @@ def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Modu
   options["num_classes"] = config.num_classes
   channels = config.pyramid.channels
   mask_options = dict(hidden=mask.hidden, layers=mask.layers)
-  if name == "augmented":
+  if name in OF_ALL_LEVELS:
     options["levels"] = levels
     mask_options["pool_size"] = mask.pool_size
   return (

@@ -14,7 +14,8 @@ from fpt_jax.models.pixel_attention import attend_to_bins, concatenated
 class AsymmetricPyramid(nnx.Module):
   """A 3x3 convolution and APNB: the map attends to means of itself (section 3.2, fig. 4).
 
-  Queries and keys share their 1x1 convolution.
+  Queries and keys share their 1x1 convolution. As in the authors' code (github.com/MendelXu/ANN), the last
+  convolution of the attention is zero at the start.
 
   Args:
     in_channels: channels of the map.
@@ -32,7 +33,7 @@ class AsymmetricPyramid(nnx.Module):
     self.reduce = ConvNorm(in_channels, channels, 3, norm=norm, **options)
     self.key = ConvNorm(channels, inner, 1, norm=norm, **options)
     self.value = conv(channels, inner, 1, **options)
-    self.project = conv(inner, channels, 1, **options)
+    self.project = conv(inner, channels, 1, kernel_init=nnx.initializers.zeros, **options)
     self.fuse = ConvNorm(2 * channels, channels, 1, norm=norm, **options)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:

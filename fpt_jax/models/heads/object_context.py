@@ -3,9 +3,16 @@
 Each module takes the place of the 3x3 convolution of the segmentation head. On the concatenated levels
 of a pyramid it is the paper's competitor in table 5, on C5 alone OCNet itself.
 
+From the authors' code (github.com/openseg-group/OCNet.pytorch), where their paper is silent: the leaky ReLU
+behind the normalisations, W = 0 at the start, and the widths of keys and values. Unlike that code, ASP-OC
+attends at the full resolution of the map, not to maxima of 2 x 2 positions, and regions of pyramid-OC are
+all of one size.
+
 Shapes: B batch, H W rows and columns, C channels, D channels of a key, n regions per side, Q = K = H W
 positions.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +28,7 @@ RATES = (12, 24, 36)  # of the dilated convolutions at stride 8 (OCNet, section 
 # Added to the similarity of positions of one region: exp(-1024) is 0 in float32. A power of two, which
 # bfloat16 represents exactly.
 _SAME_REGION = 1024.0
+_ConvNorm = functools.partial(ConvNorm, slope=0.01)
 
 
 class ObjectContextPooling(nnx.Module):
@@ -28,10 +36,12 @@ class ObjectContextPooling(nnx.Module):
 
       c_i = W sum_j softmax_j(k_i . k_j / sqrt(D)) v_j
 
-  As in the release, queries and keys are the same: one 1x1 convolution with a normalisation.
+  As in the release, queries and keys are the same: one 1x1 convolution with a normalisation and a leaky
+  ReLU. W is zero at the start, and so is the context.
 
   Args:
-    channels: input and output channels C.
+    channels: input and output channels C; keys have half as many.
+    values: channels of the values; None for C.
     regions: n; a position attends within its own region, one of n x n regions of the image.
     norm: normalisation behind each convolution, see `layers.Norm`.
     dtype: dtype of the computation; parameters are float32.
@@ -39,13 +49,20 @@ class ObjectContextPooling(nnx.Module):
   """
 
   def __init__(
-    self, channels: int, *, regions: int = 1, norm: str, dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    channels: int,
+    *,
+    values: int | None = None,
+    regions: int = 1,
+    norm: str,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
-    inner = channels // 2
+    values = values or channels
     options = dict(dtype=dtype, rngs=rngs)
-    self.key = ConvNorm(channels, inner, 1, relu=False, norm=norm, **options)
-    self.value = conv(channels, channels, 1, **options)
-    self.project = conv(channels, channels, 1, **options)
+    self.key = _ConvNorm(channels, channels // 2, 1, norm=norm, **options)
+    self.value = conv(channels, values, 1, **options)
+    self.project = conv(values, channels, 1, kernel_init=nnx.initializers.zeros, **options)
     self.regions = regions
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
@@ -63,6 +80,8 @@ class ObjectContextPooling(nnx.Module):
 class BaseObjectContext(nnx.Module):
   """base-OC: a 3x3 convolution, its object context, and a 1x1 convolution of both (section 3.3, fig. 4a).
 
+  Values have half the channels, as in the release.
+
   Args:
     in_channels: channels of the map.
     channels: inner and output channels, 512 in OCNet.
@@ -75,9 +94,9 @@ class BaseObjectContext(nnx.Module):
     self, in_channels: int, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs
   ):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
-    self.reduce = ConvNorm(in_channels, channels, 3, **options)
-    self.context = ObjectContextPooling(channels, **options)
-    self.fuse = ConvNorm(2 * channels, channels, 1, **options)
+    self.reduce = _ConvNorm(in_channels, channels, 3, **options)
+    self.context = ObjectContextPooling(channels, values=channels // 2, **options)
+    self.fuse = _ConvNorm(2 * channels, channels, 1, **options)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     x = self.reduce(x, train=train)
@@ -88,9 +107,10 @@ class PyramidObjectContext(nnx.Module):
   """pyramid-OC: contexts of the image, its quarters, ninths and thirty-sixths (section 3.3, fig. 4b).
 
   The contexts are concatenated with the map, which a 1x1 convolution widens to as many channels as the
-  four contexts have together; another 1x1 convolution follows. Regions divide the image without its
-  padding. Each context is computed over all pairs of positions, and a term of the similarity restricts
-  it to one region: dense products without gathers, at four times the cost of base-OC.
+  four contexts have together; another 1x1 convolution follows. As in the release, the first convolution
+  has no activation. Regions divide the image without its padding. Each context is computed over all pairs
+  of positions, and a term of the similarity restricts it to one region: dense products without gathers, at
+  four times the cost of base-OC.
 
   Arguments are those of `BaseObjectContext`.
   """
@@ -99,12 +119,12 @@ class PyramidObjectContext(nnx.Module):
     self, in_channels: int, channels: int, *, norm: str, dtype=jnp.float32, rngs: nnx.Rngs
   ):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
-    self.reduce = ConvNorm(in_channels, channels, 3, **options)
+    self.reduce = ConvNorm(in_channels, channels, 3, relu=False, **options)
     self.contexts = nnx.List(
       [ObjectContextPooling(channels, regions=regions, **options) for regions in REGIONS]
     )
-    self.widen = ConvNorm(channels, len(REGIONS) * channels, 1, **options)
-    self.fuse = ConvNorm(2 * len(REGIONS) * channels, channels, 1, **options)
+    self.widen = _ConvNorm(channels, len(REGIONS) * channels, 1, **options)
+    self.fuse = _ConvNorm(2 * len(REGIONS) * channels, channels, 1, **options)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     x = self.reduce(x, train=train)
@@ -115,8 +135,9 @@ class PyramidObjectContext(nnx.Module):
 class AtrousObjectContext(nnx.Module):
   """ASP-OC: object context as the fifth branch of an atrous pyramid (section 3.3, fig. 4c).
 
-  Five branches with half the channels: a 3x3 convolution and its object context, a 1x1 convolution, and
-  3x3 convolutions with rates 12, 24 and 36 at stride 8. A 1x1 convolution fuses them.
+  A 3x3 convolution reduces the map. Five branches follow, with half the channels: a 3x3 convolution, its
+  object context and a 1x1 convolution; a 1x1 convolution; and 3x3 convolutions with rates 12, 24 and 36 at
+  stride 8. A 1x1 convolution fuses them.
 
   Args:
     in_channels: channels of the map.
@@ -140,18 +161,22 @@ class AtrousObjectContext(nnx.Module):
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     inner = channels // 2
     rates = [max(1, rate * 8 // output_stride) for rate in RATES]
-    self.reduce = ConvNorm(in_channels, inner, 3, **options)
+    self.reduce = _ConvNorm(in_channels, channels, 3, **options)
+    self.narrow = _ConvNorm(channels, inner, 3, **options)
     self.context = ObjectContextPooling(inner, **options)
+    self.of_context = _ConvNorm(inner, inner, 1, **options)
     self.branches = nnx.List(
       [
-        ConvNorm(in_channels, inner, 1, **options),
-        *(ConvNorm(in_channels, inner, 3, dilation=rate, **options) for rate in rates),
+        _ConvNorm(channels, inner, 1, **options),
+        *(_ConvNorm(channels, inner, 3, dilation=rate, **options) for rate in rates),
       ]
     )
-    self.fuse = ConvNorm((2 + len(rates)) * inner, channels, 1, **options)
+    self.fuse = _ConvNorm((2 + len(rates)) * inner, channels, 1, **options)
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-    context = self.context(self.reduce(x, train=train), train=train)
+    x = self.reduce(x, train=train)
+    context = self.context(self.narrow(x, train=train), train=train)
+    context = self.of_context(context, train=train)
     branches = [branch(x, train=train) for branch in self.branches]
     return self.fuse(concatenated(context, *branches), train=train)
 

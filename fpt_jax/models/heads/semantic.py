@@ -13,13 +13,13 @@ from flax import nnx
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid
 from fpt_jax.models.heads.apnb import AsymmetricPyramid
-from fpt_jax.models.heads.cfnet import AggregatedCoOccurrentFeature
+from fpt_jax.models.heads.cfnet import CoOccurrentFeatureNetwork
 from fpt_jax.models.heads.object_context import (
   AtrousObjectContext,
   BaseObjectContext,
   PyramidObjectContext,
 )
-from fpt_jax.models.layers import ConvNorm, conv, drop_channels
+from fpt_jax.models.layers import DROPPED, ConvNorm, conv, dropout
 from fpt_jax.models.pixel_attention import concatenated
 
 # by name of the head: the module that turns the concatenated levels into one map
@@ -28,9 +28,11 @@ MIXERS: dict[str, Callable[..., nnx.Module]] = {
   "oc_base": BaseObjectContext,
   "oc_pyramid": PyramidObjectContext,
   "oc_asp": AtrousObjectContext,
-  "acf": AggregatedCoOccurrentFeature,
+  "acf": CoOccurrentFeatureNetwork,
   "apnb": AsymmetricPyramid,
 }
+# by name of the head: channels of the module's result, as a multiple of `hidden`, unless they are the same
+WIDER = {"acf": 2}
 
 
 class SemanticHead(nnx.Module):
@@ -47,7 +49,8 @@ class SemanticHead(nnx.Module):
     hidden: channels of the module, 512 on C5 in those papers.
     output_stride: stride of the levels, pixels; dilations of "oc_asp" depend on it.
     num_classes: number of classes K.
-    dropout: rate of dropped channels, 0.1 in those papers.
+    dropout: rate of dropout before the classifier, 0.1 in those papers.
+    dropout_of: what it drops, see `layers.dropout`.
     norm: normalisation behind the convolutions, see `layers.Norm`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
@@ -65,18 +68,24 @@ class SemanticHead(nnx.Module):
     output_stride: int,
     num_classes: int,
     dropout: float,
+    dropout_of: str = "channels",
     norm: str,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     check_choice("head", name, MIXERS)
+    check_choice("dropout_of", dropout_of, DROPPED)
     options = dict(dtype=dtype, rngs=rngs)
     strided = dict(output_stride=output_stride) if name == "oc_asp" else {}
     self.mix = MIXERS[name](sum(in_channels), hidden, norm=norm, **strided, **options)
     self.classify = conv(
-      hidden, num_classes, 1, kernel_init=nnx.initializers.normal(0.01), **options
+      WIDER.get(name, 1) * hidden,
+      num_classes,
+      1,
+      kernel_init=nnx.initializers.normal(0.01),
+      **options,
     )
-    self.dropout = dropout
+    self.dropout, self.dropout_of = dropout, dropout_of
 
   def __call__(self, levels: Pyramid, *, key: jax.Array | None) -> FeatureMap:
     """Classifies every position.
@@ -89,5 +98,5 @@ class SemanticHead(nnx.Module):
       The logits at the levels' stride, [B, H, W, K] in the computation's dtype.
     """
     x = self.mix(concatenated(*levels), train=key is not None)
-    x_BHWC = drop_channels(x.values_BHWC, key, self.dropout)
+    x_BHWC = dropout(x.values_BHWC, key, self.dropout, of=self.dropout_of)
     return x.with_values(self.classify(x_BHWC))

@@ -14,7 +14,8 @@ from fpt_jax.models.pixel_attention import attend_to_bins, concatenated
 class AsymmetricFusion(nnx.Module):
   """AFNB: C5 attends to means of C4, and the result is concatenated with C5 (section 3.3, fig. 4).
 
-  It takes the place of a pyramid, and returns one level with the channels of C5.
+  It takes the place of a pyramid, and returns one level with the channels of C5. As in the authors' code
+  (github.com/MendelXu/ANN), the last convolution of the attention is zero at the start.
 
   Arguments are those of all pyramids, see `fpt_jax.models.pyramids`; `channels` are those of keys and
   values, 256 in the paper.
@@ -34,7 +35,7 @@ class AsymmetricFusion(nnx.Module):
     self.query = ConvNorm(high, channels, 1, norm=norm, **options)
     self.key = ConvNorm(low, channels, 1, norm=norm, **options)
     self.value = conv(low, channels, 1, **options)
-    self.project = conv(channels, high, 1, **options)
+    self.project = conv(channels, high, 1, kernel_init=nnx.initializers.zeros, **options)
     self.fuse = ConvNorm(2 * high, high, 1, relu=False, norm=norm, **options)
     self.channels = (high,)
 

@@ -6,8 +6,8 @@ level by level, over several stages. Each stage takes the fused features of the 
 From the authors' detector (github.com/sitingshen/Detectron-ZZNet), which specifies the operations: one
 top-down and one bottom-up pathway first, then two stages of both; which convolutions there are, all
 3x3; what is multiplied and what is added; GroupNorm and ReLU before an exchange; half the channels
-inside; nearest-neighbour resizing; a convolution behind each level. It has no encoding of regions, so
-this module has none either.
+inside; nearest-neighbour resizing; a convolution behind each level. Its encoding of regions is that of
+`heads.zigzag`.
 
 Our choices: initial weights from LeCun's normal distribution instead of the uniform one of the same
 variance; sizes that are not powers of two (position i of a level lies in position i // 2 of the next

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, info, transforms
+from fpt_jax.data import info, transforms
 from fpt_jax.data.records.instances import BITMAP
 from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
@@ -69,6 +69,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "rpn.test.",
   "rpn.train.",
   "rpn.min_side",
+  "box_head.beta",
   "category_names",
   "dtype",
   "fpt.implementation",
@@ -78,6 +79,7 @@ _RULES = {
   "data.short_edge": POSITIVE,
   "data.long_edge": POSITIVE,
   "data.resize": config_values.one_of(*transforms.RESIZES),
+  "data.train_long_edge": NOT_NEGATIVE,
   "data.max_instances": POSITIVE,
   "model.canonical_size": config_values.ABOVE_ZERO,
   "model.rpn.anchor_sizes": config_values.Rule(
@@ -91,6 +93,7 @@ _RULES = {
   "model.rpn.test.post_nms": POSITIVE,
   "model.box_head.samples": POSITIVE,
   "model.box_head.hidden": POSITIVE,
+  "model.box_head.beta": config_values.ABOVE_ZERO,
   "model.mask_head.hidden": POSITIVE,
   "model.mask_head.layers": NOT_NEGATIVE,
   "model.rpn.min_side": NOT_NEGATIVE,
@@ -112,6 +115,12 @@ def check_config(config: ConfigDict) -> None:
     raise UserError(
       f"config.data.short_edge={data.short_edge} must be at most config.data.long_edge={data.long_edge}"
     )
+  largest = max(tuple(data.train_sizes) or (data.short_edge,))
+  if 0 < data.train_long_edge < largest:
+    raise UserError(
+      f"config.data.train_long_edge={data.train_long_edge} must be at least {largest}, the largest shorter "
+      "edge of training images, or 0"
+    )
 
 
 def train_batches(
@@ -124,8 +133,7 @@ def train_batches(
 
 def canvas(config: ConfigDict) -> tuple[int, int]:
   """See `tasks.task.Task.canvas`: the largest canvas of training images."""
-  sizes = tuple(config.data.train_sizes) or (config.data.short_edge,)
-  return batches.largest_canvas(canvases.at_short_edge(config.data, max(sizes)))
+  return batches.largest_canvas(batches.at_largest_train_size(config.data))
 
 
 def batch_shapes(

@@ -62,8 +62,7 @@ def train_batches(
   """
   reader = Reader(data, data.train_split)
   sizes = tuple(data.train_sizes) or (data.short_edge,)
-  # a smaller image of multi-scale training is padded to the canvas of the largest
-  largest = canvases.at_short_edge(data, max(sizes))
+  largest = at_largest_train_size(data)
   bucket_N, canvases_K2 = _assign(largest, reader)
   plan = order.train_plan(
     bucket_N,
@@ -79,6 +78,18 @@ def train_batches(
     return short, mirrored and data.flip
 
   return _batches((largest,), reader, plan, augment, canvases_K2[:, None], bitmaps=True)
+
+
+def at_largest_train_size(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns the config's `data` for training images of the largest size.
+
+  A smaller image of multi-scale training is padded to the canvas of the largest.
+  """
+  largest = canvases.at_short_edge(data, max(tuple(data.train_sizes) or (data.short_edge,)))
+  if data.train_long_edge:
+    largest = ml_collections.ConfigDict(largest)
+    largest.long_edge = data.train_long_edge
+  return largest
 
 
 def eval_batches(

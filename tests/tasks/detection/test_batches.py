@@ -125,6 +125,19 @@ def test_any_step_can_be_the_first(shapes):
   assert sizes.min() < 50 and sizes.max() > 55  # multi-scale
 
 
+def test_the_longer_edge_of_training_images_has_a_bound_of_its_own(coco):
+  coco.train_sizes, coco.train_long_edge = (10, 20, 30), 40
+  sizes = np.concatenate(
+    [b["size_B2"] for b in _take(train_batches(coco, batch_size=2, seed=0), 12)]
+  )
+  assert {tuple(sorted(size)) for size in sizes.tolist()} == {(10, 20), (20, 40)}
+  coco.train_long_edge = 0  # 60 for the largest size
+  sizes = np.concatenate(
+    [b["size_B2"] for b in _take(train_batches(coco, batch_size=2, seed=0), 12)]
+  )
+  assert {tuple(sorted(size)) for size in sizes.tolist()} == {(10, 20), (20, 40), (30, 60)}
+
+
 def test_hosts_read_the_shares_of_one_batch(shapes):
   whole = _take(train_batches(shapes, batch_size=4, seed=0), 2)
   shares = [

@@ -17,7 +17,7 @@ LATER = {
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
     "checkpoint.every_minutes", "mesh", "data.resize", "model.rpn.round_anchors", "model.rpn.min_side",
     "model.test.min_side", "optim.decay_biases_and_norms", "optim.bias_rate", "model.box_head.beta",
-   , "data.train_long_edge",
+    "data.train_long_edge",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",

@@ -30,6 +30,12 @@ def segmentation() -> ConfigDict:
   model.class_names = ()  # name of each class; (): taken from the data
   model.palette = ()  # colour of each class in pictures, R, G, B; (): taken from the data
   model.class_weights = ()  # weight of each class's pixels in the loss; (): 1 for all
+  # online hard example mining: smallest number of pixels of a batch in the main loss, 100,000 in OCNet's code
+  # and 131,072 in HRNet's for the images of one GPU; 0: all pixels
+  model.hard_pixels = 0
+  # probability of its class up to which a pixel is in the loss in any case, if model.hard_pixels is not 0:
+  # 0.7 in OCNet's code, 0.9 in HRNet's
+  model.hard_probability = 0.7
   # pairs of classes that are exchanged when an image is mirrored, such as left and right arm;
   # (): taken from the data
   model.swaps = ()

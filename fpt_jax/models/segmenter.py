@@ -144,13 +144,15 @@ class Segmenter(nnx.Module):
     labels_BHW = rows_over_query(batch["label_BHW"], stride=1)
     policy = policy_of(self.config, "heads")
 
-    def loss_of(logits: FeatureMap) -> jax.Array:
+    def loss_of(logits: FeatureMap, **hard) -> jax.Array:
       logits_BHWK = enlarged(logits, labels_BHW.shape[1:])
-      return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights)
+      return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights, **hard)
 
+    hard = {name: self.config[name] for name in ("hard_pixels", "hard_probability")}
     loss = recomputed(loss_of, policy)
+    main_loss = recomputed(lambda logits: loss_of(logits, **hard), policy)
     result = {
-      "loss_seg": loss(
+      "loss_seg": main_loss(
         self.logits_of_levels(levels, key=main_key, progress=progress, measured=measured)
       )
     }

@@ -163,14 +163,25 @@ def mask_loss(logits_BRPP: jax.Array, targets_BRPP: jax.Array, positive_BR: jax.
 
 
 def segmentation_loss(
-  logits_BHWK: jax.Array, labels_BHW: jax.Array, weights_K: Sequence[float] = ()
+  logits_BHWK: jax.Array,
+  labels_BHW: jax.Array,
+  weights_K: Sequence[float] = (),
+  *,
+  hard_pixels: int = 0,
+  hard_probability: float = 0.0,
 ) -> jax.Array:
-  """Computes the mean cross-entropy over the labelled pixels of the batch.
+  """Computes the mean cross-entropy over the labelled pixels of the batch, or over the hard ones alone.
+
+  Hard pixels are those whose own class has at most the probability `hard_probability`, or else the
+  `hard_pixels` with the smallest probabilities (online hard example mining: Shrivastava et al. 2016, in the
+  form of OCNet's code).
 
   Args:
     logits_BHWK: [B, H, W, K] float.
     labels_BHW: [B, H, W] integers; pixels with values outside [0, K) have no class and are ignored.
     weights_K: positive weight of each class in the mean; () for equal weights.
+    hard_pixels: smallest number of hard pixels in the batch; 0 for all labelled pixels.
+    hard_probability: probability up to which a pixel is hard.
 
   Returns:
     Float32 scalar; 0 without labelled pixels.
@@ -182,6 +193,11 @@ def segmentation_loss(
   labelled_BHW = (labels_BHW >= 0) & (labels_BHW < logits_BHWK.shape[-1])
   class_BHW = jnp.where(labelled_BHW, labels_BHW, 0)
   loss_BHW = softmax_cross_entropy(logits_BHWK, class_BHW)
+  if hard_pixels:
+    probability_BHW = jax.lax.stop_gradient(jnp.where(labelled_BHW, jnp.exp(-loss_BHW), jnp.inf))
+    nth = min(hard_pixels, probability_BHW.size) - 1
+    smallest = jnp.sort(probability_BHW.reshape(-1))[nth]
+    labelled_BHW &= probability_BHW <= jnp.maximum(smallest, hard_probability)
   if not weights_K:
     return _sum_over(loss_BHW, labelled_BHW, jnp.sum(labelled_BHW))
   if len(weights_K) != logits_BHWK.shape[-1]:

@@ -81,6 +81,8 @@ _LATER_FIELDS = {  # by model
   "segmenter": {
     "model.swaps": (),
     "model.class_weights": (),
+    "model.hard_pixels": 0,
+    "model.hard_probability": 0.7,
     "model.head.name": "fcn",
     "model.head.dropout_of": "channels",
   },

@@ -76,6 +76,21 @@ def test_losses_and_logits(rng):
   assert not flat and all(np.isfinite(slopes[n]).all() for n in parameters)
 
 
+def test_hard_pixels_are_of_the_main_loss_alone(rng):
+  config = tiny("fpt=none,pyramid=none")
+  batch = batch_of(rng, (16, 16), (16, 16), config.model.num_classes)
+  arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))
+
+  def losses_of(pixels):
+    config.model.hard_pixels, config.model.hard_probability = pixels, 0.0
+    structure = models.structure_of(config)
+    return jax.jit(lambda arrays: structure.fill(arrays).losses(batch, jax.random.key(0)))(arrays)
+
+  every, hard = losses_of(0), losses_of(20)
+  assert hard["loss_seg"] > every["loss_seg"] * 1.001
+  np.testing.assert_allclose(hard["loss_aux"], every["loss_aux"], rtol=1e-6)
+
+
 def test_padding_changes_nothing_behind_the_backbone(rng):
   config = tiny()
   structure = models.structure_of(config)

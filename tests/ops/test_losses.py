@@ -1,5 +1,7 @@
 """Losses against the formulas in float64, and against torchvision's RPN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,6 +211,30 @@ def test_segmentation_loss_is_over_labelled_pixels(rng):
   assert loss(jnp.asarray(logits, jnp.float32), jnp.full((2, 5, 3), 255)) == 0
   gradient = jax.jit(jax.grad(losses.segmentation_loss))(logits.astype(np.float32), labels)
   assert (np.asarray(gradient)[labels == 255] == 0).all() and np.any(gradient)
+
+
+@pytest.mark.parametrize("weights", [(), (0.5, 1.0, 2.0, 7.0)])
+@pytest.mark.parametrize(("pixels", "probability"), [(7, 0.01), (1, 0.5), (1000, 0.1)])
+def test_segmentation_loss_of_hard_pixels(pixels, probability, weights, rng):
+  logits = 3 * rng.standard_normal((2, 5, 3, 4))
+  labels = rng.integers(0, 4, (2, 5, 3))
+  labels[0, :, 1:] = 255
+  terms = []
+  for place in np.ndindex(labels.shape):
+    if labels[place] < 4:
+      p = np.exp(logits[place][labels[place]]) / np.exp(logits[place]).sum()
+      terms.append((p, weights[labels[place]] if weights else 1.0, place))
+  terms.sort()
+  hard = [term for i, term in enumerate(terms) if i < pixels or term[0] <= probability]
+  assert len(hard) == {7: 7, 1000: 20}.get(pixels, len(hard)) and (pixels > 1 or 1 < len(hard) < 20)
+  want = sum(-w * np.log(p) for p, w, _ in hard) / sum(w for _, w, _ in hard)
+  options = dict(hard_pixels=pixels, hard_probability=probability)
+  loss = functools.partial(losses.segmentation_loss, weights_K=weights, **options)
+  value, slopes = jax.value_and_grad(loss)(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  found = np.argwhere(np.any(np.asarray(slopes) != 0, axis=-1))
+  assert set(map(tuple, found.tolist())) == {place for *_, place in hard}
+  assert loss(jnp.asarray(logits, jnp.float32), jnp.full((2, 5, 3), 255)) == 0
 
 
 def test_segmentation_loss_weighs_classes(rng):

@@ -21,7 +21,8 @@ LATER = {
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",
-    "model.remat_parts", "model.head.dropout_of", "optim.decay_biases_and_norms", "optim.bias_rate",
+    "model.remat_parts", "model.hard_pixels", "model.hard_probability", "model.head.dropout_of",
+    "optim.decay_biases_and_norms", "optim.bias_rate",
   ),
 }  # fmt: skip
 

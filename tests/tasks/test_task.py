@@ -104,6 +104,7 @@ def test_wrong_types_in_config_json_are_reported(path, value, message, tmp_path)
     (coco_mask, "eval.short_edges", (800, 0), "positive"),
     (coco_mask, "model.test.score_threshold", 1.5, "less than 1"),
     (coco_mask, "data.max_instances", 0, "1 or more"),
+    (cityscapes, "model.hard_pixels", -1, "0 or more"),
     (cityscapes, "data.crop", (0, 5), "two positive numbers"),
     (cityscapes, "data.scale", (0.0, 2.0), "positive factors"),
     (cityscapes, "data.scale", (3.0, 2.0), "smaller one first"),

@@ -53,7 +53,15 @@ BATCH_KEYS: tuple[str, ...] = ("image_BHWC", "label_BHW", "size_B2")
 QUERIES = queries
 MAIN_METRIC = "mIoU"
 FROM_DATA: tuple[str, ...] = ("class_names", "num_classes", "palette", "swaps")
-NOT_OF_THE_WEIGHTS: tuple[str, ...] = ("palette", "swaps", "dtype", "fpt.implementation", "remat")
+NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
+  "palette",
+  "swaps",
+  "hard_pixels",
+  "hard_probability",
+  "dtype",
+  "fpt.implementation",
+  "remat",
+)
 _SIZE = config_values.Rule(
   "(height, width), two positive numbers of pixels",
   lambda size: len(size) == 2 and min(size) >= 1,
@@ -65,6 +73,8 @@ _RULES = {
     lambda scale: len(scale) == 2 and 0 < scale[0] <= scale[1],
   ),
   "model.backbone.output_stride": POSITIVE,
+  "model.hard_pixels": config_values.NOT_NEGATIVE,
+  "model.hard_probability": SHARE,
   "model.head.hidden": POSITIVE,
   "model.head.dropout": SHARE,
   "model.auxiliary.weight": config_values.NOT_NEGATIVE,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.models.feature_map import FeatureMap, downsample_valid
 from fpt_jax.ops.mesh import mesh_of
 from fpt_jax.run.sharding import image_groups
 
@@ -288,7 +288,7 @@ class ConvNorm(nnx.Module):
   """A convolution, a normalisation and a ReLU on a feature map, whose padding counts as zeros.
 
   Args:
-    in_channels, out_channels, kernel, dilation: see `conv_arguments`.
+    in_channels, out_channels, kernel, stride, dilation: see `conv_arguments`.
     relu: whether to apply the ReLU.
     norm: normalisation, see `Norm`; "none" for a bias.
     dtype: dtype of the computation; parameters are float32.
@@ -301,6 +301,7 @@ class ConvNorm(nnx.Module):
     out_channels: int,
     kernel: int,
     *,
+    stride: int = 1,
     dilation: int = 1,
     relu: bool = True,
     norm: str,
@@ -309,14 +310,22 @@ class ConvNorm(nnx.Module):
   ):
     options = dict(dtype=dtype, rngs=rngs)
     self.conv = conv(
-      in_channels, out_channels, kernel, dilation=dilation, bias=norm == "none", **options
+      in_channels,
+      out_channels,
+      kernel,
+      stride=stride,
+      dilation=dilation,
+      bias=norm == "none",
+      **options,
     )
     self.norm = Norm(norm, out_channels, **options)
+    self.stride = stride
     self.relu = relu
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-    y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=x.valid_BHW, train=train)
-    return x.with_values(nnx.relu(y_BHWC) if self.relu else y_BHWC)
+    valid_BHW = downsample_valid(x.valid_BHW, self.stride)
+    y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=valid_BHW, train=train)
+    return FeatureMap(nnx.relu(y_BHWC) if self.relu else y_BHWC, valid_BHW, x.stride * self.stride)
 
 
 def drop_channels(x_BHWC: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:

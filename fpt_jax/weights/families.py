@@ -8,7 +8,8 @@ import numpy as np
 from fpt_jax.errors import UserError
 from fpt_jax.models.preprocess import EFFICIENTNET_LITE, IMAGENET
 from fpt_jax.weights.efficientnet import from_efficientnet
-from fpt_jax.weights.torchvision import from_torchvision
+from fpt_jax.weights.hrnet import from_hrnet
+from fpt_jax.weights.torchvision import from_torchvision, from_torchvision_segmentation
 
 # Fields of a config's `model` that depend on the pretrained weights.
 PREPROCESSING = ("pixel_mean", "pixel_std", "channel_order", "backbone.stride_in")
@@ -37,6 +38,16 @@ class Family:
 
 FAMILIES = (
   Family("a torchvision detector", "backbone.body.", "resnet", from_torchvision, *IMAGENET),
+  Family(
+    "a torchvision segmentation network",
+    "classifier.4.",
+    "resnet",
+    from_torchvision_segmentation,
+    *IMAGENET,
+  ),
+  # an HRNet has layers with names of a ResNet, too
+  Family("an HRNet", "stage2.0.branches.", "hrnet", from_hrnet, *IMAGENET),
+  Family("a segmentation HRNet", "model.stage2.0.branches.", "hrnet", from_hrnet, *IMAGENET),
   Family("a ResNet", "layer1.0.", "resnet", from_torchvision, *IMAGENET),
   Family(
     "EfficientNet-Lite0",

@@ -88,8 +88,8 @@ def detection() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """Returns the config changed by the words after the colon of its file, in any order.
 
-  Words: `small`, `tiny`, `demo`, `torchvision` or `torchvision_v2`, `multiscale` and `literal`. Settings: those of `SETTINGS`,
-  such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
+  Words: `small`, `tiny`, `demo`, `torchvision` or `torchvision_v2`, `multiscale` and `literal`. Settings:
+  those of `SETTINGS`, such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
     UserError: a word, a setting or its value does not exist, or two of them exclude each other.

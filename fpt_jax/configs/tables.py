@@ -244,7 +244,8 @@ TABLE_4 = (
   _ablation("UFP+LGT+ST+RT", "lgt+st+rt", 87.4, 81.7, 127.2, 1063.9),
 )
 
-# Against other methods, dilated ResNet-101, or HRNetV2-W48 for HRNet: Cityscapes test, ADE20K val, LIP val, PASCAL VOC 2012 test.
+# Against other methods, dilated ResNet-101 or, in the row HRNet, HRNetV2-W48: Cityscapes test, ADE20K val,
+# LIP val, PASCAL VOC 2012 test.
 # OCNet's and AFNB's papers have several variants: we use OCNet with ASP-OC, and AFNB with APNB. The paper
 # does not say which object context it puts on a pyramid; base-OC is our choice.
 DATA_SETS = ("cityscapes", "ade20k", "lip", "voc2012")

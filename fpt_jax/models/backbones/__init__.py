@@ -27,7 +27,7 @@ def efficientnet_lite0(config, **options) -> EfficientNetLite0:
   return EfficientNetLite0(norm=config.norm, frozen=config.frozen, **options)
 
 
-def hrnet(config, **options) -> HRNet:
+def hrnet_v2(config, **options) -> HRNet:
   """Builds the HRNet that a config names; options are other arguments of `HRNet`."""
   refuse_context(config)
   return HRNet(
@@ -52,7 +52,7 @@ def refuse_context(config) -> None:
 BACKBONES = {
   **dict.fromkeys(STAGE_BLOCKS, resnet),
   "efficientnet_lite0": efficientnet_lite0,
-  **dict.fromkeys(FINEST_CHANNELS, hrnet),
+  **dict.fromkeys(FINEST_CHANNELS, hrnet_v2),
 }
 
 

@@ -24,9 +24,10 @@ class RegionProposalNetwork(nnx.Module):
 
   Args:
     channels: channels of the pyramid.
-    config: `model.rpn` part of a config: `convs` (number of 3x3 convolutions), `anchor_sizes` (pixels, one tuple per level), `aspect_ratios`
-      (height / width), `fg_threshold` and `bg_threshold` (IoU), `samples`, `positive_fraction`,
-      `nms_threshold` (IoU), and the counts `pre_nms` and `post_nms` for `train` and `test`.
+    config: `model.rpn` part of a config: `convs` (number of 3x3 convolutions), `anchor_sizes` (pixels, one
+      tuple per level), `aspect_ratios` (height / width), `fg_threshold` and `bg_threshold` (IoU), `samples`,
+      `positive_fraction`, `nms_threshold` (IoU), and the counts `pre_nms` and `post_nms` for `train` and
+      `test`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
   """

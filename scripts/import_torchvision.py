@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Imports pretrained weights: a ResNet, EfficientNet-Lite0, or a whole Mask R-CNN.
+"""Imports pretrained weights: a ResNet, HRNet or EfficientNet-Lite0, or a whole network.
 
     python scripts/import_torchvision.py --weights=resnet50.pth --config=configs/coco_mask.py \\
         --workdir=/runs/r50
@@ -16,7 +16,9 @@ detections of that library:
     python -m fpt_jax.main --mode=eval --config=configs/coco_mask.py:torchvision \\
         --workdir=/runs/torchvision --config.data.source=/data/coco
 
---only_backbone takes the ResNet of such a detector for another config.
+--only_backbone takes the ResNet of such a detector for another config. `:torchvision_v2` is for
+maskrcnn_resnet50_fpn_v2; `configs/voc2012.py:head=fcn` and `:head=deeplabv3` are for fcn_resnet101 and
+deeplabv3_resnet101.
 
 timm's ResNets with another stem or shortcut, such as `resnet50d`, are not supported. EfficientNet-Lite0 is on
 PyPI:

@@ -152,6 +152,17 @@ def test_costs_of_a_segmenter():
   assert not any(name.startswith("fpt.self") for name in counted.modules)
 
 
+@pytest.mark.slow
+def test_costs_of_hrnet():
+  """65.86 M parameters; the multiply-adds at 1024 x 2048 were counted from the layers of the release."""
+  config = cityscapes.get_config("head=hrnet")
+  config.data.crop = (1024, 2048)
+  config.model.backbone.norm = "sync_bn"
+  total = analyze.analyze(config).total()
+  assert total.parameters / 1e6 == pytest.approx(65.86, rel=1e-4)
+  assert total.multiply_adds / 1e9 == pytest.approx(747.5, rel=1e-4)
+
+
 def test_the_papers_rows_do_not_add_up():
   """As the README says: ST and GT together are 1.8 M less than the sum of both, ST and RT 1.0 M more."""
   paper = {row.name: (row.parameters, row.gflops) for row in tables.TABLE_1}

@@ -103,13 +103,16 @@ def add_model(config: ConfigDict) -> None:
   # parts of the model that model.remat applies to
   model.remat_parts = ("backbone", "pyramid", "fpt", "heads")
   backbone = model.backbone = ConfigDict()
-  # name of the backbone: resnet18, resnet34, resnet50, resnet101 or efficientnet_lite0
+  # name of the backbone: resnet18, resnet34, resnet50, resnet101, efficientnet_lite0 or hrnet_w48
   backbone.name = "resnet50"
-  backbone.width = 64  # channels of a ResNet's stem
+  backbone.width = 64  # channels of a ResNet's or HRNet's stem; others change by the same factor
   # convolution of a ResNet's bottleneck that has the stride: 3x3, or 1x1 as in Caffe
   backbone.stride_in = "3x3"
   # context blocks in a ResNet: none, non_local, global_context or attention_augmented
   backbone.context = "none"
+  # how an HRNet upsamples coarser branches where branches exchange features: nearest (classification,
+  # detection) or bilinear (segmentation)
+  backbone.upsampling = "nearest"
   # normalisation in the backbone: frozen_bn, sync_bn, bn (statistics per device), group_norm or none
   backbone.norm = "frozen_bn"
   # keep the pretrained weights of the backbone as they are; its context blocks are trained nevertheless
@@ -155,7 +158,7 @@ def add_model(config: ConfigDict) -> None:
   fpt.implementation = "auto"
   head = model.head = ConfigDict()
   # name of the head; detection: standard, augmented (PANet) or zigzag (ZigZagNet); segmentation: fcn,
-  # oc_base, oc_pyramid, oc_asp, acf or apnb
+  # oc_base, oc_pyramid, oc_asp, acf, apnb, psp, deeplabv3 or pointwise
   head.name = "standard"
 
 

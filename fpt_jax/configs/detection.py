@@ -36,8 +36,8 @@ def detection() -> ConfigDict:
   model.canonical_size = 224.0
   model.aligned = True  # RoIAlign with the half-pixel offset; False: as in torchvision's Mask R-CNN
   pyramid = model.pyramid
-  # normalisation after each convolution of the pyramid: none, sync_bn, bn (statistics per device) or
-  # group_norm
+  # normalisation after each convolution of the pyramid: none, sync_bn, bn (statistics per device),
+  # group_norm, or frozen_bn for pretrained weights
   pyramid.norm = "none"
   # bfp, fpn, bpa: variance of the initial weights: fan_in (1 / fan-in) or fan_out (2 / fan-out)
   pyramid.init = "fan_in"
@@ -51,6 +51,7 @@ def detection() -> ConfigDict:
   # round the corners of anchors to pixels and spread their centres over the canvas, as in torchvision; False:
   # exact corners, and centres at multiples of the stride, as in detectron2
   rpn.round_anchors = True
+  rpn.convs = 1  # number of the RPN's 3x3 convolutions
   rpn.fg_threshold = 0.7  # IoU from which an anchor is positive
   rpn.bg_threshold = 0.3  # IoU below which an anchor is negative
   rpn.samples = 256  # anchors per image in the RPN's loss
@@ -67,7 +68,11 @@ def detection() -> ConfigDict:
   box_head.pool_size = 7  # side of a region that is pooled for the box head, positions
   # sampling points of RoIAlign per bin and axis; 0: one per cell of the level, rounded up
   box_head.sampling_ratio = 2
-  box_head.hidden = 1024  # channels of the box head's two fully connected layers
+  box_head.convs = 0  # number of 3x3 convolutions before the box head's fully connected layers
+  box_head.linears = 2  # number of the box head's fully connected layers: 1 or 2
+  box_head.hidden = 1024  # channels of the box head's fully connected layers
+  # normalisation after the box head's convolutions: none, group_norm, or frozen_bn for pretrained weights
+  box_head.norm = "none"
   box_head.samples = 512  # regions per image in the box head's loss
   box_head.positive_fraction = 0.25  # largest share of positive regions in the box head's loss
   box_head.fg_threshold = 0.5  # IoU from which a region is positive
@@ -80,6 +85,8 @@ def detection() -> ConfigDict:
   mask_head.sampling_ratio = 2  # as model.box_head.sampling_ratio
   mask_head.hidden = 256  # channels of the mask head's convolutions
   mask_head.layers = 4  # number of the mask head's 3x3 convolutions
+  # normalisation after these convolutions: none, group_norm, or frozen_bn for pretrained weights
+  mask_head.norm = "none"
   test = model.test = ConfigDict()
   test.score_threshold = 0.05  # detections with a lower score are discarded
   test.min_side = 1e-2  # detections that are narrower or lower are discarded, pixels
@@ -96,8 +103,8 @@ def detection() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """Returns the config changed by the words after the colon of its file, in any order.
 
-  Words: `small`, `tiny`, `demo`, `torchvision` or `detectron2`, `multiscale` and `literal`. Settings: those
-  of `SETTINGS`, such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
+  Words: `small`, `tiny`, `demo`, `torchvision`, `torchvision_v2` or `detectron2`, `multiscale` and `literal`.
+  Settings: those of `SETTINGS`, such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
     UserError: a word, a setting or its value does not exist, or two of them exclude each other.
@@ -147,6 +154,19 @@ def torchvision(config: ConfigDict) -> None:
   config.model.aligned = False
   config.model.pyramid.name = "fpn"
   config.model.fpt.enabled = False
+
+
+def torchvision_v2(config: ConfigDict) -> None:
+  """Sets the detector that equals torchvision's fasterrcnn/maskrcnn_resnet50_fpn_v2, for its weights.
+
+  It has more convolutions, and a BatchNorm behind those of the pyramid and of the heads. They keep their
+  stored statistics, as in the backbone.
+  """
+  torchvision(config)
+  config.model.pyramid.norm = "frozen_bn"
+  config.model.rpn.convs = 2
+  config.model.box_head.update(dict(convs=4, linears=1, norm="frozen_bn"))
+  config.model.mask_head.norm = "frozen_bn"
 
 
 # category ids of COCO's 80 classes: 1 to 90 without those that no object has
@@ -239,6 +259,7 @@ SIZES = {
   "demo": demo,
   "torchvision": torchvision,
   "detectron2": detectron2,
+  "torchvision_v2": torchvision_v2,
 }
 SETTINGS = {
   "backbone": set_backbone,

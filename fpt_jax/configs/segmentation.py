@@ -42,7 +42,10 @@ def segmentation() -> ConfigDict:
   # normalisation in the pyramid and the heads: sync_bn, bn (statistics per device), group_norm or none
   model.norm = "sync_bn"
   model.backbone.name = "resnet101"
-  model.backbone.output_stride = 8  # stride of the backbone's last level, pixels: 8, 16 or 32
+  # stride of the backbone's last level, pixels: 8, 16 or 32; 4 too for an HRNet, whose last level has all
+  # of its branches, concatenated, unless this is 32
+  model.backbone.output_stride = 8
+  model.backbone.upsampling = "bilinear"
   model.pyramid.name = "ufp"
   # ufp: sides of the windows, positions of the last level
   model.pyramid.kernels = (1, 7, 15, 31)
@@ -83,7 +86,7 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
   Raises:
     UserError: a word, a setting or its value does not exist, or two of them exclude each other.
   """
-  replaces = {"head": ("pyramid", "fpt", "context")}
+  replaces = {"head": ("pyramid", "fpt", "context"), "head=hrnet": ("backbone",)}
   return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words=WORDS, replaces=replaces)
 
 
@@ -137,18 +140,27 @@ def set_context(config: ConfigDict, value: str) -> None:
 
 
 def set_head(config: ConfigDict, value: str) -> None:
-  """Sets another network on the backbone: `fcn`, `ocnet`, `cfnet` or `afnb`.
+  """Sets another network on the backbone, one of `HEADS`; or HRNetV2, which is a backbone and a head.
 
   Raises:
     UserError: the network does not exist, or is not implemented.
   """
   if value in NOT_BUILT:
     raise UserError(f"head={value}: {NOT_BUILT[value]}")
+  model = config.model
   if value in WIDE_AUXILIARY:
-    config.model.auxiliary.hidden *= 2
-  pyramid, head = variants.choice("head", value, HEADS)
-  config.model.pyramid.name, config.model.head.name = pyramid, head
-  config.model.fpt.enabled = False
+    model.auxiliary.hidden *= 2
+  model.pyramid.name, model.head.name = variants.choice("head", value, HEADS)
+  model.fpt.enabled = False
+  if value == "deeplabv3":
+    model.head.hidden //= 2  # 256, where the other networks have 512
+  if value == "hrnet":
+    variants.set_backbone(config, "hrnet_w48")
+    model.backbone.output_stride = 4
+    # as many channels as the branches have together, 720
+    model.head.hidden = model.backbone.width * 48 * (1 + 2 + 4 + 8) // 64
+    model.head.dropout = 0.0
+    model.auxiliary.weight = 0.0
 
 
 def set_sbn(config: ConfigDict, value: str) -> None:
@@ -163,17 +175,21 @@ CONTEXTS = {
   "oc_asp": "oc_asp",
   "acf": "acf",
   "apnb": "apnb",
+  "psp": "psp",
+  "deeplabv3": "deeplabv3",
 }
 HEADS = {  # name: pyramid and head
   "fcn": ("none", "fcn"),
   "ocnet": ("none", "oc_asp"),
   "cfnet": ("none", "acf"),
   "afnb": ("afnb", "apnb"),
+  "pspnet": ("none", "psp"),
+  "deeplabv3": ("none", "deeplabv3"),
+  "hrnet": ("none", "pointwise"),
 }
 # networks whose authors' code has 512 channels in the auxiliary head, twice as many as PSPNet
 WIDE_AUXILIARY = ("ocnet", "afnb")
 NOT_BUILT = {
-  "hrnet": "its backbone HRNetV2 is not implemented",
   "gscnn": "its backbone Wide-ResNet-101 is not implemented",
 }
 SIZES = {"small": small, "demo": demo}

@@ -33,7 +33,8 @@ def apply(
     sizes: words that exclude each other; applied first.
     settings: functions of the config and the value, by the name of the setting.
     words: other words; applied last.
-    replaces: for a setting, the settings that it replaces, so that they exclude each other.
+    replaces: for a setting, or a setting with a value, the settings that it replaces, so that they exclude
+      each other.
 
   Raises:
     UserError: a word, a setting or its value does not exist, is given twice, or two words exclude
@@ -54,8 +55,11 @@ def apply(
   if len(exclusive) > 1:
     raise UserError(f"the words {' and '.join(exclusive)} exclude each other; keep one")
   for name, others in (replaces or {}).items():
+    setting, has_value, value = name.partition("=")
+    if setting not in chosen or (has_value and chosen[setting] != value):
+      continue
     for other in others:
-      if name in chosen and other in chosen:
+      if other in chosen:
         raise UserError(f"the settings {name} and {other} exclude each other; keep one")
   for name in exclusive:
     sizes[name](config)
@@ -81,7 +85,8 @@ def choice(setting: str, value: str, choices: Iterable[str]):
 
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-BACKBONES = (*RESNETS, "efficientnet_lite0")
+HRNETS = ("hrnet_w48",)
+BACKBONES = (*RESNETS, "efficientnet_lite0", *HRNETS)
 CONTEXTS = {  # what follows the name of a ResNet
   "": "none",
   "_nl": "non_local",
@@ -97,9 +102,9 @@ DROPBLOCK = {"on": 0.9, "off": 1.0}
 def set_backbone(config: ConfigDict, value: str) -> None:
   """Sets a backbone.
 
-  A backbone of another family (ResNet, EfficientNet) starts from frozen pretrained weights, and gets the
-  mean and standard deviation of the images that it was trained on. A backbone of the same family keeps
-  those of the benchmark and its normalisation, and is frozen or trained as before.
+  EfficientNet in place of a ResNet or an HRNet, and one of these in place of EfficientNet, starts from frozen
+  pretrained weights, and gets the mean and standard deviation of the images that it was trained on. Otherwise
+  the backbone keeps those of the benchmark, its normalisation and width, and is frozen or trained as before.
 
   Args:
     config: a complete config.
@@ -107,12 +112,13 @@ def set_backbone(config: ConfigDict, value: str) -> None:
   """
   backbone = config.model.backbone
   known = {f"{name}{suffix}": (name, CONTEXTS[suffix]) for name in RESNETS for suffix in CONTEXTS}
-  known["efficientnet_lite0"] = ("efficientnet_lite0", "none")
+  known |= {name: (name, "none") for name in BACKBONES if name not in RESNETS}
   name, context = choice("backbone", value, known)
   if (name, context) == (backbone.name, backbone.context):
     return
-  if (name in RESNETS) != (backbone.name in RESNETS):
-    images = IMAGENET if name in RESNETS else EFFICIENTNET_LITE
+  is_efficientnet = name == "efficientnet_lite0"
+  if is_efficientnet != (backbone.name == "efficientnet_lite0"):
+    images = EFFICIENTNET_LITE if is_efficientnet else IMAGENET
     config.model.pixel_mean, config.model.pixel_std = images.pixel_mean, images.pixel_std
     backbone.update(dict(norm="frozen_bn", frozen=True))
   backbone.name, backbone.context = name, context

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.models.feature_map import FeatureMap, downsample_valid
 from fpt_jax.ops.mesh import mesh_of
 from fpt_jax.run.sharding import image_groups
 
@@ -289,7 +289,7 @@ class ConvNorm(nnx.Module):
   """A convolution, a normalisation and a ReLU on a feature map, whose padding counts as zeros.
 
   Args:
-    in_channels, out_channels, kernel, dilation: see `conv_arguments`.
+    in_channels, out_channels, kernel, stride, dilation: see `conv_arguments`.
     relu: whether to apply the ReLU.
     slope: factor of the ReLU below zero; 0.0 for none.
     norm: normalisation, see `Norm`; "none" for a bias.
@@ -303,6 +303,7 @@ class ConvNorm(nnx.Module):
     out_channels: int,
     kernel: int,
     *,
+    stride: int = 1,
     dilation: int = 1,
     relu: bool = True,
     slope: float = 0.0,
@@ -312,17 +313,25 @@ class ConvNorm(nnx.Module):
   ):
     options = dict(dtype=dtype, rngs=rngs)
     self.conv = conv(
-      in_channels, out_channels, kernel, dilation=dilation, bias=norm == "none", **options
+      in_channels,
+      out_channels,
+      kernel,
+      stride=stride,
+      dilation=dilation,
+      bias=norm == "none",
+      **options,
     )
     self.norm = Norm(norm, out_channels, **options)
+    self.stride = stride
     self.relu = relu
     self.slope = slope
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-    y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=x.valid_BHW, train=train)
-    if not self.relu:
-      return x.with_values(y_BHWC)
-    return x.with_values(nnx.leaky_relu(y_BHWC, self.slope) if self.slope else nnx.relu(y_BHWC))
+    valid_BHW = downsample_valid(x.valid_BHW, self.stride)
+    y_BHWC = self.norm(self.conv(x.masked()), valid_BHW=valid_BHW, train=train)
+    if self.relu:
+      y_BHWC = nnx.leaky_relu(y_BHWC, self.slope) if self.slope else nnx.relu(y_BHWC)
+    return FeatureMap(y_BHWC, valid_BHW, x.stride * self.stride)
 
 
 def dropout(

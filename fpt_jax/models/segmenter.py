@@ -76,7 +76,7 @@ class Segmenter(nnx.Module):
     valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
     normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
     normalized_BHWC, valid_BHW = rows_over_query(
-      (normalized_BHWC, valid_BHW), stride=self.config.backbone.output_stride
+      (normalized_BHWC, valid_BHW), stride=self.backbone.coarsest_stride
     )
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)

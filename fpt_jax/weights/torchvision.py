@@ -1,9 +1,8 @@
-"""ResNets and maskrcnn_resnet50_fpn from torchvision.
+"""ResNets, maskrcnn_resnet50_fpn, its v2, fcn_resnet101 and deeplabv3_resnet101 from torchvision.
 
 timm's plain ResNets have the same names. Our names are those of `models.state`.
 """
 
-import functools
 import re
 from collections.abc import Mapping
 
@@ -16,17 +15,40 @@ from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed, to_fill
 # (our name, torchvision's name); the first one that matches is applied
 _DETECTOR = (
   (r"backbone\.(.*)", r"backbone.body.\1"),
+  (r"pyramid\.lateral\.(\d+)\.norm\.(.*)", r"backbone.fpn.inner_blocks.\1.1.\2"),
+  (r"pyramid\.smooth\.(\d+)\.norm\.(.*)", r"backbone.fpn.layer_blocks.\1.1.\2"),
   (r"pyramid\.lateral\.(\d+)\.(.*)", r"backbone.fpn.inner_blocks.\1.0.\2"),
   (r"pyramid\.smooth\.(\d+)\.(.*)", r"backbone.fpn.layer_blocks.\1.0.\2"),
   (r"rpn\.conv\.(.*)", r"rpn.head.conv.0.0.\1"),
+  (r"rpn\.further_convs\.(\d+)\.(.*)", lambda m: f"rpn.head.conv.{int(m[1]) + 1}.0.{m[2]}"),
   (r"rpn\.objectness\.(.*)", r"rpn.head.cls_logits.\1"),
   (r"rpn\.deltas\.(.*)", r"rpn.head.bbox_pred.\1"),
+  (r"box_head\.convs\.(\d+)\.(.*)", r"roi_heads.box_head.\1.0.\2"),
+  (r"box_head\.norms\.(\d+)\.(.*)", r"roi_heads.box_head.\1.1.\2"),
   (r"box_head\.(fc\d)\.(.*)", r"roi_heads.box_head.\1.\2"),
   (r"box_head\.(.*)", r"roi_heads.box_predictor.\1"),
   (r"mask_head\.convs\.(\d+)\.(.*)", r"roi_heads.mask_head.\1.0.\2"),
+  (r"mask_head\.norms\.(\d+)\.(.*)", r"roi_heads.mask_head.\1.1.\2"),
   (r"mask_head\.deconv\.kernel", r"roi_heads.mask_predictor.conv5_mask.kernel"),
   (r"mask_head\.deconv_bias", r"roi_heads.mask_predictor.conv5_mask.bias"),
   (r"mask_head\.logits\.(.*)", r"roi_heads.mask_predictor.mask_fcn_logits.\1"),
+)
+# the same for fcn_resnet101 and deeplabv3_resnet101
+_SEGMENTER = (
+  (r"head\.mix\.conv\.(.*)", r"classifier.0.\1"),
+  (r"head\.mix\.norm\.(.*)", r"classifier.1.\1"),
+  (r"head\.mix\.parallel\.branches\.(\d+)\.conv\.(.*)", r"classifier.0.convs.\1.0.\2"),
+  (r"head\.mix\.parallel\.branches\.(\d+)\.norm\.(.*)", r"classifier.0.convs.\1.1.\2"),
+  (r"head\.mix\.image\.conv\.(.*)", r"classifier.0.convs.4.1.\1"),
+  (r"head\.mix\.image\.norm\.(.*)", r"classifier.0.convs.4.2.\1"),
+  (r"head\.mix\.project\.conv\.(.*)", r"classifier.0.project.0.\1"),
+  (r"head\.mix\.project\.norm\.(.*)", r"classifier.0.project.1.\1"),
+  (r"head\.mix\.smooth\.conv\.(.*)", r"classifier.1.\1"),
+  (r"head\.mix\.smooth\.norm\.(.*)", r"classifier.2.\1"),
+  (r"head\.classify\.(.*)", r"classifier.4.\1"),
+  (r"auxiliary\.mix\.conv\.(.*)", r"aux_classifier.0.\1"),
+  (r"auxiliary\.mix\.norm\.(.*)", r"aux_classifier.1.\1"),
+  (r"auxiliary\.classify\.(.*)", r"aux_classifier.4.\1"),
 )
 # (our pattern, torchvision's text), all applied in turn
 _RESNET = (
@@ -40,6 +62,7 @@ _RESNET = (
 _IGNORED = re.compile(r"num_batches_tracked$|^fc\.")
 # What timm's ResNets with three convolutions in the stem, or with pooling in the shortcuts, have.
 _VARIANT = re.compile(r"(^|\.)(conv1\.\d+\.weight|downsample\.2\.\w+)$")
+_AUXILIARY = "aux_classifier."  # of segmentation networks; used in training only
 
 
 def torchvision_name(name: str, *, detector: bool) -> str:
@@ -62,7 +85,8 @@ def from_torchvision(
   """Converts a torchvision state dict to our arrays.
 
   Args:
-    state_dict: tensors of a ResNet or of a whole maskrcnn_resnet50_fpn by name, in torch's layouts.
+    state_dict: tensors of a ResNet, of a whole maskrcnn_resnet50_fpn or of its v2 by name, in torch's
+      layouts.
     shapes: shapes of our model by name (`Skeleton.shapes`). A ResNet's tensors fill the names under
       "backbone.", or all names if the model is a ResNet alone. Context blocks are not filled. The
       convolution in an attention-augmented one gets the first output channels of the tensor.
@@ -81,9 +105,43 @@ def from_torchvision(
       f"the weights are those of a ResNet with another stem or with pooled shortcuts ({others[0]}), such as "
       "timm's resnet50d; choose weights of a plain ResNet, such as resnet50"
     )
-  return fit(
-    state_dict,
-    to_fill(shapes, whole=detector),
-    functools.partial(torchvision_name, detector=detector),
-    lambda name: bool(_IGNORED.search(name)),
-  )
+  wanted = to_fill(shapes, whole=detector)
+  convs = sum(bool(re.fullmatch(r"box_head\.convs\.\d+\.kernel", name)) for name in wanted)
+
+  def their_name(name: str) -> str:
+    theirs = torchvision_name(name, detector=detector)
+    # behind convolutions, the layers are numbered, and number `convs` flattens
+    return theirs.replace(".box_head.fc6.", f".box_head.{convs + 1}.") if convs else theirs
+
+  return fit(state_dict, wanted, their_name, lambda name: bool(_IGNORED.search(name)))
+
+
+def from_torchvision_segmentation(
+  state_dict: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+  """Converts a torchvision state dict of a segmentation network to our arrays.
+
+  Args:
+    state_dict: tensors of a whole fcn_resnet50, fcn_resnet101, deeplabv3_resnet50 or deeplabv3_resnet101
+      by name, in torch's layouts. Those of the auxiliary head are not used if the model has none.
+    shapes: shapes of our model by name (`Skeleton.shapes`), all of which are filled.
+
+  Returns:
+    Arrays by our names.
+
+  Raises:
+    UserError: tensors are missing, unused or of another shape; the message names them.
+  """
+  auxiliary = any(name.startswith("auxiliary.") for name in shapes)
+
+  def their_name(name: str) -> str:
+    for pattern, replacement in _SEGMENTER:
+      if re.fullmatch(pattern, name):
+        name = re.sub(pattern, replacement, name)
+        break
+    return renamed(name, _RESNET)
+
+  def ignored(name: str) -> bool:
+    return bool(_IGNORED.search(name)) or (not auxiliary and name.startswith(_AUXILIARY))
+
+  return fit(state_dict, shapes, their_name, ignored)

@@ -9,6 +9,7 @@ import pytest
 from fpt_jax import models
 from fpt_jax.configs import coco_mask, tables
 from fpt_jax.configs.published import PARAMETERS
+from fpt_jax.models.backbones import hrnet
 from fpt_jax.train import train
 from tests.runs import losses_by_step, tiny_config
 
@@ -29,6 +30,17 @@ TRAINED = (
   "backbone=resnet101,pyramid=bfi,fpt=none,head=zigzag",
   "backbone=resnet101,head=augmented,multiscale",
 )
+# Not in the tables: another backbone, with the parts of `torchvision_v2`.
+OTHERS = {
+  "backbone=hrnet_w48,pyramid=fpn,fpt=none": {
+    "model__pyramid__norm": "frozen_bn",
+    "model__rpn__convs": 2,
+    "model__box_head__convs": 2,
+    "model__box_head__linears": 1,
+    "model__box_head__norm": "frozen_bn",
+    "model__mask_head__norm": "frozen_bn",
+  },
+}
 
 
 def test_rows_have_the_papers_results():
@@ -76,10 +88,12 @@ def test_the_trained_rows_have_every_word():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arg", TRAINED)
-def test_row_trains_and_evaluates(arg, tmp_path):
+@pytest.mark.parametrize("arg", (*TRAINED, *OTHERS))
+def test_row_trains_and_evaluates(arg, tmp_path, monkeypatch):
+  monkeypatch.setattr(hrnet, "MODULES", (1, 1, 1))
+  monkeypatch.setattr(hrnet, "BLOCKS", 1)
   # ResNet-18 has context blocks in the same places, and takes a twentieth of the time to compile
-  fields = {}
+  fields = dict(OTHERS.get(arg, {}))
   if "_aa" in arg:  # in a narrower backbone, a tenth of the channels is less than one per head
     fields["model__backbone__width"] = 16
   if "head=augmented" in arg:

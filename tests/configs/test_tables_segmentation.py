@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from fpt_jax import models, optim
 from fpt_jax.configs import cityscapes, image_folder, tables
 from fpt_jax.errors import UserError
+from fpt_jax.models.backbones import hrnet
 from fpt_jax.train import train
 from tests.configs.test_tables import assert_size_is_explained
 from tests.models.test_segmenter import tiny
@@ -25,17 +26,17 @@ def config_of(row):
 
 
 def test_rows_have_the_papers_results():
-  assert len(tables.TABLE_4) == 8 and len(tables.TABLE_5) == 4 * 10
+  assert len(tables.TABLE_4) == 8 and len(tables.TABLE_5) == 4 * 11
   # differences that the paper's text gives
   first, last = tables.TABLE_4[0].miou, tables.TABLE_4[-1].miou
   assert [b - a for a, b in zip(first, last, strict=True)] == pytest.approx([1.4, 2.6])
   by_name = {row.name: row.miou[0] for row in tables.TABLE_5}
   gains = [by_name[f"UFP+FPT, {d}"] - by_name[f"UFP+OC, {d}"] for d in tables.DATA_SETS]
   assert gains == pytest.approx([1.6, 1.2, 1.7, 1.8])
-  assert {name for name, *_ in tables.NOT_BUILT} == {"HRNet", "GSCNN"}
+  assert {name for name, *_ in tables.NOT_BUILT} == {"GSCNN"}
 
 
-@pytest.mark.parametrize("arg", [row.arg for row in tables.TABLE_5[:10]])
+@pytest.mark.parametrize("arg", [row.arg for row in tables.TABLE_5[:11]])
 def test_row_at_full_size(arg):
   """The model has the row's parts, at the paper's widths, and no others."""
   structure = models.structure_of(cityscapes.get_config(arg))
@@ -67,15 +68,21 @@ ALONE = ("fpt=none", "fpt=st", "fpt=lgt", "fpt=rt")
 TRAINED = (
   *(row for row in tables.TABLE_4 if row.arg in ALONE),
   *(
-    row for row in tables.TABLE_5 if row.config == "cityscapes" or row.arg == tables.TABLE_5[9].arg
+    row for row in tables.TABLE_5 if row.config == "cityscapes" or row.arg == tables.TABLE_5[10].arg
+  ),
+  *(
+    tables.Row(name, f"head={name}", None, None, config="cityscapes")
+    for name in ("pspnet", "deeplabv3")
   ),
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", TRAINED, ids=lambda r: f"{r.config}:{r.arg}")
-def test_row_trains_and_evaluates(row, tmp_path):
+def test_row_trains_and_evaluates(row, tmp_path, monkeypatch):
   """Trains the `demo` of the row's file, made smaller still."""
+  monkeypatch.setattr(hrnet, "MODULES", (1, 1, 1))
+  monkeypatch.setattr(hrnet, "BLOCKS", 1)
   config = tiny(row.arg, module=importlib.import_module(f"fpt_jax.configs.{row.config}"))
   config.data.builder = ConfigDict({"train_size": 24, "val_size": 4, "image_size": 64})
   config.data.data_dir = os.path.join(tempfile.gettempdir(), "fpt_jax_test_data")
@@ -89,6 +96,24 @@ def test_row_trains_and_evaluates(row, tmp_path):
   assert all(np.isfinite(list(entry.values())).all() for entry in losses.values())
   assert losses[3]["total_loss"] < losses[1]["total_loss"]
   assert 0 <= metrics["mIoU"] <= 100
+
+
+def test_published_parameters_of_pspnet():
+  """67.95 M with the auxiliary head and all BatchNorms."""
+  shapes = models.structure_of(cityscapes.get_config("head=pspnet")).shapes
+  counted = sum(math.prod(s.shape) for n, s in shapes.items() if not n.endswith((".mean", ".var")))
+  assert counted / 1e6 == pytest.approx(67.95, rel=1e-4)
+
+
+def test_fpt_on_hrnet(monkeypatch):
+  """The pyramid of FPT is computed from all branches at stride 8; the auxiliary head is on stride 16."""
+  monkeypatch.setattr(hrnet, "MODULES", (1, 1, 1))
+  monkeypatch.setattr(hrnet, "BLOCKS", 1)
+  config = cityscapes.get_config("demo,backbone=hrnet_w48")
+  shapes = models.structure_of(config).shapes
+  assert config.model.backbone.width == 16 and not config.model.backbone.frozen
+  assert shapes["pyramid.reduce.conv.kernel"].shape[2] == 12 * (1 + 2 + 4 + 8)
+  assert shapes["auxiliary.mix.conv.kernel"].shape[2] == 12 * 4
 
 
 def test_data_sets_differ_in_classes_only_and_have_the_papers_recipe():
@@ -130,9 +155,10 @@ def test_words_of_image_folder():
 @pytest.mark.parametrize(
   ("arg", "words"),
   [
-    ("head=hrnet", "head=hrnet: its backbone HRNetV2 is not implemented"),
+    ("head=hrnet,backbone=resnet50", "the settings head=hrnet and backbone exclude each other"),
+    ("head=hrnet,fpt=st", "the settings head and fpt exclude each other"),
     ("head=gscnn", "head=gscnn: its backbone Wide-ResNet-101 is not implemented"),
-    ("head=fancy", "head=fancy does not exist; choose one of fcn, ocnet, cfnet, afnb"),
+    ("head=fancy", "head=fancy does not exist; choose one of fcn, ocnet, cfnet, afnb, pspnet"),
     ("torchvision", "the word 'torchvision' does not exist; choose one of small, demo"),
   ],
 )

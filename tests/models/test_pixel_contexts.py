@@ -17,11 +17,13 @@ from flax import nnx
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.heads.apnb import AsymmetricPyramid
 from fpt_jax.models.heads.cfnet import CoOccurrentFeatureNetwork
+from fpt_jax.models.heads.deeplab import AtrousPooling
 from fpt_jax.models.heads.object_context import (
   AtrousObjectContext,
   BaseObjectContext,
   PyramidObjectContext,
 )
+from fpt_jax.models.heads.pspnet import PyramidPoolingContext
 from fpt_jax.models.pyramids.afnb import AsymmetricFusion
 from fpt_jax.models.pyramids.aspp import AtrousSpatialPyramid
 from fpt_jax.models.pyramids.ppm import PyramidPooling
@@ -68,18 +70,28 @@ def spread(x_nnC, size):
   return out
 
 
-def ppm(a, x, _):
+def ppm(a, x, _, prefix=""):
   levels = [
-    spread(conv_norm(a, f"branches.{i}", means(x, bins)), x.shape[:2])
+    spread(conv_norm(a, f"{prefix}branches.{i}", means(x, bins)), x.shape[:2])
     for i, bins in enumerate((6, 3, 2, 1))
   ]
   return np.concatenate(levels, axis=-1)
 
 
-def aspp(a, x, _):
+def aspp(a, x, _, prefix=""):
   rates = (1, 3, 6, 9)  # at stride 32
-  levels = [conv_norm(a, f"branches.{i}", x, dilation=rate) for i, rate in enumerate(rates)]
+  levels = [conv_norm(a, f"{prefix}branches.{i}", x, dilation=rate) for i, rate in enumerate(rates)]
   return np.concatenate(levels, axis=-1)
+
+
+def psp(a, x, _):
+  return conv_norm(a, "fuse", np.concatenate([x, ppm(a, x, _, "pooling.")], axis=-1))
+
+
+def deeplabv3(a, x, _):
+  mean_HWC = np.broadcast_to(x.mean(axis=(0, 1)), x.shape)
+  branches = [aspp(a, x, _, "parallel."), conv_norm(a, "image", mean_HWC)]
+  return conv_norm(a, "smooth", conv_norm(a, "project", np.concatenate(branches, axis=-1)))
 
 
 def attention(q_HWD, k_KD, v_KC, seen):
@@ -200,6 +212,8 @@ CASES = {
   "oc_asp": (lambda **o: AtrousObjectContext(IN, CHANNELS, output_stride=32, **o), oc_asp),
   "acf": (lambda **o: CoOccurrentFeatureNetwork(IN, CHANNELS, **o), acf),
   "apnb": (lambda **o: AsymmetricPyramid(IN, CHANNELS, **o), apnb),
+  "psp": (lambda **o: PyramidPoolingContext(IN, CHANNELS, **o), psp),
+  "deeplabv3": (lambda **o: AtrousPooling(IN, CHANNELS, output_stride=32, **o), deeplabv3),
 }
 
 

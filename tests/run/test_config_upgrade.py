@@ -17,12 +17,13 @@ LATER = {
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
     "checkpoint.every_minutes", "mesh", "data.resize", "model.rpn.round_anchors", "model.rpn.min_side",
     "model.test.min_side", "optim.decay_biases_and_norms", "optim.bias_rate", "model.box_head.beta",
-    "data.train_long_edge",
+    "data.train_long_edge", "model.backbone.upsampling", "model.rpn.convs", "model.box_head.convs",
+    "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",
     "model.remat_parts", "model.hard_pixels", "model.hard_probability", "model.head.dropout_of",
-    "optim.decay_biases_and_norms", "optim.bias_rate",
+    "optim.decay_biases_and_norms", "optim.bias_rate", "model.backbone.upsampling",
   ),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Our models with torchvision's tensors give torchvision's outputs (tests/golden/README.md)."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from fpt_jax import models
-from fpt_jax.configs import coco_mask
+from fpt_jax.configs import coco_mask, voc2012
 from fpt_jax.data import transforms
 from fpt_jax.errors import UserError
 from fpt_jax.models.backbones.resnet import ResNet
@@ -17,6 +18,7 @@ from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.state import skeleton
 from fpt_jax.ops.masks import paste
 from fpt_jax.tasks.detection.prediction import to_original_image
+from fpt_jax.weights.families import family_of
 from fpt_jax.weights.torchvision import from_torchvision
 from tests.conftest import GOLDEN
 from tests.golden.fill import fill
@@ -27,6 +29,11 @@ TOLERANCE = 1e-3  # relative to the largest value of an array; measured differen
 def state_dict(name: str) -> dict[str, np.ndarray]:
   shapes = json.loads((GOLDEN / f"{name}.shapes.json").read_text())
   return {tensor: fill(tensor, tuple(shape)) for tensor, shape in shapes.items()}
+
+
+def zeros(name: str) -> dict[str, np.ndarray]:
+  shapes = json.loads((GOLDEN / f"{name}.shapes.json").read_text())
+  return {tensor: np.zeros(shape, np.float32) for tensor, shape in shapes.items()}
 
 
 def assert_close(ours, theirs, tolerance=TOLERANCE):
@@ -53,8 +60,8 @@ def test_resnet_features_and_logits(name):
   assert_close(logits, golden["logits"])
 
 
-def golden_config():
-  config = coco_mask.get_config("torchvision")
+def golden_config(word):
+  config = coco_mask.get_config(word)
   config.data.short_edge, config.data.long_edge = 160, 200
   config.model.rpn.train.update(dict(pre_nms=300, post_nms=150))
   config.model.rpn.test.update(dict(pre_nms=300, post_nms=150))
@@ -65,12 +72,19 @@ def golden_config():
   return config
 
 
+def detector_of(word, name):
+  config = golden_config(word)
+  structure = skeleton(lambda: models.build(config, nnx.Rngs(0)))
+  arrays = from_torchvision(state_dict(name), structure.shapes)
+  return config, structure, {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+DETECTORS = {"torchvision": "maskrcnn_resnet50_fpn", "torchvision_v2": "maskrcnn_resnet50_fpn_v2"}
+
+
 @pytest.fixture(scope="module")
 def detector():
-  config = golden_config()
-  structure = skeleton(lambda: models.build(config, nnx.Rngs(0)))
-  arrays = from_torchvision(state_dict("maskrcnn_resnet50_fpn"), structure.shapes)
-  return config, structure, {name: jnp.asarray(array) for name, array in arrays.items()}
+  return detector_of("torchvision", DETECTORS["torchvision"])
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +93,10 @@ def golden():
 
 
 @pytest.mark.slow
-def test_detector_inference(detector, golden):
-  config, structure, arrays = detector
+@pytest.mark.parametrize("word", DETECTORS)
+def test_detector_inference(word):
+  config, structure, arrays = detector_of(word, DETECTORS[word])
+  golden = np.load(GOLDEN / f"{DETECTORS[word]}.npz")
   sizes = golden["image_sizes_hw"].astype(np.int32)
   canvas = golden["batched_BHWC"].shape[1:3]
 
@@ -210,6 +226,72 @@ def training_batch(golden, canvas):
     columns = np.arange(size[1]) * width // size[1]
     batch["gt_masks_BGmm"][i, :n, : size[0], : size[1]] = masks[:, rows][:, :, columns]
   return batch
+
+
+def test_parameters_of_the_v2():
+  """As torchvision documents, with scale and bias of every BatchNorm."""
+  shapes = models.structure_of(coco_mask.get_config("torchvision_v2")).shapes
+  counted = [math.prod(s.shape) for n, s in shapes.items() if not n.endswith((".mean", ".var"))]
+  assert sum(counted) == 46_359_409
+
+
+SEGMENTERS = {"fcn": "fcn_resnet101", "deeplabv3": "deeplabv3_resnet101"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", SEGMENTERS)
+def test_segmenter(head):
+  """Features, logits and those of the auxiliary head, before enlarging.
+
+  Both networks enlarge with half-pixel centres: torchvision to the size of the image, ours by the stride,
+  which is the same for images of a multiple of 8 pixels.
+  """
+  golden = np.load(GOLDEN / f"{SEGMENTERS[head]}.npz")
+  structure = models.structure_of(voc2012.get_config(f"head={head}"))
+  counted = [
+    math.prod(s.shape) for n, s in structure.shapes.items() if not n.endswith((".mean", ".var"))
+  ]
+  assert sum(counted) == golden["parameters"]
+  tensors = state_dict(SEGMENTERS[head])
+  family = family_of(tensors)
+  arrays = family.convert(tensors, structure.shapes)
+
+  @jax.jit
+  def forward(arrays, image_BHWC):
+    model = structure.fill(arrays)
+    levels = model.backbone(image_BHWC, jnp.ones(image_BHWC.shape[:3], bool))
+    auxiliary = model.auxiliary(levels[-2:-1], key=None)
+    logits = (model.logits_of_levels(levels), auxiliary)
+    return levels[-1].values_BHWC, *(x.values_BHWC for x in logits)
+
+  c5, logits, auxiliary = forward(arrays, golden["image_BHWC"])
+  assert_close(c5[..., ::16], golden["c5_BHWC_step16"], 1e-4)
+  assert_close(logits, golden["logits_low_BHWC"], 1e-4)
+  assert_close(auxiliary, golden["aux_low_BHWC"], 1e-4)
+
+
+def test_wrong_tensors_of_a_segmenter_are_named():
+  structure = models.structure_of(voc2012.get_config("head=deeplabv3"))
+  tensors = zeros("deeplabv3_resnet101")
+  tensors["classifier.4.weight"] = np.zeros((19, 256, 1, 1), np.float32)
+  del tensors["classifier.0.convs.4.2.running_mean"]
+  tensors["classifier.5.weight"] = np.zeros(1, np.float32)
+  with pytest.raises(UserError) as error:
+    family_of(tensors).convert(tensors, structure.shapes)
+  for text in (
+    "classifier.4.weight is (19, 256, 1, 1) and does not fit head.classify.kernel (1, 1, 256, 21)",
+    "classifier.0.convs.4.2.running_mean is missing",
+    "classifier.5.weight has no place in the model",
+  ):
+    assert text in str(error.value)
+
+
+def test_the_auxiliary_head_may_be_left_out():
+  config = voc2012.get_config("head=fcn")
+  config.model.auxiliary.weight = 0.0
+  shapes = models.structure_of(config).shapes
+  tensors = zeros("fcn_resnet101")
+  assert family_of(tensors).convert(tensors, shapes).keys() == shapes.keys()
 
 
 def test_wrong_tensors_are_named(detector):

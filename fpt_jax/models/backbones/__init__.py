@@ -3,6 +3,7 @@
 from flax import nnx
 
 from fpt_jax.models.backbones.efficientnet import EfficientNetLite0
+from fpt_jax.models.backbones.hrnet import FINEST_CHANNELS, HRNet
 from fpt_jax.models.backbones.resnet import STAGE_BLOCKS, ResNet
 from fpt_jax.models.choices import check_choice
 
@@ -22,15 +23,37 @@ def resnet(config, **options) -> ResNet:
 
 def efficientnet_lite0(config, **options) -> EfficientNetLite0:
   """Builds EfficientNet-Lite0; options are other arguments of `EfficientNetLite0`."""
+  refuse_context(config)
+  return EfficientNetLite0(norm=config.norm, frozen=config.frozen, **options)
+
+
+def hrnet_v2(config, **options) -> HRNet:
+  """Builds the HRNet that a config names; options are other arguments of `HRNet`."""
+  refuse_context(config)
+  return HRNet(
+    config.name,
+    width=config.width,
+    norm=config.norm,
+    frozen=config.frozen,
+    upsampling=config.upsampling,
+    **options,
+  )
+
+
+def refuse_context(config) -> None:
+  """Raises ValueError if a config asks for context blocks in a backbone that is not a ResNet."""
   if config.context != "none":
     raise ValueError(
       f"backbone {config.name!r} has no context blocks; set context={config.context!r} to 'none', or choose "
       "a ResNet"
     )
-  return EfficientNetLite0(norm=config.norm, frozen=config.frozen, **options)
 
 
-BACKBONES = dict.fromkeys(STAGE_BLOCKS, resnet) | {"efficientnet_lite0": efficientnet_lite0}
+BACKBONES = {
+  **dict.fromkeys(STAGE_BLOCKS, resnet),
+  "efficientnet_lite0": efficientnet_lite0,
+  **dict.fromkeys(FINEST_CHANNELS, hrnet_v2),
+}
 
 
 def build_backbone(
@@ -40,13 +63,14 @@ def build_backbone(
 
   Args:
     config: `model.backbone` part of a config.
-    output_stride: stride of the last level, pixels: 32, 16 or 8.
+    output_stride: stride of the last level, pixels: 32, 16 or 8, or 4 for an HRNet.
     remat: what the backward pass computes again in each residual block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
   Returns:
-    A module (image_BHWC, valid_BHW, *, train) -> Pyramid, with `channels`, the channels of each level.
+    A module (image_BHWC, valid_BHW, *, train) -> Pyramid, with `channels`, the channels of each level, and
+    `coarsest_stride`, the largest stride in it, pixels.
 
   Raises:
     ValueError: the backbone or one of its options does not exist.

@@ -174,6 +174,7 @@ class EfficientNetLite0(nnx.Module):
         in_channels = stage.channels
         dilation *= missing  # for the blocks after this one, as in `ResNet`
     self.blocks = nnx.List(blocks)
+    self.coarsest_stride = output_stride
     self.frozen = frozen
     self.remat = remat
     self.classes = classes

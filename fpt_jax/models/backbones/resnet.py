@@ -243,6 +243,7 @@ class ResNet(nnx.Module):
       stages.append(nnx.List(layers))
       channels += (in_channels,)
     self.channels = channels
+    self.coarsest_stride = output_stride
     self.frozen = frozen
     self.remat = remat
     self.stages = nnx.List(stages)

@@ -38,11 +38,15 @@ def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Modu
   box, mask = config.box_head, config.mask_head
   options["num_classes"] = config.num_classes
   channels = config.pyramid.channels
+  box_options = dict(pool_size=box.pool_size, hidden=box.hidden)
   mask_options = dict(hidden=mask.hidden, layers=mask.layers)
   if name in OF_ALL_LEVELS:
     options["levels"] = levels
     mask_options["pool_size"] = mask.pool_size
+  else:
+    box_options |= dict(convs=box.convs, linears=box.linears, norm=box.norm)
+    mask_options["norm"] = mask.norm
   return (
-    box_head(channels, pool_size=box.pool_size, hidden=box.hidden, **options),
+    box_head(channels, **box_options, **options),
     mask_head(channels, **mask_options, **options) if mask.enabled else None,
   )

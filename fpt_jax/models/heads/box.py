@@ -7,17 +7,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.choices import check_choice
+from fpt_jax.models.heads.region_convs import apply_region_convs, region_convs
+
 
 class BoxHead(nnx.Module):
-  """Two fully connected layers, then class logits and a box refinement for every class.
+  """Fully connected layers, then class logits and a box refinement for every class.
+
+  FPN has two of these layers. One layer behind four 3x3 convolutions is the head of Wu & He 2018 (section
+  4.2) and of torchvision's v2.
 
   Args:
-    channels: channels of the pooled features.
+    channels: channels of the pooled features, and of the convolutions.
     pool_size: side P of the pooled square.
-    hidden: width of the two layers, 1024 in FPN.
+    convs: number of 3x3 convolutions before the fully connected layers.
+    linears: number of fully connected layers: 1 or 2.
+    hidden: width of these layers, 1024 in FPN.
+    norm: normalisation behind the convolutions, one of `region_convs.REGION_NORMS`.
     num_classes: number of foreground classes; background is added as class 0.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
+
+  Raises:
+    ValueError: the number of fully connected layers or the normalisation does not exist.
   """
 
   def __init__(
@@ -25,23 +37,32 @@ class BoxHead(nnx.Module):
     channels: int,
     *,
     pool_size: int,
+    convs: int = 0,
+    linears: int = 2,
     hidden: int,
+    norm: str = "none",
     num_classes: int,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     options = dict(dtype=dtype, rngs=rngs)
+    check_choice("box_head.linears", linears, (1, 2))
     he = nnx.initializers.he_normal()
+    self.convs, self.norms = region_convs(channels, channels, convs, norm=norm, **options)
     self.fc6 = nnx.Linear(channels * pool_size**2, hidden, kernel_init=he, **options)
-    self.fc7 = nnx.Linear(hidden, hidden, kernel_init=he, **options)
+    self.fc7 = nnx.Linear(hidden, hidden, kernel_init=he, **options) if linears == 2 else None
     self.cls_score, self.bbox_pred = box_outputs(hidden, num_classes, **options)
 
   @jax.named_scope("box_head")
   def __call__(self, pooled_BRPPC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the logits [B, R, K] and deltas [B, R, K, 4], float32, of [B, R, P, P, C] regions."""
     batch, regions = pooled_BRPPC.shape[:2]
-    x = nnx.relu(self.fc6(pooled_BRPPC.reshape(batch, regions, -1)))
-    return read_out(nnx.relu(self.fc7(x)), self.cls_score, self.bbox_pred)
+    x_NPPC = pooled_BRPPC.reshape(-1, *pooled_BRPPC.shape[2:])
+    x_NPPC = apply_region_convs(self.convs, self.norms, x_NPPC)
+    x_BRC = nnx.relu(self.fc6(x_NPPC.reshape(batch, regions, -1)))
+    if self.fc7 is not None:
+      x_BRC = nnx.relu(self.fc7(x_BRC))
+    return read_out(x_BRC, self.cls_score, self.bbox_pred)
 
 
 def box_outputs(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fpt_jax.models.heads.region_convs import apply_region_convs, region_convs
 from fpt_jax.models.layers import conv
 
 
@@ -17,6 +18,7 @@ class MaskHead(nnx.Module):
     channels: channels of the pooled features.
     hidden: channels of the convolutions, 256 in Mask R-CNN.
     layers: number of 3x3 convolutions, 4 in Mask R-CNN.
+    norm: normalisation behind them, one of `region_convs.REGION_NORMS`.
     num_classes: number of foreground classes; class 0, background, has a map too, as in torchvision.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
@@ -28,16 +30,14 @@ class MaskHead(nnx.Module):
     *,
     hidden: int = 256,
     layers: int = 4,
+    norm: str = "none",
     num_classes: int,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     options = dict(dtype=dtype, rngs=rngs)
-    self.convs = nnx.List(
-      [
-        conv(channels if i == 0 else hidden, hidden, 3, in_control_flow=True, **options)
-        for i in range(layers)
-      ]
+    self.convs, self.norms = region_convs(
+      channels, hidden, layers, norm=norm, in_control_flow=True, **options
     )
     # With stride and kernel both 2 no outputs overlap: a transposed convolution is a matrix product.
     self.deconv = nnx.Linear(
@@ -59,8 +59,7 @@ class MaskHead(nnx.Module):
     """
     batch, regions = pooled_BRPPC.shape[:2]
     x_NPPC = pooled_BRPPC.reshape(-1, *pooled_BRPPC.shape[2:])
-    for layer in self.convs:
-      x_NPPC = nnx.relu(layer(x_NPPC))
+    x_NPPC = apply_region_convs(self.convs, self.norms, x_NPPC)
     x_NPPC = nnx.relu(self.upsample(x_NPPC))
     labels_N = labels_BR.reshape(-1)
     kernel_NC = self.logits.kernel[0, 0].T[labels_N].astype(x_NPPC.dtype)

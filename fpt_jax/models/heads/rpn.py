@@ -24,10 +24,10 @@ class RegionProposalNetwork(nnx.Module):
 
   Args:
     channels: channels of the pyramid.
-    config: `model.rpn` part of a config: `anchor_sizes` (pixels, one tuple per level), `aspect_ratios`
-      (height / width), `round_anchors`, `fg_threshold` and `bg_threshold` (IoU), `samples`,
-      `positive_fraction`, `nms_threshold` (IoU), `min_side` (pixels), and the counts `pre_nms` and
-      `post_nms` for `train` and `test`.
+    config: `model.rpn` part of a config: `convs` (number of 3x3 convolutions), `anchor_sizes` (pixels, one
+      tuple per level), `aspect_ratios` (height / width), `round_anchors`, `fg_threshold` and `bg_threshold`
+      (IoU), `samples`, `positive_fraction`, `nms_threshold` (IoU), `min_side` (pixels), and the counts
+      `pre_nms` and `post_nms` for `train` and `test`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
   """
@@ -37,6 +37,9 @@ class RegionProposalNetwork(nnx.Module):
     init = nnx.initializers.normal(0.01)
     options = dict(kernel_init=init, dtype=dtype, rngs=rngs)
     self.conv = conv(channels, channels, 3, **options)
+    self.further_convs = nnx.List(
+      [conv(channels, channels, 3, **options) for _ in range(config.convs - 1)]
+    )
     self.objectness = conv(channels, ratios, 1, **options)
     self.deltas = conv(channels, 4 * ratios, 1, **options)
     self.config = config
@@ -46,7 +49,9 @@ class RegionProposalNetwork(nnx.Module):
     """Returns the objectness logits [B, A] and deltas [B, A, 4] of each level, in the order of `anchors`."""
     logits, deltas = [], []
     for level in pyramid:
-      x_BHWC = nnx.relu(self.conv(level.values_BHWC))
+      x_BHWC = level.values_BHWC
+      for layer in (self.conv, *self.further_convs):
+        x_BHWC = nnx.relu(layer(x_BHWC))
       batch = x_BHWC.shape[0]
       # the best of all anchors are chosen
       logits_BHWA, deltas_BHWX = whole_images((self.objectness(x_BHWC), self.deltas(x_BHWC)))

@@ -14,11 +14,13 @@ from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid
 from fpt_jax.models.heads.apnb import AsymmetricPyramid
 from fpt_jax.models.heads.cfnet import CoOccurrentFeatureNetwork
+from fpt_jax.models.heads.deeplab import AtrousPooling
 from fpt_jax.models.heads.object_context import (
   AtrousObjectContext,
   BaseObjectContext,
   PyramidObjectContext,
 )
+from fpt_jax.models.heads.pspnet import PyramidPoolingContext
 from fpt_jax.models.layers import DROPPED, ConvNorm, conv, dropout
 from fpt_jax.models.pixel_attention import concatenated
 
@@ -30,9 +32,13 @@ MIXERS: dict[str, Callable[..., nnx.Module]] = {
   "oc_asp": AtrousObjectContext,
   "acf": CoOccurrentFeatureNetwork,
   "apnb": AsymmetricPyramid,
+  "psp": PyramidPoolingContext,
+  "deeplabv3": AtrousPooling,
+  "pointwise": functools.partial(ConvNorm, kernel=1),
 }
 # by name of the head: channels of the module's result, as a multiple of `hidden`, unless they are the same
 WIDER = {"acf": 2}
+DILATED = ("oc_asp", "deeplabv3")  # modules whose dilations depend on the stride
 
 
 class SemanticHead(nnx.Module):
@@ -40,14 +46,15 @@ class SemanticHead(nnx.Module):
 
   "fcn" has a 3x3 convolution: the head of the fully convolutional networks of Zhang et al. 2018 and 2019
   (references [40] and [41] of the paper). On C5 alone it makes the dilated baseline, on C4 the
-  auxiliary loss. The other heads have OCNet's object context, CFNet's co-occurrent features or the
-  asymmetric pyramid non-local block in place of the convolution.
+  auxiliary loss. "pointwise" has a 1x1 convolution: the head of HRNetV2 (Wang et al. 2019, section 3.2). The
+  other heads have OCNet's object context, CFNet's co-occurrent features, the asymmetric pyramid non-local
+  block, PSPNet's pyramid pooling or DeepLabv3's dilated convolutions in place of the convolution.
 
   Args:
     in_channels: channels of each level.
     name: name of the head, one of `MIXERS`.
     hidden: channels of the module, 512 on C5 in those papers.
-    output_stride: stride of the levels, pixels; dilations of "oc_asp" depend on it.
+    output_stride: stride of the levels, pixels; dilations of "oc_asp" and "deeplabv3" depend on it.
     num_classes: number of classes K.
     dropout: rate of dropout before the classifier, 0.1 in those papers.
     dropout_of: what it drops, see `layers.dropout`.
@@ -76,7 +83,7 @@ class SemanticHead(nnx.Module):
     check_choice("head", name, MIXERS)
     check_choice("dropout_of", dropout_of, DROPPED)
     options = dict(dtype=dtype, rngs=rngs)
-    strided = dict(output_stride=output_stride) if name == "oc_asp" else {}
+    strided = dict(output_stride=output_stride) if name in DILATED else {}
     self.mix = MIXERS[name](sum(in_channels), hidden, norm=norm, **strided, **options)
     self.classify = conv(
       WIDER.get(name, 1) * hidden,

@@ -28,8 +28,8 @@ class FeaturePyramidNetwork(nnx.Module):
     self.lateral = nnx.List([LevelConv(c, channels, 1, **options) for c in in_channels])
     self.smooth = nnx.List([LevelConv(channels, channels, 3, **options) for _ in in_channels])
     self.channels = (channels,) * len(in_channels)
-    # torchvision's FPN, whose weights this one takes, sees on padding what its own layers put there.
-    self.masks_padding = norm != "none"
+    # torchvision's FPNs, whose weights this one takes, see on padding what their own layers put there.
+    self.masks_padding = norm not in ("none", "frozen_bn")
 
   def __call__(self, levels: Pyramid, *, train: bool = False) -> Pyramid:
     outputs, top_down = [], None

@@ -154,7 +154,7 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
   def box_losses(model, box_head, regions):
     names = ("labels_BR", "targets_BR4", "valid_BR")
     beta = model.config.box_head.beta
-    return losses.box_losses(*box_head, *(regions[name] for name in names), beta)
+    return losses.box_losses(*box_head, *(regions[name] for name in names), beta=beta)
 
   def masks(model, levels, batch, regions):
     return model.mask_loss(with_last(levels), batch, regions)

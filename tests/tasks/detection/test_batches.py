@@ -126,6 +126,7 @@ def test_any_step_can_be_the_first(shapes):
 
 
 def test_the_longer_edge_of_training_images_has_a_bound_of_its_own(coco):
+  coco = coco.copy_and_resolve_references()
   coco.train_sizes, coco.train_long_edge = (10, 20, 30), 40
   sizes = np.concatenate(
     [b["size_B2"] for b in _take(train_batches(coco, batch_size=2, seed=0), 12)]

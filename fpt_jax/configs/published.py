@@ -105,4 +105,9 @@ PARAMETERS = {
   ("cityscapes", "head=ocnet"): Published(
     62.54, "Counted from OCNet's release (ASP-OC)", (_STEM, _NORMS_101, (0.002, _BIASES))
   ),
+  ("cityscapes", "head=hrnet"): Published(
+    65.86,
+    "Counted from HRNet's release for segmentation (its README: 65.8 M)",
+    ((0.085, _NORMS_50[1]),),
+  ),
 }

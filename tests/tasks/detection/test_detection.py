@@ -49,7 +49,7 @@ def config(golden, tmp_path_factory):
       }
     )
   (folder / "val.json").write_text(json.dumps(content))
-  config = golden_config()
+  config = golden_config("torchvision")
   config.model.test.score_threshold = 0.3
   config.data.source, config.data.data_dir = str(folder), str(folder / "records")
   config.data.builder = ConfigDict({"splits": {"val": ("val.json", ".")}})

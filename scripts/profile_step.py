@@ -152,9 +152,9 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
     return model.pool(with_last(levels), boxes, valid, model.config.box_head)
 
   def box_losses(model, box_head, regions):
-    names = ("labels_BR", "targets_BR4", "valid_BR")
-    beta = model.config.box_head.beta
-    return losses.box_losses(*box_head, *(regions[name] for name in names), beta=beta)
+    labels, targets, valid = (regions[n] for n in ("labels_BR", "targets_BR4", "valid_BR"))
+    logits, deltas = box_head
+    return losses.box_losses(logits, deltas, labels, targets, valid, model.config.box_head.beta)
 
   def masks(model, levels, batch, regions):
     return model.mask_loss(with_last(levels), batch, regions)

@@ -33,7 +33,6 @@ def described(batch):
   [
     (coco_mask, {}, (64, 96)),
     (coco_mask, {"buckets": (), "train_sizes": (32, 80)}, (96, 96)),  # 80 rounded up
-    (coco_mask, {"buckets": (), "train_sizes": (32, 80), "train_long_edge": 100}, (96, 128)),
     (cityscapes, {"crop": (40, 56)}, (40, 56)),
   ],
 )
@@ -46,6 +45,11 @@ def test_shapes_of_a_training_batch(module, fields, canvas, shapes):
     batch = next(batches)
   expected = task.batch_shapes(config, 4, canvas)
   assert described({name: batch[name] for name in task.BATCH_KEYS}) == described(expected)
+
+
+def test_the_canvas_has_the_longer_edge_of_training_images(shapes):
+  config = config_of(coco_mask, shapes, buckets=(), train_sizes=(32, 80), train_long_edge=100)
+  assert task_of(config).canvas(config) == (96, 128)
 
 
 @pytest.mark.parametrize("module", [coco_mask, cityscapes])

@@ -97,11 +97,10 @@ def optimizer(config) -> optax.GradientTransformation:
     optax.add_decayed_weights(
       optim.weight_decay, mask=None if optim.decay_biases_and_norms else weights_alone
     ),
-    optax.sgd(schedule(config), momentum=optim.momentum),
   ]
   if optim.bias_rate != 1:
-    steps.insert(2, optax.masked(optax.scale(optim.bias_rate), biases))
-  sgd = optax.chain(*steps)
+    steps.append(optax.masked(optax.scale(optim.bias_rate), biases))
+  sgd = optax.chain(*steps, optax.sgd(schedule(config), momentum=optim.momentum))
   if optim.accumulate_steps == 1:
     return sgd
   return optax.MultiSteps(sgd, optim.accumulate_steps).gradient_transformation()

@@ -32,7 +32,7 @@ import numpy as np
 from fpt_jax.ops.local_attention import local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
 from scripts.process_memory import peak_growth
-from scripts.timing import medians, number_printed_by, turns
+from scripts.timing import matrix_product, medians, number_printed_by, run_of, turns
 from scripts.torch_device import torch_device
 
 try:
@@ -144,16 +144,14 @@ def _cell(value, ours, unit) -> str:
 
 def _times(runs: dict[str, dict[str, Run]], arguments) -> tuple[dict, float]:
   """Medians by (name, kind), and the rate of a large matrix product in GFLOP/s, all in turns."""
-  side = 4096
-  a = jax.random.normal(jax.random.key(0), (side, side), arguments.dtype)
-  product = jax.jit(jnp.matmul).lower(a, a).compile()
+  product, operations = matrix_product(arguments.dtype)
   everything = {(name, kind): run for name, kinds in runs.items() for kind, run in kinds.items()}
-  everything["product", ""] = lambda: jax.block_until_ready(product(a, a))
+  everything["product", ""] = product
   count = arguments.repetitions
   seconds = medians(
     turns(everything, count, warm_ups=min(count - 1, 1), clock=CLOCKS[arguments.clock])
   )
-  return seconds, 2 * side**3 / seconds.pop(("product", "")) / 1e9
+  return seconds, operations / seconds.pop(("product", "")) / 1e9
 
 
 def _weigh(name, case, arguments) -> float:
@@ -221,8 +219,8 @@ def _jax_runs(attention, inputs, dtype) -> dict[str, Run]:
   forward = jax.jit(attention).lower(*inputs[:-1]).compile()
   both = jax.jit(gradient).lower(*inputs).compile()
   return {
-    "forward": lambda: jax.block_until_ready(forward(*inputs[:-1])),
-    "both": lambda: jax.block_until_ready(both(*inputs)),
+    "forward": run_of(forward, *inputs[:-1]),
+    "both": run_of(both, *inputs),
   }
 
 

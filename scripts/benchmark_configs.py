@@ -28,7 +28,7 @@ from fpt_jax.models.state import initial_arrays
 from fpt_jax.run.command_line import load_config
 from fpt_jax.tasks.task import task_of
 from fpt_jax.train_step import make_train_step, training_state
-from scripts.timing import medians, turns
+from scripts.timing import medians, run_of, turns
 
 OBJECTS = 6  # per image, of those that a batch has room for
 
@@ -69,10 +69,9 @@ def compiled_step(config: ConfigDict, images: int) -> tuple[Callable[[], None], 
   others = jnp.int32(0), jax.random.key(0), jnp.bool_(False)
   compiled = jax.jit(step).lower(state, batch, *others).compile()
 
-  def run() -> None:
-    jax.block_until_ready(compiled(state, batch, *others))
-
-  return run, compiled.memory_analysis().temp_size_in_bytes / 1e6
+  return run_of(
+    compiled, state, batch, *others
+  ), compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def filled(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:

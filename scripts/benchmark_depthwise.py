@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fpt_jax.ops.depthwise import depthwise
-from scripts.timing import medians, turns
+from scripts.timing import medians, run_of, turns
 
 LAYERS = [  # rows, columns, channels, kernel, stride
   (144, 192, 32, 3, 1),
@@ -47,10 +47,6 @@ def programs(convolution, stride: int):
   return jax.jit(run), jax.jit(jax.grad(square, argnums=(0, 1)))
 
 
-def run_of(program, arguments):
-  return lambda: jax.block_until_ready(program(*arguments))
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--images", type=int, default=8)
@@ -71,7 +67,7 @@ def main() -> None:
       strict=True,
     )
     for name, ours, theirs in pairs:
-      runs = {program: run_of(program, arguments) for program in (ours, theirs)}
+      runs = {program: run_of(program, *arguments) for program in (ours, theirs)}
       mine, other = medians(turns(runs, options.repetitions)).values()
       layer = f"{rows} x {columns} x {channels}, {kernel} x {kernel}, stride {stride}"
       print(f"{layer:<36}{name:<10}{1e3 * mine:>8.1f}{1e3 * other:>8.1f}{mine / other:>12.3f}")

@@ -35,7 +35,7 @@ from fpt_jax.run.command_line import load_config
 from scripts.benchmark_configs import compiled_step
 from scripts.machine import allowed_cores, cpu
 from scripts.process_memory import peak_growth
-from scripts.timing import medians, number_printed_by, turns
+from scripts.timing import medians, number_printed_by, run_of, turns
 
 try:
   import torch
@@ -120,8 +120,7 @@ def report_neck(options) -> None:
   print("|--:|---|--:|--:|--:|--:|--:|--:|", flush=True)
   for size in options.neck_sizes:
     runs = neck_runs(size)
-    weigh = lambda name: number_printed_by(__file__, "--weigh", name, str(size))  # noqa: B023
-    memory = {name: weigh(name) for name in runs}
+    memory = {name: number_printed_by(__file__, "--weigh", name, str(size)) for name in runs}
     # a program that did not fit alone would end this process
     fitting = {name: run for name, run in runs.items() if not math.isnan(memory[name])}
     seconds = medians(turns(fitting, options.repetitions))
@@ -173,16 +172,10 @@ def neck_runs(size: int) -> dict[str, Callable[[], list[np.ndarray]]]:
 
   on_device = [jnp.asarray(v) for v in values]
   runs = {
-    "fpt_jax forward": program(forward, arrays, on_device),
-    "fpt_jax gradient": program(gradient, arrays, on_device),
+    "fpt_jax forward": run_of(jax.jit(forward), arrays, on_device),
+    "fpt_jax gradient": run_of(jax.jit(gradient), arrays, on_device),
   }
   return runs | (torch_runs(arrays, structure.parameters(), values) if torch else {})
-
-
-def program(function: Callable, *arguments):
-  """A function without arguments, which is compiled at its first call."""
-  compiled = jax.jit(function)
-  return lambda: jax.block_until_ready(compiled(*arguments))
 
 
 def torch_runs(arrays, trained: set[str], values: list[np.ndarray]):

@@ -39,7 +39,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fpt_jax import configs, data
-from fpt_jax.data import transforms
+from fpt_jax.data import canvases, transforms
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.instances import Record
@@ -222,10 +222,7 @@ def batches_of_one_canvas(
 
 def canvas_of(settings: ConfigDict, size) -> tuple[int, int]:
   """Returns (height, width) of the canvas of an image whose file has this size."""
-  height, width = map(int, size)
-  resized = transforms.resized_size(
-    height, width, settings.short_edge, settings.long_edge, settings.resize
-  )
+  resized = canvases.resized_size(settings, *map(int, size))
   return transforms.smallest_canvas(resized, settings.buckets, settings.canvas_multiple)
 
 

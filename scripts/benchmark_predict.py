@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -29,26 +31,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpt_jax import models
 from fpt_jax.data.records.images import decode_image
+from fpt_jax.errors import UserError
 from fpt_jax.ops.boxes import iou
 from fpt_jax.restored import Restored
 from fpt_jax.run.command_line import load_config
-from fpt_jax.weights.torchvision import from_torchvision
+from scripts import torchvision_peer
 from scripts.machine import allowed_cores, cpu
 from scripts.process_memory import peak_growth
 from scripts.timing import medians, number_printed_by, turns
-from scripts.torch_device import torch_device
-
-try:
-  import torch
-  from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
-except ImportError as missing:
-  sys.exit(f"error: {missing}; pip install torch torchvision to compare with them")
+from scripts.torchvision_peer import DEVICE, as_tensor, torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEVICE = torch_device(torch)
-
 SPREAD, BACKGROUND = 2.5, 6.0  # standard deviation of class logits, and what background has more
 
 # One prediction; it returns boxes [N, 4] and scores [N].
@@ -58,7 +52,8 @@ Predict = Callable[[], tuple[np.ndarray, np.ndarray]]
 def main() -> None:
   arguments = parse_arguments()
   image_HWC = image_of(arguments)
-  theirs = torchvision_model(arguments)
+  theirs = torchvision_peer.mask_rcnn(arguments.short_edge, arguments.long_edge).eval()
+  be_sure_of_classes(theirs, image_HWC)
   makers = {
     "fpt_jax": lambda: our_prediction(theirs, image_HWC, arguments),
     "torchvision": lambda: their_prediction(theirs, image_HWC, arguments),
@@ -83,8 +78,10 @@ def main() -> None:
   heading = f"{'memory':>12}" if DEVICE == "cpu" else ""
   print(f"{'':14}{'first call':>12}{'prediction':>12}{heading}")
   for name in predictions:
-    weigh = lambda name: number_printed_by(__file__, *sys.argv[1:], "--weigh", name)
-    memory = f"{weigh(name):>9.0f} MB" if DEVICE == "cpu" else ""
+    memory = ""
+    if DEVICE == "cpu":
+      megabytes = number_printed_by(__file__, *sys.argv[1:], "--weigh", name)
+      memory = f"{megabytes:>9.0f} MB"
     print(f"{name:14}{first[name]:>10.2f} s{seconds[name]:>10.3f} s{memory}", flush=True)
   print(f"ratio {seconds['fpt_jax'] / seconds['torchvision']:.2f}")
 
@@ -103,7 +100,10 @@ def parse_arguments() -> argparse.Namespace:
 def image_of(arguments: argparse.Namespace) -> np.ndarray:
   """The image to predict on, uint8 [H, W, 3]: the file, or rectangles on noise, as large as those of COCO."""
   if arguments.image:
-    return decode_image(pathlib.Path(arguments.image).read_bytes())
+    try:
+      return decode_image(pathlib.Path(arguments.image).read_bytes())
+    except (OSError, UserError) as error:
+      sys.exit(f"error: --image={arguments.image}: {error}")
   rng = np.random.default_rng(0)
   image_HWC = rng.integers(0, 60, (480, 640, 3), np.uint8)
   for _ in range(30):
@@ -113,48 +113,30 @@ def image_of(arguments: argparse.Namespace) -> np.ndarray:
   return image_HWC
 
 
-def torchvision_model(arguments: argparse.Namespace) -> MaskRCNN:
-  """maskrcnn_resnet50_fpn with random weights that give as many candidates as trained ones."""
-  torch.manual_seed(0)
-  model = maskrcnn_resnet50_fpn(
-    weights=None,
-    weights_backbone=None,
-    min_size=arguments.short_edge,
-    max_size=arguments.long_edge,
-  )
-  for name, parameter in model.named_parameters():
-    if name.endswith("bn3.weight"):
-      parameter.detach().fill_(0.2)  # activations as small as trained ones
-  be_sure_of_classes(model, arguments)
-  return model.eval()
-
-
-def be_sure_of_classes(model: MaskRCNN, arguments: argparse.Namespace) -> None:
+def be_sure_of_classes(model, image_HWC: np.ndarray) -> None:
   """Scales the class logits: most regions are background, and of the others a few classes stand out."""
   logits = []
   predictor = model.roi_heads.box_predictor.cls_score
   hook = predictor.register_forward_hook(lambda module, inputs, output: logits.append(output))
   with torch.no_grad():
-    model.eval()([as_tensor(image_of(arguments))])
+    torchvision_peer.on_device(model)([picture(image_HWC)])
   hook.remove()
-  predictor.weight.detach().mul_(SPREAD / logits[0].std(0).mean())
-  predictor.bias.detach().copy_(-logits[0].mean(0) * SPREAD / logits[0].std(0).mean())
+  factor = SPREAD / logits[0].std(0).mean()
+  predictor.weight.detach().mul_(factor)
+  predictor.bias.detach().copy_(-factor * logits[0].mean(0))
   predictor.bias.detach()[0] += BACKGROUND
 
 
-def as_tensor(image_HWC: np.ndarray) -> torch.Tensor:
+def picture(image_HWC: np.ndarray):
   """An image as torchvision takes it: float32 [3, H, W] in 0..1."""
-  return torch.from_numpy(image_HWC).to(DEVICE).permute(2, 0, 1).float() / 255
+  return as_tensor(image_HWC).permute(2, 0, 1).float() / 255
 
 
-def our_prediction(theirs: MaskRCNN, image_HWC: np.ndarray, arguments) -> Predict:
+def our_prediction(theirs, image_HWC: np.ndarray, arguments) -> Predict:
   config = load_config(str(ROOT / "configs/coco_mask.py:torchvision"))
   config.data.short_edge, config.data.long_edge = arguments.short_edge, arguments.long_edge
   config.model.dtype = arguments.dtype
-  structure = models.structure_of(config)
-  state_dict = {name: tensor.cpu().numpy() for name, tensor in theirs.state_dict().items()}
-  arrays = {n: jnp.asarray(a) for n, a in from_torchvision(state_dict, structure.shapes).items()}
-  restored = Restored(config, 0, structure, arrays)
+  restored = Restored(config, 0, *torchvision_peer.ours(theirs, config))
 
   def predict():
     (found,) = restored.predict([image_HWC])
@@ -163,14 +145,12 @@ def our_prediction(theirs: MaskRCNN, image_HWC: np.ndarray, arguments) -> Predic
   return predict
 
 
-def their_prediction(model: MaskRCNN, image_HWC: np.ndarray, arguments) -> Predict:
-  if DEVICE == "cuda":
-    model = model.to(DEVICE, memory_format=torch.channels_last)
-  low_precision = arguments.dtype == "bfloat16"
+def their_prediction(model, image_HWC: np.ndarray, arguments) -> Predict:
+  model = torchvision_peer.on_device(model)
 
   def predict():
-    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=low_precision):
-      (found,) = model([as_tensor(image_HWC)])
+    with torch.no_grad(), torchvision_peer.autocast(arguments.dtype):
+      (found,) = model([picture(image_HWC)])
     masks = (found["masks"][:, 0] > 0.5).cpu().numpy()  # as bool [N, H, W], like ours
     assert masks.shape[1:] == image_HWC.shape[:2]
     return found["boxes"].cpu().numpy(), found["scores"].cpu().numpy()

@@ -24,29 +24,17 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shar
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fpt_jax import models, optim
+from fpt_jax import optim
 from fpt_jax.run.command_line import load_config
-from fpt_jax.weights.torchvision import from_torchvision
+from scripts import torchvision_peer
 from scripts.process_memory import peak_growth
 from scripts.timing import medians, number_printed_by, turns
-from scripts.torch_device import torch_device
-
-try:
-  import torch
-  from torchvision.models import resnet50
-  from torchvision.models.detection import MaskRCNN
-  from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-  from torchvision.ops.misc import FrozenBatchNorm2d
-except ImportError as missing:
-  sys.exit(f"error: {missing}; pip install torch torchvision to compare with them")
+from scripts.torchvision_peer import CLASSES, DEVICE, as_tensor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEVICE = torch_device(torch)
 
-CLASSES = 91
 BITMAP = 112
 
 Step = Callable[[], dict[str, float]]
@@ -54,8 +42,8 @@ Step = Callable[[], dict[str, float]]
 
 def main() -> None:
   arguments = parse_arguments()
-  torch.manual_seed(0)
-  theirs = torchvision_model(arguments)
+  size, train = arguments.size, arguments.train_backbone
+  theirs = torchvision_peer.mask_rcnn(size, size, train_backbone=train).train()
   scene = draw_scene(arguments)
   makers = {
     "fpt_jax": lambda: our_step(theirs, scene, arguments),
@@ -92,17 +80,6 @@ def parse_arguments():
   return parser.parse_args()
 
 
-def torchvision_model(arguments) -> MaskRCNN:
-  """maskrcnn_resnet50_fpn with random weights whose activations stay as small as trained ones."""
-  body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-  for name, buffer in body.named_buffers():
-    if name.endswith("bn3.weight"):
-      buffer.fill_(0.2)
-  backbone = _resnet_fpn_extractor(body, 5 if arguments.train_backbone else 0)
-  model = MaskRCNN(backbone, CLASSES, min_size=arguments.size, max_size=arguments.size)
-  return model.train()
-
-
 def draw_scene(arguments) -> list[dict[str, np.ndarray]]:
   """Images [H, W, 3] in 0..1 with boxes, labels and elliptic masks [G, H, W]."""
   rng = np.random.default_rng(0)
@@ -126,14 +103,12 @@ def draw_scene(arguments) -> list[dict[str, np.ndarray]]:
   return scene
 
 
-def our_step(theirs: MaskRCNN, scene, arguments) -> Step:
+def our_step(theirs, scene, arguments) -> Step:
   """Losses and gradients, compiled."""
   config = load_config(str(ROOT / "configs/coco_mask.py:torchvision"))
   config.model.backbone.frozen = not arguments.train_backbone
   config.model.dtype = arguments.dtype
-  structure = models.structure_of(config)
-  state_dict = {name: tensor.cpu().numpy() for name, tensor in theirs.state_dict().items()}
-  arrays = {n: jnp.asarray(a) for n, a in from_torchvision(state_dict, structure.shapes).items()}
+  structure, arrays = torchvision_peer.ours(theirs, config)
   trained = {n: arrays[n] for n in optim.trainable(config, structure.parameters())}
   batch = jax.device_put(our_batch(scene, config.data.max_instances))
 
@@ -181,24 +156,21 @@ def our_batch(scene, max_instances: int) -> dict[str, np.ndarray]:
   }
 
 
-def their_step(model: MaskRCNN, scene, arguments) -> Step:
-  tensor = lambda array: torch.from_numpy(array).to(DEVICE)
-  images = [tensor(image["image_HWC"]).permute(2, 0, 1).contiguous() for image in scene]
+def their_step(model, scene, arguments) -> Step:
+  images = [as_tensor(image["image_HWC"]).permute(2, 0, 1).contiguous() for image in scene]
   targets = [
     {
-      "boxes": tensor(image["boxes_G4"]),
-      "labels": tensor(image["labels_G"]),
-      "masks": tensor(image["masks_GHW"]),
+      "boxes": as_tensor(image["boxes_G4"]),
+      "labels": as_tensor(image["labels_G"]),
+      "masks": as_tensor(image["masks_GHW"]),
     }
     for image in scene
   ]
-  if DEVICE == "cuda":
-    model = model.to(DEVICE, memory_format=torch.channels_last)
-  low_precision = arguments.dtype == "bfloat16"
+  model = torchvision_peer.on_device(model)
 
   def step():
     model.zero_grad(set_to_none=True)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=low_precision):
+    with torchvision_peer.autocast(arguments.dtype):
       losses = model(images, targets)
     sum(losses.values()).backward()
     return {name: float(loss.detach()) for name, loss in losses.items()}

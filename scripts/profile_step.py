@@ -41,7 +41,7 @@ from fpt_jax.run import command_line
 from fpt_jax.tasks.task import check_config, task_of
 from scripts.benchmark_configs import filled
 from scripts.machine import allowed_cores, cpu
-from scripts.timing import medians, turns
+from scripts.timing import matrix_product, medians, run_of, turns
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to profile.")
 _SIZE = flags.DEFINE_integer("size", 0, "Side of the images, pixels; 0: the config's canvas.")
@@ -121,15 +121,8 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
   def backbone(model, batch):
     image_BHWC = batch["image_BHWC"]
     valid_BHW = valid_positions(batch["size_B2"], *image_BHWC.shape[1:3])
-    normalized_BHWC = normalize(model.config, image_BHWC, valid_BHW).astype(model.config.dtype)
-    return model.backbone(normalized_BHWC, valid_BHW, train=True)
-
-  def pyramid(model, backbone):
-    levels = tuple(
-      level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=True))
-      for level, norm in zip(backbone, model.level_norms, strict=True)
-    )
-    return model.pyramid(levels, train=True)
+    normalized_BHWC = normalize(model.config, image_BHWC, valid_BHW)
+    return model.backbone_levels(normalized_BHWC, valid_BHW, train=True)
 
   def with_last(levels):
     return (*levels, subsample(levels[-1]))
@@ -162,7 +155,7 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
   mask = [Stage("masks", masks, (features, "batch", "regions"))]
   return [
     Stage("backbone", backbone, ("batch",), backward=not frozen),
-    Stage("pyramid", pyramid, ("backbone",)),
+    Stage("pyramid", lambda model, levels: model.pyramid_of(levels, train=True), ("backbone",)),
     *fpt,
     Stage("rpn", lambda model, levels: model.rpn(with_last(levels)), (features,)),
     Stage("rpn losses", rpn_losses, ("rpn", features, "batch", "key")),
@@ -184,7 +177,8 @@ def segmenter_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen
   def loss(model, head, batch):
     labels_BHW = batch["label_BHW"]
     logits_BHWK = models.segmenter.enlarged(head, labels_BHW.shape[1:])
-    return losses.segmentation_loss(logits_BHWK, labels_BHW, model.config.class_weights)
+    hard = {name: model.config[name] for name in ("hard_pixels", "hard_probability")}
+    return losses.segmentation_loss(logits_BHWK, labels_BHW, model.config.class_weights, **hard)
 
   return [
     Stage(
@@ -244,19 +238,13 @@ def is_float(leaf) -> bool:
   return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def run_of(program, *arguments) -> Callable[[], Any]:
-  return lambda: jax.block_until_ready(program(*arguments))
-
-
 def machine(dtype: str) -> tuple[dict[tuple[str, str], Callable[[], object]], dict[str, float]]:
   """A large matrix product and a large copy, and their operations and bytes."""
-  side, floats = 4096, 1 << 26
-  a = jax.random.normal(jax.random.key(0), (side, side), dtype)
-  x = jnp.zeros(floats, jnp.float32)
-  product = jax.jit(jnp.matmul).lower(a, a).compile()
-  copy = jax.jit(lambda x: x + 1).lower(x).compile()
-  runs = {("product", "machine"): run_of(product, a, a), ("copy", "machine"): run_of(copy, x)}
-  return runs, {"product": 2.0 * side**3, "copy": 8.0 * floats}
+  product, operations = matrix_product(dtype)
+  x = jnp.zeros(1 << 26, jnp.float32)
+  copy = run_of(jax.jit(lambda x: x + 1).lower(x).compile(), x)
+  runs = {("product", "machine"): product, ("copy", "machine"): copy}
+  return runs, {"product": operations, "copy": 2.0 * x.nbytes}
 
 
 def table(seconds, work, rates) -> str:

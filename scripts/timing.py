@@ -5,7 +5,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -43,6 +46,18 @@ def turns(
 def medians(seconds: Mapping[Name, list[float]]) -> dict[Name, float]:
   """Returns the median of each program's seconds."""
   return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def run_of(program: Callable, *arguments) -> Callable[[], Any]:
+  """Returns a function without arguments that runs a program of JAX and waits for its result."""
+  return lambda: jax.block_until_ready(program(*arguments))
+
+
+def matrix_product(dtype: str) -> tuple[Callable[[], Any], float]:
+  """Returns a run of a large matrix product, and its number of floating-point operations."""
+  side = 4096
+  a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+  return run_of(jax.jit(jnp.matmul).lower(a, a).compile(), a, a), 2.0 * side**3
 
 
 def number_printed_by(script: str, *arguments: str) -> float:

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from fpt_jax.data import transforms
 from fpt_jax.errors import UserError
 
 _MANY = 8  # canvases; the log warns of more, since the model is compiled for each
@@ -39,6 +40,20 @@ def canvases(data: ml_collections.ConfigDict, sizes_N2: np.ndarray) -> np.ndarra
       multiple_of(data),
     )
   return canvases_K2
+
+
+def resized_size(
+  data: ml_collections.ConfigDict, height: int, width: int, short: int | None = None
+) -> tuple[int, int]:
+  """Returns the (height, width) that an image is resized to, pixels, see `transforms.resized_size`.
+
+  Args:
+    data: the config's `data`.
+    height, width: size of the image, pixels.
+    short: shorter edge of the result, pixels; None for `data.short_edge`.
+  """
+  short = data.short_edge if short is None else short
+  return transforms.resized_size(height, width, short, data.long_edge, data.resize)
 
 
 def at_short_edge(data: ml_collections.ConfigDict, short: int) -> ml_collections.ConfigDict:

@@ -1,13 +1,16 @@
-"""Attention between the positions of feature maps, as pyramids and heads of segmentation use it.
+"""Attention between the positions of feature maps, and their means, as pyramids and heads of segmentation use
+them.
 
 Shapes: B batch, H W rows and columns, h w those of the keys' map, Q = H W, C channels, D channels of a
 key, K keys.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from fpt_jax.models.feature_map import FeatureMap
+from fpt_jax.models.feature_map import FeatureMap, mean_over_valid
 from fpt_jax.ops.bins import bin_means
 from fpt_jax.ops.mos_attention import mos_attention
 
@@ -59,6 +62,22 @@ def attend_to_bins(q_BHWD: jax.Array, key: FeatureMap, value: FeatureMap) -> jax
   k_BKD, v_BKC = means(key), means(value)
   all_valid_BK = jnp.ones(k_BKD.shape[:2], bool)
   return attend(q_BHWD * k_BKD.shape[-1] ** -0.5, k_BKD, v_BKC, all_valid_BK)
+
+
+def mean_everywhere(
+  x: FeatureMap, transform: Callable[..., FeatureMap], *, train: bool
+) -> FeatureMap:
+  """Returns the mean of each image, transformed as a map of one position, at every position.
+
+  Args:
+    x: map whose mean over valid positions is taken.
+    transform: module that is called with the mean and `train`.
+    train: use and update batch statistics.
+  """
+  mean_B11C = mean_over_valid(x)[:, None, None].astype(x.values_BHWC.dtype)
+  mean = FeatureMap(mean_B11C, jnp.ones(mean_B11C.shape[:3], bool), x.stride)
+  y_B11C = transform(mean, train=train).values_BHWC
+  return x.with_values(jnp.broadcast_to(y_B11C, (*x.values_BHWC.shape[:3], y_B11C.shape[-1])))
 
 
 def concatenated(*maps: FeatureMap) -> FeatureMap:

@@ -112,10 +112,17 @@ class RCNN(nnx.Module):
 
   def levels_of_normalized(self, image_BHWC, valid_BHW, *, train: bool) -> Pyramid:
     """Computes the levels that FPT transforms; arguments as for `features_of_normalized`."""
+    return self.pyramid_of(self.backbone_levels(image_BHWC, valid_BHW, train=train), train=train)
+
+  def backbone_levels(self, image_BHWC, valid_BHW, *, train: bool) -> Pyramid:
+    """Computes the levels of the backbone; arguments as for `features_of_normalized`."""
     image_BHWC, valid_BHW = rows_over_query((image_BHWC, valid_BHW), stride=32)
     # The scopes are the names of the parameters: profiles and `fpt_jax.analyze` use them.
     with jax.named_scope("backbone"):
-      levels = self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train)
+      return self.backbone(image_BHWC.astype(self.config.dtype), valid_BHW, train=train)
+
+  def pyramid_of(self, levels: Pyramid, *, train: bool) -> Pyramid:
+    """Computes the levels that FPT transforms from those of the backbone."""
     with jax.named_scope("level_norms"):
       levels = tuple(
         level.with_values(norm(level.values_BHWC, valid_BHW=level.valid_BHW, train=train))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed, to_fill
+from fpt_jax.weights.layouts import NORM_NAMES, first_renamed, fit, renamed, to_fill
 
 EPSILON = 1e-5  # of the normalisations of a backbone
 
@@ -65,10 +65,7 @@ def detectron2_name(name: str, *, detector: bool) -> str:
     name: our name.
     detector: whether the state dict is that of a detector, or that of a ResNet alone.
   """
-  for pattern, replacement in _DETECTOR:
-    if re.fullmatch(pattern, name):
-      name = re.sub(pattern, replacement if detector else r"\1", name)
-      break
+  name = first_renamed(name, _DETECTOR) if detector else name.removeprefix("backbone.")
   return renamed(name, _RESNET)
 
 

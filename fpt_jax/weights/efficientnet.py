@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed
+from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed, to_fill
 
 # (our pattern, the package's text), all applied in turn
 _NAMES = (
@@ -53,8 +53,7 @@ def from_efficientnet(
   Raises:
     UserError: tensors are missing, unused or of another shape; the message names them.
   """
-  backbone = {n: s for n, s in shapes.items() if n.startswith("backbone.")}
-  wanted = backbone or dict(shapes)
+  wanted = to_fill(shapes, whole=False)
   classifies = any(name.startswith("fc.") for name in wanted)
 
   def ignored(name: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed
+from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed, to_fill
 
 # (our pattern, the release's text), all applied in turn
 _NAMES = (
@@ -74,6 +74,5 @@ def from_hrnet(
   if bias is not None and mean is not None and bias.shape == mean.shape:
     tensors[_HEAD_MEAN] = mean - tensors.pop(_HEAD_BIAS)
   segments = any(name.startswith("last_layer.") for name in tensors)
-  bare = not any(name.startswith("backbone.") for name in shapes)
-  wanted = {n: s for n, s in shapes.items() if segments or bare or n.startswith("backbone.")}
+  wanted = to_fill(shapes, whole=segments)
   return fit(tensors, wanted, release_name, lambda name: bool(_IGNORED.search(name)))

@@ -31,6 +31,14 @@ def renamed(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str
   return name
 
 
+def first_renamed(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+  """Applies the first of the rules whose pattern matches the whole name; arguments as for `renamed`."""
+  for pattern, replacement in rules:
+    if re.fullmatch(pattern, name):
+      return re.sub(pattern, replacement, name)
+  return name
+
+
 def to_fill(
   shapes: Mapping[str, jax.ShapeDtypeStruct], *, whole: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:

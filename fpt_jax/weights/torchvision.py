@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from fpt_jax.errors import UserError
-from fpt_jax.weights.layouts import NORM_NAMES, fit, renamed, to_fill
+from fpt_jax.weights.layouts import NORM_NAMES, first_renamed, fit, renamed, to_fill
 
 # (our name, torchvision's name); the first one that matches is applied
 _DETECTOR = (
@@ -72,10 +72,7 @@ def torchvision_name(name: str, *, detector: bool) -> str:
     name: our name.
     detector: whether the state dict is that of a detector, or that of a ResNet alone.
   """
-  for pattern, replacement in _DETECTOR:
-    if re.fullmatch(pattern, name):
-      name = re.sub(pattern, replacement if detector else r"\1", name)
-      break
+  name = first_renamed(name, _DETECTOR) if detector else name.removeprefix("backbone.")
   return renamed(name, _RESNET)
 
 
@@ -135,11 +132,7 @@ def from_torchvision_segmentation(
   auxiliary = any(name.startswith("auxiliary.") for name in shapes)
 
   def their_name(name: str) -> str:
-    for pattern, replacement in _SEGMENTER:
-      if re.fullmatch(pattern, name):
-        name = re.sub(pattern, replacement, name)
-        break
-    return renamed(name, _RESNET)
+    return renamed(first_renamed(name, _SEGMENTER), _RESNET)
 
   def ignored(name: str) -> bool:
     return bool(_IGNORED.search(name)) or (not auxiliary and name.startswith(_AUXILIARY))

@@ -22,7 +22,7 @@ from fpt_jax.weights.families import check_recorded, family_of, without_prefix
 from fpt_jax.weights.files import read_state_dict
 from tests.golden.fill import fill
 from tests.models.oracle import convolve
-from tests.weights.test_import import detectron2_names, resnet50
+from tests.weights.resnets import detectron2_names, resnet50
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

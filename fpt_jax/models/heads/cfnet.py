@@ -15,7 +15,7 @@ from flax import nnx
 
 from fpt_jax.models.feature_map import FeatureMap, average_pool, mean_over_valid
 from fpt_jax.models.layers import ConvNorm, Norm, conv
-from fpt_jax.models.pixel_attention import concatenated
+from fpt_jax.models.pixel_attention import concatenated, mean_everywhere
 from fpt_jax.ops.mos_attention import mos_attention
 
 PARTS = 4
@@ -51,11 +51,8 @@ class CoOccurrentFeatureNetwork(nnx.Module):
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     """Returns a map with 2 C channels."""
     x = self.reduce(x, train=train)
-    mean_B11C = mean_over_valid(x)[:, None, None].astype(x.values_BHWC.dtype)
-    mean = FeatureMap(mean_B11C, jnp.ones(mean_B11C.shape[:3], bool), x.stride)
-    mean_B11C = self.mean(mean, train=train).values_BHWC
-    everywhere = x.with_values(jnp.broadcast_to(mean_B11C, x.values_BHWC.shape))
-    both = concatenated(everywhere, self.co_occurrent(x, train=train))
+    mean = mean_everywhere(x, self.mean, train=train)
+    both = concatenated(mean, self.co_occurrent(x, train=train))
     return self.encoding(both, train=train)
 
 

@@ -6,9 +6,9 @@ Shapes: B batch, H W rows and columns, C channels.
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.feature_map import FeatureMap, mean_over_valid
+from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.layers import ConvNorm
-from fpt_jax.models.pixel_attention import concatenated
+from fpt_jax.models.pixel_attention import concatenated, mean_everywhere
 from fpt_jax.models.pyramids.aspp import AtrousSpatialPyramid
 
 
@@ -48,9 +48,6 @@ class AtrousPooling(nnx.Module):
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     branches = self.parallel((x,), train=train)
-    mean_B11C = mean_over_valid(x).astype(x.values_BHWC.dtype)[:, None, None]
-    image = FeatureMap(mean_B11C, jnp.ones(mean_B11C.shape[:3], bool), x.stride)
-    y_B11C = self.image(image, train=train).values_BHWC
-    y_BHWC = jnp.broadcast_to(y_B11C, (*x.values_BHWC.shape[:3], y_B11C.shape[-1]))
-    x = self.project(concatenated(*branches, x.with_values(y_BHWC)), train=train)
+    image = mean_everywhere(x, self.image, train=train)
+    x = self.project(concatenated(*branches, image), train=train)
     return self.smooth(x, train=train)

@@ -230,12 +230,7 @@ def _annotations(record: instances.Record, category_ids: tuple[int, ...]) -> lis
 
 def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
   """Returns the index of each image's canvas, int [N], and the canvases, int [K, 2]."""
-  sizes_N2 = np.array(
-    [
-      transforms.resized_size(h, w, data.short_edge, data.long_edge, data.resize)
-      for h, w in reader.sizes_N2
-    ]
-  )
+  sizes_N2 = np.array([canvases.resized_size(data, *size) for size in reader.sizes_N2])
   canvases_K2 = canvases.canvases(data, sizes_N2)
   return order.assign_buckets(sizes_N2, canvases_K2), canvases_K2
 
@@ -284,10 +279,7 @@ def _batches(
       example["image_id_B"] = np.array(-1, np.int64)
     if others:
       size = example["original_size_B2"]
-      sizes_V2 = [
-        transforms.resized_size(size[0], size[1], v.short_edge, v.long_edge, v.resize)
-        for v in others
-      ]
+      sizes_V2 = [canvases.resized_size(v, *size) for v in others]
       example["other_sizes_V2"] = np.array(sizes_V2, np.int32)
     return example
 
@@ -335,7 +327,7 @@ def load_example(
   """
   record = _read(reader, index)
   image_HWC = reader.decode(index, record)
-  size = transforms.resized_size(record.size[0], record.size[1], short, data.long_edge, data.resize)
+  size = canvases.resized_size(data, *record.size, short)
 
   x0_G, y0_G, x1_G, y1_G = record.boxes.T
   areas_G = (x1_G - x0_G) * (y1_G - y0_G)

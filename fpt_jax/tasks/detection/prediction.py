@@ -76,8 +76,7 @@ def predictor(
 def view_at(config: ConfigDict, image_HWC: np.ndarray, short_edge: int) -> dict[str, np.ndarray]:
   """Returns an image, uint8 RGB, on a canvas of a view's size: image_BHWC and size_B2, see `views`."""
   data = canvases.at_short_edge(config.data, short_edge)
-  height, width = image_HWC.shape[:2]
-  size = transforms.resized_size(height, width, data.short_edge, data.long_edge, data.resize)
+  size = canvases.resized_size(data, *image_HWC.shape[:2])
   canvas = transforms.smallest_canvas(size, data.buckets, canvases.multiple_of(data))
   image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas, data.resize))
   return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}

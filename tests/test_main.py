@@ -57,7 +57,12 @@ def test_pictures_are_drawn_in_a_fresh_process():
     (("--mode=train", "--workdir=WORK"), ("--mode=train needs --config",)),
     (("--mode=eval", "--workdir=WORK/none"), ("none/config.json does not exist",)),
     (
-      ("--config=configs/coco_mask.py", "--mode=prepare", "--config.data.source=WORK/none"),
+      (
+        "--config=configs/coco_mask.py",
+        "--mode=prepare",
+        "--config.data.source=WORK/none",
+        "--config.data.data_dir=WORK",
+      ),
       ("data.source=", "no such folder"),
     ),
     ((DEMO, "workdir=WORK"), ("unexpected argument 'workdir=",)),

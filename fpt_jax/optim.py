@@ -1,6 +1,8 @@
-"""SGD with momentum, its schedules, and which parameters are trained."""
+"""The optimizer, its schedule, which parameters are trained and how, and the average of the weights."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import optax
 
 from fpt_jax.errors import UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
-from fpt_jax.models.state import within
+from fpt_jax.models.state import Skeleton, within
 
 
 def total_steps(config) -> int:
@@ -63,7 +65,8 @@ def trainable(config, parameters: set[str]) -> set[str]:
     parameters: names of all parameters (`Skeleton.parameters`).
 
   Raises:
-    UserError: no parameter begins with a name in `config.optim.frozen`.
+    UserError: no parameter begins with a name in `config.optim.frozen`, or none that is trained has a name
+      like one in `config.optim.groups`.
   """
   for module in config.optim.frozen:
     if not any(within(name, module) for name in parameters):
@@ -78,42 +81,81 @@ def trainable(config, parameters: set[str]) -> set[str]:
     pretrained = within(name, "backbone") and not in_context_block(name)
     return pretrained and config.model.backbone.frozen
 
-  return {name for name in parameters if not is_frozen(name)}
+  trained = {name for name in parameters if not is_frozen(name)}
+  for pattern, _, _ in config.optim.groups:
+    if not any(re.search(pattern, name) for name in trained):
+      raise UserError(
+        f"config.optim.groups has {pattern!r}, but no trained parameter has a name like this, such as "
+        f"{min(trained, default='backbone.conv1.kernel')}"
+      )
+  return trained
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """Returns SGD with momentum; weight decay is added to the gradient before the momentum (paper, 4.1).
+  """Returns the optimizer, which takes dictionaries of arrays by name.
 
-  It takes dictionaries of arrays by name. `optim.bias_rate` multiplies the gradients of biases, and so the
-  updates.
+  "sgd" is SGD with momentum, whose weight decay is added to the gradient before the momentum (paper, 4.1).
+  "adamw" adds the weight decay to the update instead (Loshchilov and Hutter 2019, algorithm 2). `factors`
+  says which rate and decay a parameter has.
 
   If `config.optim.accumulate_steps` is more than 1, it takes the gradients of so many parts of a batch one
   after the other. Its updates are zero until the last part, which gives the update of the mean gradient. The
   schedule counts batches.
   """
   optim = config.optim
-  steps = [
-    optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-    optax.add_decayed_weights(
-      optim.weight_decay, mask=None if optim.decay_biases_and_norms else weights_alone
-    ),
-  ]
-  if optim.bias_rate != 1:
-    steps.append(optax.masked(optax.scale(optim.bias_rate), biases))
-  sgd = optax.chain(*steps, optax.sgd(schedule(config), momentum=optim.momentum))
+
+  def decay(updates, parameters):
+    of = factors(config, parameters)
+    return {n: u + optim.weight_decay * of[n].decay * parameters[n] for n, u in updates.items()}
+
+  def at_rate(updates, parameters):
+    of = factors(config, parameters)
+    return {n: u if of[n].rate == 1 else of[n].rate * u for n, u in updates.items()}
+
+  clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+  if optim.name == "sgd":
+    steps = (optax.stateless(decay), optax.sgd(schedule(config), momentum=optim.momentum))
+  else:
+    steps = (
+      optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon),
+      optax.stateless(decay),
+      optax.scale_by_learning_rate(schedule(config)),
+    )
+  chain = optax.chain(clip, *steps, optax.stateless(at_rate))
   if optim.accumulate_steps == 1:
-    return sgd
-  return optax.MultiSteps(sgd, optim.accumulate_steps).gradient_transformation()
+    return chain
+  return optax.MultiSteps(chain, optim.accumulate_steps).gradient_transformation()
 
 
-def weights_alone(parameters: Collection[str]) -> dict[str, bool]:
-  """Marks the parameters, given by name, that are neither biases nor belong to a normalisation."""
-  return {n: not (of_norm(n, parameters) or is_bias(n)) for n in parameters}
+class Factors(NamedTuple):
+  """Factors of the learning rate and of the weight decay."""
+
+  rate: float
+  decay: float
 
 
-def biases(parameters: Collection[str]) -> dict[str, bool]:
-  """Marks the parameters, given by name, that are biases, except those of normalisations."""
-  return {n: is_bias(n) and not of_norm(n, parameters) for n in parameters}
+def factors(config, parameters: Collection[str]) -> dict[str, Factors]:
+  """Returns the factors of each trained parameter: those of its group, of biases and of normalisations.
+
+  Args:
+    config: a complete config. A parameter belongs to the first of `config.optim.groups` that its name fits.
+    parameters: names of the trained parameters.
+  """
+  optim = config.optim
+
+  def of(name: str) -> Factors:
+    groups = (
+      Factors(rate, decay) for pattern, rate, decay in optim.groups if re.search(pattern, name)
+    )
+    rate, decay = next(groups, (1.0, 1.0))
+    norm = of_norm(name, parameters)
+    bias = is_bias(name) and not norm
+    return Factors(
+      rate * optim.bias_rate if bias else rate,
+      0.0 if (bias or norm) and not optim.decay_biases_and_norms else decay,
+    )
+
+  return {name: of(name) for name in parameters}
 
 
 def is_bias(name: str) -> bool:
@@ -126,23 +168,14 @@ def of_norm(name: str, parameters: Collection[str]) -> bool:
   return last == "scale" or (last == "bias" and f"{beginning}.scale" in parameters)
 
 
-def norms(gradient, trained, state) -> dict[str, jax.Array]:
+def norms(gradient, trained) -> dict[str, jax.Array]:
   """Returns Euclidean norms over all trained parameters together, float32 scalars.
-
-  All of these arrays are in memory in any case. The updates are not; their norm is the learning rate times
-  that of the momentum.
 
   Args:
     gradient: gradient of the losses, before clipping and weight decay.
     trained: parameters after the step.
-    state: state of the optimizer after the step.
   """
-  momentum = optax.tree_utils.tree_get(state, "trace")
-  return {
-    "grad_norm": optax.global_norm(gradient),
-    "param_norm": optax.global_norm(trained),
-    "momentum_norm": optax.global_norm(momentum),
-  }
+  return {"grad_norm": optax.global_norm(gradient), "param_norm": optax.global_norm(trained)}
 
 
 def mean_gradient(gradients, state):
@@ -157,3 +190,40 @@ def mean_gradient(gradients, state):
   return jax.tree.map(
     lambda g, mean: mean + (g - mean) / (state.mini_step + 1), gradients, state.acc_grads
   )
+
+
+def averaged(config, structure: Skeleton, trained: Collection[str]) -> set[str]:
+  """Returns the names of the arrays that have a moving average: what training changes, or nothing.
+
+  Args:
+    config: a complete config; with `optim.ema_decay=0`, nothing has an average.
+    structure: skeleton of the model.
+    trained: names of the trained parameters.
+  """
+  return set(trained) | structure.statistics() if config.optim.ema_decay else set()
+
+
+def moving_average(
+  average: Mapping[str, jax.Array],
+  arrays: Mapping[str, jax.Array],
+  decay: float,
+  *,
+  calls: int | jax.Array,
+  parts: int,
+) -> dict[str, jax.Array]:
+  """Returns the exponential moving average of arrays after a call of the training step.
+
+  The average begins as the initial weights and forgets them: the decay at update n is at most n / (n + 9), as
+  in TensorFlow's ExponentialMovingAverage with its number of updates.
+
+  Args:
+    average: the average before, by name.
+    arrays: arrays after the call, these and others.
+    decay: share of the average that an update keeps, 0 to 1.
+    calls: number of calls, this one included.
+    parts: calls for an update, which the last of them makes; the others leave the average as it is.
+  """
+  update = calls // parts
+  weight = 1 - jnp.minimum(decay, update / (update + 9))
+  weight = jnp.where(calls % parts == 0, weight, 0.0)
+  return {n: old + weight * (arrays[n] - old) for n, old in average.items()}

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
@@ -31,7 +32,7 @@ from fpt_jax.run.profile import Steps, Trace
 from fpt_jax.run.progress import Clock
 from fpt_jax.run.stop import Stopped, StopSignal
 from fpt_jax.tasks.task import check_config, check_types, task_of
-from fpt_jax.train_step import make_train_step, state_shapes, training_state
+from fpt_jax.train_step import arrays_to_use, make_train_step, state_shapes, training_state
 from fpt_jax.weights.families import preprocessing
 from fpt_jax.weights.imported import pretrained_shapes
 
@@ -99,7 +100,8 @@ def _train(
 
   # Initial state: the run's newest checkpoint, or other weights, or random ones.
   saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
-  shapes = sharding.laid_out(state_shapes(structure, trained, optimizer), mesh)
+  averaged = optim.averaged(config, structure, trained)
+  shapes = sharding.laid_out(state_shapes(structure, trained, optimizer, averaged), mesh)
   shapes_of_model = {**shapes["trained"], **shapes["rest"]}
   placement = sharding.shardings(shapes)
   logging.info("%s", sharding.describe(mesh, shapes, config.batch_size))
@@ -107,19 +109,22 @@ def _train(
     start = checkpoints.choose_step(saved)
     changed = accepted_changes(before, config, workdir, start=start, allow=allow_config_changes)
     arrays = checkpoints.restore_model(saved, start, shapes_of_model)
+    average = {n: arrays[n] for n in averaged}
+    arrays |= checkpoints.restore_trained(saved, start, {n: shapes_of_model[n] for n in averaged})
     optimizer_state = checkpoints.restore_optimizer(saved, start, shapes["optimizer"])
     logging.info("resuming at step %d of %s", start, saved.directory)
     hosts.on_first_host(lambda: record_changes(workdir, changed, start))
   else:
     start = 0
     arrays = starting_arrays(config, shapes_of_model)
+    average = {n: jnp.copy(arrays[n]) for n in averaged}
     optimizer_state = jax.jit(optimizer.init, out_shardings=placement["optimizer"])(
       {n: arrays[n] for n in trained}
     )
   hosts.on_first_host(lambda: write_config(workdir, config))
-  state = training_state(arrays, trained, optimizer_state)
+  state = training_state(arrays, trained, optimizer_state, average)
   train_step = jax.jit(
-    make_train_step(structure, optimizer, total_steps, parts),
+    make_train_step(structure, optimizer, total_steps, parts, config.optim.ema_decay),
     donate_argnums=0,
     out_shardings=(placement, replicated, replicated),
   )
@@ -136,7 +141,9 @@ def _train(
     nonlocal last_saved
     check_lock()
     finite_losses(pending)
-    checkpoints.save(saved, step, {**state["trained"], **state["rest"]}, state["optimizer"])
+    arrays = {**state["trained"], **state["rest"]}
+    being_trained = {n: arrays[n] for n in averaged}
+    checkpoints.save(saved, step, arrays_to_use(state), state["optimizer"], being_trained)
     last_saved = step
     save_timer.restart()
 
@@ -162,7 +169,7 @@ def _train(
 
   def run_evaluation(step: int) -> dict[str, float] | None:
     """Returns the scores; None if a signal ends the evaluation. A resumed run begins with it then."""
-    arrays = {**state["trained"], **state["rest"]}
+    arrays = arrays_to_use(state)
     try:
       with (
         clock.paused(),
@@ -235,7 +242,6 @@ def _train(
         measured = {}
         if logged(done):
           measured = jax.device_get(figures)
-          measured["update_norm"] = lr * measured.pop("momentum_norm")  # the update of SGD
         write_metrics(done, losses | {"lr": lr} | speeds | measured)
         if metrics:
           logging.info("%s", clock.line(done, losses, speeds))

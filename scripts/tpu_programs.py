@@ -92,13 +92,15 @@ def train(config: ConfigDict, mesh: Mesh, images: int) -> list[Work]:
   """
   structure = models.structure_of(config)
   trained, optimizer = optim.trainable(config, structure.parameters()), optim.optimizer(config)
-  state = sharding.laid_out(state_shapes(structure, trained, optimizer), mesh)
+  averaged = optim.averaged(config, structure, trained)
+  state = sharding.laid_out(state_shapes(structure, trained, optimizer, averaged), mesh)
   whole = sharding.replicated(mesh)
   task = task_of(config)
   canvas = task.canvas(config)
 
   def lower() -> jax.stages.Lowered:
-    step = make_train_step(structure, optimizer, optim.total_steps(config))
+    decay = config.optim.ema_decay
+    step = make_train_step(structure, optimizer, optim.total_steps(config), ema_decay=decay)
     batch = task.batch_shapes(config, images * sharding.image_groups(mesh), canvas)
     numbers = (
       jax.ShapeDtypeStruct((), jnp.int32),

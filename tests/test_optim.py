@@ -81,10 +81,91 @@ def test_biases_and_norms_without_decay_and_biases_with_a_rate_of_their_own(bias
       rate = 0.05 * (bias_rate if "bias" in n and n != "norm.bias" else 1.0)
       expected[n] = expected[n] - rate * momentum[n]
       np.testing.assert_allclose(ours[n], expected[n], rtol=1e-5, atol=1e-6, err_msg=n)
-  # the norm of the updates is the learning rate times that of the momentum
-  moved = optax.global_norm(updates)
-  found = optim.norms(g, ours, state)["momentum_norm"]
-  np.testing.assert_allclose(moved, 0.05 * found, rtol=1e-5)
+
+
+def test_adamw(rng):
+  """Against algorithm 2 of Loshchilov and Hutter in float64, behind clipping."""
+  config = coco_mask.get_config()
+  fields = dict(name="adamw", learning_rate=0.01, weight_decay=0.1, beta1=0.8, beta2=0.95)
+  config.optim.update(dict(warmup_steps=0, clip_norm=1.0, epsilon=1e-3, **fields))
+  optimizer = optim.optimizer(config)
+  p = rng.standard_normal(5).astype(np.float32)
+  ours, state = {"p": p}, optimizer.init({"p": p})
+  m, v, expected = np.zeros(5), np.zeros(5), np.float64(p)
+  update = jax.jit(optimizer.update)
+  for step in range(1, 5):
+    g = 3 * rng.standard_normal(5)
+    updates, state = update({"p": g.astype(np.float32)}, state, ours)
+    ours = optax.apply_updates(ours, updates)
+    g = g / max(1, np.linalg.norm(g))
+    m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+    scaled = m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-3)
+    expected = expected - 0.01 * (scaled + 0.1 * expected)
+    np.testing.assert_allclose(ours["p"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_groups_have_rates_and_decays_of_their_own(name, rng):
+  """The first group that fits counts; its rate multiplies that of biases."""
+  config = coco_mask.get_config()
+  config.optim.update(dict(name=name, warmup_steps=0, learning_rate=0.1, weight_decay=0.5))
+  config.optim.update(dict(decay_biases_and_norms=False, bias_rate=3.0))
+  p = {
+    n: rng.standard_normal(3).astype(np.float32)
+    for n in ("a.kernel", "a.bias", "b.1.kernel", "b.kernel")
+  }
+  g = {n: rng.standard_normal(3).astype(np.float32) for n in p}
+
+  def updates(groups, gradient=g):
+    config.optim.groups = groups
+    optimizer = optim.optimizer(config)
+    return optimizer.update(gradient, optimizer.init(p), p)[0]
+
+  plain, still = updates(()), {n: np.zeros_like(a) for n, a in p.items()}
+  found = updates(((r"^b\.\d", 2.0, 0.0), ("^b", 0.5, 3.0), ("bias|1", 0.1, 1.0)))
+  np.testing.assert_allclose(found["a.kernel"], plain["a.kernel"], rtol=1e-6)
+  np.testing.assert_allclose(found["a.bias"], 0.1 * plain["a.bias"], rtol=1e-6)
+  np.testing.assert_allclose(
+    found["b.1.kernel"],
+    2 * (plain["b.1.kernel"] + 0.1 * 0.5 * p["b.1.kernel"]),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+  decayed = updates((("^b", 0.5, 3.0),), still)["b.kernel"]
+  np.testing.assert_allclose(decayed, -0.5 * 0.1 * 3 * 0.5 * p["b.kernel"], rtol=1e-5)
+  assert (updates((), still)["a.bias"] == 0).all()
+
+
+def test_groups_without_parameters_are_refused():
+  config = coco_mask.get_config()  # the backbone is frozen
+  config.optim.groups = (("backbone", 0.1, 1.0),)
+  with pytest.raises(
+    UserError, match=r"groups has 'backbone', but no trained parameter .* rpn\.bias"
+  ):
+    optim.trainable(config, {"backbone.conv1.kernel", "rpn.bias"})
+  config.model.backbone.frozen = False
+  optim.trainable(config, {"backbone.conv1.kernel", "rpn.bias"})
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_moving_average(parts, rng):
+  """Against float64: the decay rises to 0.6, and only the last part of a batch changes the average."""
+  x_TN = rng.standard_normal((30, 4)).astype(np.float32)
+  average, expected = {"x": jnp.ones(4)}, np.ones(4)
+  step = jax.jit(
+    lambda a, x, n: optim.moving_average(a, {"x": x, "y": x}, 0.6, calls=n, parts=parts)
+  )
+  for call, x_N in enumerate(x_TN, start=1):
+    average = step(average, x_N, call)
+    if call % parts == 0:
+      update = call // parts
+      decay = min(0.6, update / (update + 9))
+      expected = decay * expected + (1 - decay) * x_N
+    np.testing.assert_allclose(average["x"], expected, rtol=1e-5, atol=1e-6)
+  constant = {"x": jnp.float32([0.1, 1e9, -3.3])}
+  for call in range(1, 30):
+    updated = optim.moving_average(constant, constant, 0.999, calls=call, parts=1)
+    assert (updated["x"] == constant["x"]).all()
 
 
 def test_biases_and_norms_of_a_model():
@@ -92,8 +173,11 @@ def test_biases_and_norms_of_a_model():
   config = coco_mask.get_config("demo,backbone=resnet18_gc,head=augmented")
   config.model.fpt.similarity_norm = "unit"
   parameters = models.structure_of(config).parameters()
-  alone = {n for n, kept in optim.weights_alone(parameters).items() if kept}
-  biases = {n for n, kept in optim.biases(parameters).items() if kept}
+  config.optim.update(dict(decay_biases_and_norms=False, bias_rate=2.0))
+  factors = optim.factors(config, parameters)
+  alone = {n for n in parameters if factors[n] == (1, 1)}
+  biases = {n for n in parameters if factors[n] == (2, 0)}
+  assert all(factors[n] == (1, 0) for n in parameters - alone - biases)
   assert all(n.rpartition(".")[2] in ("kernel", "log_temperature") for n in alone)
   assert all("norm" in n for n in parameters - alone - biases)
   assert not any(".norm" in n for n in biases) and "mask_head.of_class.deconv_bias" in biases

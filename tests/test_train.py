@@ -18,7 +18,7 @@ import fpt_jax
 from fpt_jax import models, optim
 from fpt_jax.errors import UserError
 from fpt_jax.models.costs import INTERPOLATIONS
-from fpt_jax.run import checkpoints
+from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.profile import Steps
 from fpt_jax.tasks import detection
 from fpt_jax.tasks.task import task_of
@@ -157,6 +157,48 @@ def equations_of(jaxpr, scope=""):
         inner = getattr(item, "jaxpr", item)
         if hasattr(inner, "eqns"):
           yield from equations_of(inner, name)
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_used_and_resumed_exactly(tmp_path):
+  """Of AdamW with a group of its own, in two parts: what is saved, evaluated, restored and started from."""
+
+  def run(name, steps, **optimizer):
+    config = tiny_segmentation_config("head=fcn", steps=steps, checkpoint__every_steps=1)
+    config.checkpoint.keep = 5
+    config.optim.update(dict(name="adamw", accumulate_steps=2, schedule="step", decay_at=()))
+    config.optim.update(dict(groups=(("^head", 0.5, 0.0),), ema_decay=0.15) | optimizer)
+    train(config, str(tmp_path / name))
+
+  run("whole", 4)
+  structure = models.structure_of(fpt_jax.restore(str(tmp_path / "whole")).config)
+  names = structure.parameters() | structure.statistics()
+  shapes = sharding.on_one_device({n: structure.shapes[n] for n in names})
+  saved = checkpoints.manager(str(tmp_path / "whole"), create=False)
+  averages = {step: fpt_jax.restore(str(tmp_path / "whole"), step).arrays for step in (1, 2, 3, 4)}
+  for step, decay in ((2, 0.15), (3, 0.15), (4, 0.15)):
+    trained = checkpoints.restore_trained(saved, step, shapes)
+    for name, array in trained.items():
+      expected = decay * np.float64(averages[step - 1][name]) + (1 - decay) * np.float64(array)
+      np.testing.assert_allclose(averages[step][name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+  assert any((averages[4][n] != trained[n]).any() for n in structure.statistics())
+  saved.close()
+
+  run("resumed", 2)
+  run("resumed", 4)
+  resumed = fpt_jax.restore(str(tmp_path / "resumed")).arrays
+  assert all((resumed[n] == averages[4][n]).all() for n in resumed)
+  assert losses_by_step(tmp_path / "resumed") == losses_by_step(tmp_path / "whole")
+  scores = [
+    json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1])
+    for n in ("whole", "resumed")
+  ]
+  assert scores[0]["mIoU"] == scores[1]["mIoU"]
+  for path in ("whole", "resumed"):
+    config = tmp_path / path / "config.json"
+    config.write_text(config.read_text().replace('"ema_decay": 0.15', '"ema_decay": 0.0'))
+  with pytest.raises(UserError, match=r"step 4 in .* has moving averages; resume with"):
+    run("whole", 6, ema_decay=0.0)
 
 
 @pytest.mark.parametrize("make", [tiny_config, tiny_segmentation_config])

@@ -168,8 +168,12 @@ def add_optim(config: ConfigDict) -> None:
   # learning rate at a batch size of optim.base_batch_size; scaled linearly to batch_size
   optim.learning_rate = 0.05
   optim.base_batch_size = 8  # batch size that optim.learning_rate is meant for, images
-  optim.momentum = 0.9  # momentum of SGD
-  # weight decay: this factor times the parameter is added to the gradient
+  optim.name = "sgd"  # optimizer: sgd (with momentum) or adamw
+  optim.momentum = 0.9  # sgd: momentum
+  optim.beta1 = 0.9  # adamw: decay of the mean of the gradients
+  optim.beta2 = 0.999  # adamw: decay of the mean of their squares
+  optim.epsilon = 1e-8  # adamw: what is added to the root of that mean
+  # weight decay: this factor times the parameter is added to the gradient (sgd) or to the update (adamw)
   optim.weight_decay = 1e-4
   # also decay biases and the scales and biases of normalisations, as the code of OCNet, HRNet and EncNet
   # does; False: as in Detectron, PANet and the code of FPT
@@ -178,6 +182,12 @@ def add_optim(config: ConfigDict) -> None:
   # of FPT
   optim.bias_rate = 1.0
   # training steps in which the learning rate rises linearly; 0: no warm-up
+  # factors of the learning rate and of the weight decay by regular expressions that are searched in the names
+  # of parameters, such as (("^backbone", 0.1, 1.0),); the first that fits counts
+  optim.groups = ()
+  # share of the moving average of the weights that an update keeps, such as 0.999; evaluation, prediction and
+  # runs with init_from take the average; 0: no average
+  optim.ema_decay = 0.0
   optim.warmup_steps = 500
   optim.warmup_factor = 0.001  # factor of the learning rate at the first step of the warm-up
   optim.schedule = "step"  # schedule of the learning rate: step, cosine or poly

@@ -44,6 +44,10 @@ class Skeleton:
     """Returns the names of the trainable arrays; the others are batch statistics and frozen variables."""
     return {name for name, (_, v) in self.variables.items() if isinstance(v, nnx.Param)}
 
+  def statistics(self) -> set[str]:
+    """Returns the names of the batch statistics that training updates."""
+    return {name for name, (_, v) in self.variables.items() if isinstance(v, nnx.BatchStat)}
+
   def fill(self, arrays: Mapping[str, jax.Array]) -> nnx.Module:
     """Returns the model with these arrays, given by name; weights that are stored in shares are gathered."""
     arrays = whole_weights(arrays)

@@ -1,7 +1,8 @@
 """Orbax checkpoints: written in the background, resumed exactly, restored on any devices.
 
 A checkpoint has the items `model`, with every array of the model by name; `optimizer`, which is needed to
-resume training; and `checksums` of all arrays, which are compared whenever arrays are restored. `config.json`
+resume training; if those of the model are moving averages, `trained`, the arrays that are averaged, as they
+are trained; and `checksums` of all arrays, which are compared whenever arrays are restored. `config.json`
 in the run's folder describes the model.
 """
 
@@ -65,12 +66,19 @@ def manager(workdir: str, keep: int | None = None, *, create: bool = True) -> oc
     item_handlers={
       "model": ocp.PyTreeCheckpointHandler(),
       "optimizer": ocp.PyTreeCheckpointHandler(),
+      "trained": ocp.PyTreeCheckpointHandler(),
       "checksums": ocp.JsonCheckpointHandler(),
     },
   )
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimizer=None) -> None:
+def save(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  model: Mapping,
+  optimizer=None,
+  trained: Mapping | None = None,
+) -> None:
   """Starts to write a checkpoint in the background; a failure is reported by the next call or `finish`.
 
   Args:
@@ -78,19 +86,18 @@ def save(checkpoints: ocp.CheckpointManager, step: int, model: Mapping, optimize
     step: number of training steps done.
     model: arrays of the model by name.
     optimizer: state of the optimizer; None for weights that training does not resume from.
+    trained: the arrays of which the model has moving averages, as they are trained; None or {} for none.
 
   Raises:
     UserError: a checkpoint cannot be written. Complete checkpoints are not touched.
   """
-  items = {"model": ocp.args.PyTreeSave(dict(model))}
-  if optimizer is not None:
-    items["optimizer"] = ocp.args.PyTreeSave(optimizer)
-  trees = {"model": dict(model), "optimizer": optimizer}
+  trees = {"model": dict(model), "optimizer": optimizer, "trained": dict(trained or {}) or None}
+  items = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items() if tree is not None}
   sums = {item: checksums(_leaves(tree)) for item, tree in trees.items()}
   items["checksums"] = ocp.args.JsonSave(sums)
   finish(checkpoints)
   with _reported(checkpoints):
-    _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves((model, optimizer))))
+    _check_space(checkpoints, sum(a.nbytes for a in jax.tree.leaves(trees)))
     checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
@@ -136,6 +143,29 @@ def restore_model(
 def restore_optimizer(checkpoints: ocp.CheckpointManager, step: int, shapes):
   """Restores the optimizer's state at a step; `shapes` is a tree of shapes. See `restore_model`."""
   return _restore(checkpoints, step, "optimizer", shapes)
+
+
+def restore_trained(
+  checkpoints: ocp.CheckpointManager, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """Restores the arrays of which the model has moving averages, as they are trained.
+
+  Args:
+    checkpoints: checkpoints of the run.
+    step: one of their steps.
+    shapes: shape, dtype and sharding of these arrays by name; {} if the run makes no averages.
+
+  Raises:
+    UserError: the checkpoint has such arrays and the run does not, or the reverse; see also `restore_model`.
+  """
+  if shapes:
+    return _restore(checkpoints, step, "trained", dict(shapes))
+  if (checkpoints.directory / str(step) / "trained").exists():
+    raise UserError(
+      f"{_where(checkpoints, step)} has moving averages; resume with the run's config.optim.ema_decay, or "
+      "start from it in another --workdir with --config.init_from"
+    )
+  return {}
 
 
 def restore_matching(

@@ -1,6 +1,7 @@
 """Checks of the values of a config, before any work begins."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -31,6 +32,15 @@ def some_of(*choices: str) -> Rule:
   )
 
 
+def is_expression(text: str) -> bool:
+  """Returns whether a text is a regular expression."""
+  try:
+    re.compile(text)
+  except re.error:
+    return False
+  return True
+
+
 POSITIVE = Rule("1 or more", lambda value: value >= 1)
 NOT_NEGATIVE = Rule("0 or more", lambda value: value >= 0)
 ABOVE_ZERO = Rule("more than 0", lambda value: value > 0)
@@ -51,6 +61,12 @@ PIXELS = Rule("positive numbers of pixels", lambda sizes: all(size >= 1 for size
 TRAIN_SIZES = Rule(
   "positive numbers of pixels; if there are two, the smaller one first",
   lambda sizes: all(s >= 1 for s in sizes) and (len(sizes) != 2 or sizes[0] <= sizes[1]),
+)
+GROUPS = Rule(
+  "triples (regular expression, factor of the rate, factor of the decay), the factors 0 or more",
+  lambda groups: all(
+    len(group) == 3 and is_expression(group[0]) and min(group[1:]) >= 0 for group in groups
+  ),
 )
 MESH = Rule(
   "three numbers of devices, (data, fsdp, query), each 1 or more and at most one of them -1",
@@ -78,7 +94,13 @@ TRAINING_RULES = {
   "optim.accumulate_steps": POSITIVE,
   "optim.learning_rate": NOT_NEGATIVE,
   "optim.base_batch_size": POSITIVE,
+  "optim.name": one_of("sgd", "adamw"),
   "optim.momentum": SHARE,
+  "optim.beta1": SHARE,
+  "optim.beta2": SHARE,
+  "optim.epsilon": ABOVE_ZERO,
+  "optim.groups": GROUPS,
+  "optim.ema_decay": SHARE,
   "optim.weight_decay": NOT_NEGATIVE,
   "optim.bias_rate": NOT_NEGATIVE,
   "optim.warmup_steps": NOT_NEGATIVE,

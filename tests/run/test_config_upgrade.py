@@ -17,6 +17,7 @@ LATER = {
     "optim.frozen", "optim.accumulate_steps", "model.remat", "model.remat_parts", "data.cache_dir",
     "checkpoint.every_minutes", "mesh", "data.resize", "model.rpn.round_anchors", "model.rpn.min_side",
     "model.test.min_side", "optim.decay_biases_and_norms", "optim.bias_rate", "model.box_head.beta",
+    "optim.name", "optim.beta1", "optim.beta2", "optim.epsilon", "optim.groups", "optim.ema_decay",
     "data.train_long_edge", "model.backbone.upsampling", "model.rpn.convs", "model.box_head.convs",
     "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm",
   ),

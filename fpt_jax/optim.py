@@ -114,13 +114,11 @@ def optimizer(config) -> optax.GradientTransformation:
 
   clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
   if optim.name == "sgd":
-    steps = (optax.stateless(decay), optax.sgd(schedule(config), momentum=optim.momentum))
+    sgd = optax.sgd(schedule(config), momentum=optim.momentum)
+    steps = [optax.stateless(decay), sgd]
   else:
-    steps = (
-      optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon),
-      optax.stateless(decay),
-      optax.scale_by_learning_rate(schedule(config)),
-    )
+    adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
+    steps = [adam, optax.stateless(decay), optax.scale_by_learning_rate(schedule(config))]
   chain = optax.chain(clip, *steps, optax.stateless(at_rate))
   if optim.accumulate_steps == 1:
     return chain

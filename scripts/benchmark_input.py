@@ -39,14 +39,14 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fpt_jax import configs, data
-from fpt_jax.data import canvases, transforms
+from fpt_jax.data import canvases, crops, transforms
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.data.records.instances import Record
 from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError
 from fpt_jax.run import command_line, sharding
-from fpt_jax.tasks.detection.batches import load_example
+from fpt_jax.tasks.detection.batches import example_of, load_image
 from fpt_jax.tasks.task import check_config, task_of
 from scripts.machine import allowed_cores, cpu
 from scripts.process_memory import peak_growth, private
@@ -185,9 +185,8 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
       examples = []
       for index in indices:
         with timed("read, decode and instances"):
-          example = load_example(
-            config.data, reader, index, config.data.short_edge, False, True, set()
-          )
+          window = crops.whole(canvases.resized_size(config.data, *reader.sizes_N2[index]), False)
+          example = example_of(config.data, load_image(reader, index, window), set())
         with timed("resize"):
           size = example["size_B2"]
           resized = transforms.resize_and_pad(example["image_BHWC"], size, size, config.data.resize)
@@ -282,7 +281,7 @@ def their_loader(config: ConfigDict, workers: int) -> dict[str, float]:
   from torch.utils.data import DataLoader, Dataset
 
   class InMemory:
-    """The part of a `Reader` that `load_example` uses, without files."""
+    """The part of a `Reader` that `load_image` uses, without files."""
 
     def __init__(self):
       with contextlib.closing(Reader(config.data, config.data.train_split)) as reader:
@@ -306,9 +305,9 @@ def their_loader(config: ConfigDict, workers: int) -> dict[str, float]:
     def __getitem__(self, index):
       settings = config.data
       mirrored = bool(np.random.default_rng(index).integers(2)) and settings.flip
-      example = load_example(
-        settings, self.reader, index, settings.short_edge, mirrored, True, set()
-      )
+      resized = canvases.resized_size(settings, *self.reader.sizes_N2[index])
+      loaded = load_image(self.reader, index, crops.whole(resized, mirrored))
+      example = example_of(settings, loaded, set())
       image_1CHW = torch.from_numpy(example["image_BHWC"]).permute(2, 0, 1)[None].float()
       height, width = map(int, example["size_B2"])
       image_1CHW = functional.interpolate(image_1CHW, (height, width), mode="bilinear")

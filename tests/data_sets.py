@@ -141,6 +141,7 @@ def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
     "train_split": "train",
     "eval_split": "val",
     "train_sizes": (),
+    "color_jitter": (),
     "flip": True,
     "canvas_multiple": 32,
     "skip_bad": False,
@@ -164,6 +165,10 @@ def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collection
     "long_edge": 40,
     "resize": "torchvision",
     "train_long_edge": 0,
+    "crop": (),
+    "scale": (1.0, 1.0),
+    "copy_paste": 0.0,
+    "filter_empty": False,
     "buckets": ((20, 40), (40, 20)),
     "max_instances": 4,
   }

@@ -58,6 +58,9 @@ def add_data(config: ConfigDict) -> None:
   # annotations of the pixels as they are stored)
   data.exif = "apply"
   data.flip = True  # mirror a random half of the training images
+  # largest random changes of brightness, contrast, saturation (factors of 1 - x to 1 + x) and hue (of the
+  # colour circle, up to 0.5) of training images, such as (0.4, 0.4, 0.4, 0.1); (): none
+  data.color_jitter = ()
   # shorter edge of training images, pixels: one of these numbers at random; if there are two, any size from
   # the first to the second; (): data.short_edge (detection), random factors of data.scale (segmentation)
   data.train_sizes = ()

@@ -27,6 +27,13 @@ def detection() -> ConfigDict:
   data.resize = "torchvision"
   # the same for training images; 0: data.long_edge, in proportion to the largest of data.train_sizes
   data.train_long_edge = 0
+  # size (height, width) of random crops of training images, pixels; (): whole images
+  data.crop = ()
+  # range of random factors of the size at which an image fits data.crop: (0.1, 2.0) is large-scale jitter
+  data.scale = (1.0, 1.0)
+  # share of training images that objects of another image are pasted into
+  data.copy_paste = 0.0
+  data.filter_empty = False  # leave training images without objects out, as detectron2 does
   # largest number of ground truths per image; the largest objects are kept
   data.max_instances = 100
 
@@ -103,7 +110,8 @@ def detection() -> ConfigDict:
 def variant(config: ConfigDict, arg: str) -> ConfigDict:
   """Returns the config changed by the words after the colon of its file, in any order.
 
-  Words: `small`, `tiny`, `demo`, `torchvision`, `torchvision_v2` or `detectron2`, `multiscale` and `literal`.
+  Words: `small`, `tiny`, `demo`, `lsj`, `torchvision`, `torchvision_v2` or `detectron2`, `multiscale` and
+  `literal`.
   Settings: those of `SETTINGS`, such as `backbone=resnet101_gc,pyramid=fpn,fpt=st+gt,head=augmented`.
 
   Raises:
@@ -167,6 +175,25 @@ def torchvision_v2(config: ConfigDict) -> None:
   config.model.rpn.convs = 2
   config.model.box_head.update(dict(convs=4, linears=1, norm="frozen_bn"))
   config.model.mask_head.norm = "frozen_bn"
+
+
+def lsj(config: ConfigDict) -> None:
+  """Sets large-scale jitter and its schedule of 100 epochs, as detectron2's mask_rcnn_R_50_FPN_100ep_LSJ.
+
+  It repeats Ghiasi et al. 2021: images at 0.1 to 2 times 1024 pixels, cut to 1024 x 1024, all weights trained
+  with Synchronised Batch Norm, 64 images per step. The paper's copy-paste is `data.copy_paste`.
+  """
+  config.data.crop = (1024, 1024)
+  config.data.scale = (0.1, 2.0)
+  config.data.short_edge = config.data.long_edge = 1024
+  config.data.buckets = ((1024, 1024),)
+  config.model.backbone.update(dict(norm="sync_bn", frozen=False))
+  config.batch_size = config.optim.base_batch_size = 64
+  config.train_images = 184_375 * 64
+  config.optim.learning_rate = 0.1
+  config.optim.weight_decay = 4e-5
+  config.optim.warmup_factor = 0.067
+  config.optim.decay_at = (163_889 / 184_375, 177_546 / 184_375)
 
 
 # category ids of COCO's 80 classes: 1 to 90 without those that no object has
@@ -260,6 +287,7 @@ SIZES = {
   "torchvision": torchvision,
   "detectron2": detectron2,
   "torchvision_v2": torchvision_v2,
+  "lsj": lsj,
 }
 SETTINGS = {
   "backbone": set_backbone,

@@ -15,8 +15,7 @@ from etils import epy
 with epy.lazy_imports():
   import tensorflow as tf
 
-_SCALE = 0x5CA1E  # separates these random numbers from others of the same seed
-
+_SCALE, _COLOR = 0x5CA1E, 0xC0105  # separate these random numbers from others of the same seed
 
 RESIZES = ("torchvision", "detectron2")
 
@@ -103,14 +102,19 @@ def scale_boxes(
   return boxes_G4 * np.array([[ratio_x, ratio_y, ratio_x, ratio_y]], np.float32)
 
 
-def flip(
-  image_HWC: np.ndarray, boxes_G4: np.ndarray, bitmaps_Gmm: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Mirrors an image, its boxes and the bitmaps relative to the boxes left to right."""
-  width = image_HWC.shape[1]
+def flip_objects(
+  width: int, boxes_G4: np.ndarray, bitmaps_Gmm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Mirrors the boxes of an image, and the bitmaps relative to the boxes, left to right.
+
+  Args:
+    width: width of the image, pixels.
+    boxes_G4: the boxes.
+    bitmaps_Gmm: the bitmaps; there may be none.
+  """
   x0_G, y0_G, x1_G, y1_G = boxes_G4.T
   flipped_G4 = np.stack([width - x1_G, y0_G, width - x0_G, y1_G], -1)
-  return image_HWC[:, ::-1], flipped_G4, bitmaps_Gmm[:, :, ::-1]
+  return flipped_G4, bitmaps_Gmm[:, :, ::-1]
 
 
 def draw_train_size(bits: int, sizes: Sequence[int]) -> int:
@@ -140,3 +144,51 @@ def draw_augmentation(seed: int, position: int, sizes: Sequence[int]) -> tuple[i
   """
   bits = np.random.Philox(np.random.SeedSequence((seed, _SCALE, position))).random_raw(2).tolist()
   return draw_train_size(bits[0], sizes), bits[1] >= 2**63
+
+
+def draw_colors(seed: int, position: int, ranges: Sequence[float]) -> np.ndarray:
+  """Draws the changes of an image's colours, as a pure function of the arguments.
+
+  Args:
+    seed: seed of the run.
+    position: position of the image in the run, step * global batch size + place in the batch.
+    ranges: largest changes of brightness, contrast, saturation and hue, see `jitter_colors`.
+
+  Returns:
+    float32 [4]: factors of brightness, contrast and saturation, uniform in 1 - range to 1 + range, and the
+    shift of the hue, uniform in -range to range.
+  """
+  bits_4 = np.random.Philox(np.random.SeedSequence((seed, _COLOR, position))).random_raw(4)
+  uniform_4 = 2 * (bits_4 / 2**64) - 1
+  return (np.array([1, 1, 1, 0]) + uniform_4 * np.asarray(ranges)).astype(np.float32)
+
+
+def jitter_colors(image_HWC: tf.Tensor, colors_4: tf.Tensor, ranges: Sequence[float]) -> tf.Tensor:
+  """Changes brightness, contrast, saturation and hue of an image, in this order.
+
+  Each change is that of torchvision's ColorJitter on float images, which draws the order as well.
+
+  Args:
+    image_HWC: RGB in 0..255, of any real dtype.
+    colors_4: what `draw_colors` returns.
+    ranges: the largest changes, see `draw_colors`; a change whose range is 0 is left out.
+
+  Returns:
+    float32 [H, W, 3] in 0..255.
+  """
+  brightness, contrast, saturation, hue = ranges
+  image_HWC = tf.cast(image_HWC, tf.float32)
+
+  def blend(image_HWC: tf.Tensor, other_HWC: tf.Tensor | float, factor: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(factor * image_HWC + (1 - factor) * other_HWC, 0.0, 255.0)
+
+  if brightness:
+    image_HWC = blend(image_HWC, 0.0, colors_4[0])
+  if contrast:
+    mean = tf.reduce_mean(tf.image.rgb_to_grayscale(image_HWC))
+    image_HWC = blend(image_HWC, mean, colors_4[1])
+  if saturation:
+    image_HWC = blend(image_HWC, tf.image.rgb_to_grayscale(image_HWC), colors_4[2])
+  if hue:
+    image_HWC = tf.image.adjust_hue(image_HWC / 255, colors_4[3]) * 255
+  return image_HWC

@@ -57,6 +57,16 @@ SIZES = Rule(
   "pairs (height, width) of positive numbers of pixels",
   lambda sizes: all(len(size) == 2 and min(size) >= 1 for size in sizes),
 )
+FACTORS = Rule(
+  "(low, high), two positive factors, the smaller one first",
+  lambda scale: len(scale) == 2 and 0 < scale[0] <= scale[1],
+)
+COLORS = Rule(
+  "() or four numbers, for brightness, contrast and saturation (0 to 1) and hue (0 to 0.5)",
+  lambda colors: (
+    not colors or (len(colors) == 4 and min(colors) >= 0 and max(colors) <= 1 and colors[3] <= 0.5)
+  ),
+)
 PIXELS = Rule("positive numbers of pixels", lambda sizes: all(size >= 1 for size in sizes))
 TRAIN_SIZES = Rule(
   "positive numbers of pixels; if there are two, the smaller one first",
@@ -88,6 +98,7 @@ TRAINING_RULES = {
   "log_every": POSITIVE,
   "data.train_sizes": TRAIN_SIZES,
   "data.num_workers": NOT_NEGATIVE,
+  "data.color_jitter": COLORS,
   "data.prefetch": POSITIVE,
   "model.fpt.drop_block_size": POSITIVE,
   "model.fpt.keep_probability": KEPT,

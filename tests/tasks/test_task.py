@@ -130,7 +130,9 @@ def test_a_model_that_does_not_exist_is_reported():
 def test_a_model_of_another_task_is_reported():
   config = coco_mask.get_config()
   config.model.name = "segmenter"
-  with pytest.raises(UserError, match=r"no field data\.crop, which model\.name='segmenter' needs"):
+  with pytest.raises(
+    UserError, match=r"no field eval\.overlap, which model\.name='segmenter' needs"
+  ):
     check_config(config)
 
 

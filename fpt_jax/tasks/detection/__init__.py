@@ -81,6 +81,12 @@ _RULES = {
   "data.resize": config_values.one_of(*transforms.RESIZES),
   "data.train_long_edge": NOT_NEGATIVE,
   "data.max_instances": POSITIVE,
+  "data.crop": config_values.Rule(
+    "(height, width), two positive numbers of pixels, or () for whole images",
+    lambda size: not size or (len(size) == 2 and min(size) >= 1),
+  ),
+  "data.scale": config_values.FACTORS,
+  "data.copy_paste": config_values.Rule("from 0 to 1", lambda value: 0 <= value <= 1),
   "model.canonical_size": config_values.ABOVE_ZERO,
   "model.rpn.anchor_sizes": config_values.Rule(
     f"{LEVELS} tuples of positive numbers of pixels, one per level",
@@ -123,6 +129,19 @@ def check_config(config: ConfigDict) -> None:
       f"config.data.train_long_edge={data.train_long_edge} must be at least {largest}, the largest shorter "
       "edge of training images, or 0"
     )
+  if tuple(data.scale) != (1, 1) and not data.crop:
+    raise UserError(
+      f"config.data.scale={tuple(data.scale)} needs crops; set config.data.crop, such as (1024, 1024)"
+    )
+  if data.crop and data.train_sizes:
+    raise UserError(
+      f"config.data.train_sizes={tuple(data.train_sizes)} and config.data.crop exclude each other; set "
+      "config.data.scale to train at several sizes"
+    )
+  if (data.crop or data.copy_paste) and data.resize != "torchvision":
+    raise UserError(
+      f"config.data.resize={data.resize!r} has no crops and no copy-paste; set it to 'torchvision'"
+    )
 
 
 def train_batches(
@@ -135,6 +154,9 @@ def train_batches(
 
 def canvas(config: ConfigDict) -> tuple[int, int]:
   """See `tasks.task.Task.canvas`: the largest canvas of training images."""
+  if config.data.crop:
+    height, width = config.data.crop
+    return height, width
   return batches.largest_canvas(batches.at_largest_train_size(config.data))
 
 

@@ -7,8 +7,9 @@ pixels, N images of a split, K canvases, V views.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
 import ml_collections
@@ -16,11 +17,16 @@ import numpy as np
 from absl import logging
 from etils import epy
 
-from fpt_jax.data import canvases, order, transforms
+from fpt_jax.data import canvases, crops, order, transforms
+from fpt_jax.data.crops import Crop
 from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import info
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances
+from fpt_jax.errors import UserError
+from fpt_jax.tasks.detection import copy_paste
+from fpt_jax.tasks.detection.copy_paste import Loaded
+from fpt_jax.tasks.detection.objects import objects_in
 
 with epy.lazy_imports():
   import tensorflow as tf
@@ -61,9 +67,17 @@ def train_batches(
       its image cannot be read.
   """
   reader = Reader(data, data.train_split)
-  sizes = tuple(data.train_sizes) or (data.short_edge,)
   largest = at_largest_train_size(data)
-  bucket_N, canvases_K2 = _assign(largest, reader)
+  if data.crop:
+    bucket_N, canvases_K2 = np.zeros(len(reader), int), np.array([data.crop])
+  else:
+    bucket_N, canvases_K2 = _assign(largest, reader)
+  if data.filter_empty:
+    bucket_N = np.where(_have_objects(reader), bucket_N, -1)  # -1: in no batch
+    if (bucket_N < 0).all():
+      raise UserError(
+        f"data.filter_empty: no image of data.train_split={data.train_split!r} has an object to train on"
+      )
   plan = order.train_plan(
     bucket_N,
     seed=seed,
@@ -72,12 +86,124 @@ def train_batches(
     process_index=process_index,
     process_count=process_count,
   )
+  sources = np.flatnonzero(bucket_N >= 0)
+  seed_of_sources = copy_paste.partner_seed(seed)
+  overfull: set[int] = set()
+  ranges = tuple(data.color_jitter)
 
-  def augment(position: int) -> tuple[int, bool]:
-    short, mirrored = transforms.draw_augmentation(seed, position, sizes)
-    return short, mirrored and data.flip
+  def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
+    loaded = load_image(reader, index, train_crop(largest, reader, index, seed, position))
 
-  return _batches((largest,), reader, plan, augment, canvases_K2[:, None], bitmaps=True)
+    def load_source(i: int) -> Loaded:
+      source = int(sources[i])
+      crop = train_crop(largest, reader, source, seed_of_sources, position)
+      canvas = canvases_K2[bucket_N[index]]  # the image that objects are pasted into may be smaller
+      height, width = (min(edge, int(room)) for edge, room in zip(crop.valid, canvas, strict=True))
+      return load_image(reader, source, dataclasses.replace(crop, valid=(height, width)))
+
+    pasted = copy_paste.paste(loaded, seed, position, data.copy_paste, len(sources), load_source)
+    if pasted:
+      loaded = loaded._replace(objects=pasted.objects)
+    example = example_of(data, loaded, overfull) | {"valid_B": np.array(valid)}
+    example |= _window(loaded.crop, "own")
+    example["colors_B4"] = transforms.draw_colors(seed, position, ranges or (0, 0, 0, 0))
+    if data.copy_paste:
+      if pasted:
+        example["size_B2"] = np.array(pasted.size, np.int32)
+      source = pasted.source if pasted else loaded
+      example |= _window(source.crop, "source")
+      example["source_image"] = pasted.source.image_HWC if pasted else np.zeros((1, 1, 3), np.uint8)
+      example["source_mask"] = pasted.mask_hw if pasted else np.zeros((1, 1), bool)
+    return example
+
+  def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
+    canvas = tf.gather(tf.constant(canvases_K2, tf.int32), bucket)
+    colors_4 = example.pop("colors_B4")
+    windows = {n: example.pop(n) for n in fields if n.startswith(("own_", "source_"))}
+
+    def on_canvas(image_HWC: tf.Tensor, name: str) -> tf.Tensor:
+      resized, offset, valid = (windows[f"{name}_{part}"] for part in _WINDOW)
+      if ranges:
+        image_HWC = transforms.jitter_colors(image_HWC, colors_4, ranges)
+      if data.crop or name == "source":
+        return crops.cut_image(image_HWC, resized, offset, canvas)
+      return transforms.resize_and_pad(image_HWC, valid, canvas, data.resize)
+
+    image_HWC = on_canvas(example["image_BHWC"], "own")
+    if data.copy_paste:
+      mask_hw = windows["source_mask"]
+      mask_HW = tf.pad(mask_hw, [[0, n] for n in tf.unstack(canvas - tf.shape(mask_hw))])
+      image_HWC = tf.cond(
+        tf.reduce_any(mask_hw),
+        lambda: copy_paste.compose(
+          image_HWC,
+          windows["own_valid"],
+          on_canvas(windows["source_image"], "source"),
+          mask_HW,
+          example["size_B2"],
+        ),
+        lambda: image_HWC,
+      )
+    return example | {"image_BHWC": image_HWC}
+
+  fields = _fields(data, bitmaps=True) | _window_fields("own")
+  fields["colors_B4"] = (tf.float32, (4,))
+  if data.copy_paste:
+    fields |= _window_fields("source")
+    fields["source_image"] = (tf.uint8, (None, None, 3))
+    fields["source_mask"] = (tf.bool, (None, None))
+  return assemble(data, reader, plan, fields, load, finish)
+
+
+def train_crop(
+  data: ml_collections.ConfigDict, reader: Reader, index: int, seed: int, position: int
+) -> Crop:
+  """Draws the window of a training image, as a pure function of the image, the seed and the position.
+
+  Args:
+    data: what `at_largest_train_size` returns.
+    reader: reader of the records.
+    index: the image in the reader's split.
+    seed: seed of the run.
+    position: position of the image in the run: step * global batch size + index in the batch.
+  """
+  height, width = map(int, reader.sizes_N2[index])
+  if data.crop:
+    fit = crops.fit((height, width), tuple(data.crop))
+    scale = (data.scale[0] * fit, data.scale[1] * fit)
+    return crops.draw(
+      seed, position, (height, width), tuple(data.crop), scale=scale, flip=data.flip
+    )
+  sizes = tuple(data.train_sizes) or (data.short_edge,)
+  short, mirrored = transforms.draw_augmentation(seed, position, sizes)
+  resized = canvases.resized_size(data, height, width, short)
+  return crops.whole(resized, mirrored and data.flip)
+
+
+_WINDOW = ("resized", "offset", "valid")  # of a window, see `Crop`
+
+
+def _window(crop: Crop, name: str) -> dict[str, np.ndarray]:
+  """Returns a window as arrays of an example."""
+  values = (crop.size, crop.offset, crop.valid)
+  return {f"{name}_{part}": np.array(v, np.int32) for part, v in zip(_WINDOW, values, strict=True)}
+
+
+def _window_fields(name: str) -> dict[str, tuple[tf.DType, tuple[int | None, ...]]]:
+  """Returns dtype and shape of each array of `_window`."""
+  return {f"{name}_{part}": (tf.int32, (2,)) for part in _WINDOW}
+
+
+def _have_objects(reader: Reader) -> np.ndarray:
+  """bool [N]: whether each image has an object that can be trained on; it reads all records."""
+  logging.info("data.filter_empty: looking for objects in %d records", len(reader))
+  have_N = np.zeros(len(reader), bool)
+  for index in range(len(reader)):
+    record = _read(reader, index)
+    x0_G, y0_G, x1_G, y1_G = record.boxes.T
+    have_N[index] = (~record.crowd & ((x1_G - x0_G) * (y1_G - y0_G) > 0)).any()
+  logging.info("%d images without an object are left out", np.count_nonzero(~have_N))
+  return have_N
 
 
 def at_largest_train_size(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -138,10 +264,41 @@ def eval_batches(
     process_count=process_count,
   )
 
-  def augment(_: int) -> tuple[int, bool]:
-    return views[0].short_edge, False
+  others = views[1:]
+  overfull: set[int] = set()
 
-  return _batches(views, reader, plan, augment, canvases_KV2, bitmaps=False)
+  def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
+    del position
+    window = crops.whole(canvases.resized_size(views[0], *reader.sizes_N2[index]), False)
+    loaded = load_image(reader, index, window, with_bitmaps=False)
+    example = example_of(data, loaded, overfull) | {"valid_B": np.array(valid)}
+    if not valid:
+      example["image_id_B"] = np.array(-1, np.int64)
+    if others:
+      sizes_V2 = [canvases.resized_size(v, *example["original_size_B2"]) for v in others]
+      example["other_sizes_V2"] = np.array(sizes_V2, np.int32)
+    return example
+
+  def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
+    canvases_V2 = tf.gather(tf.constant(canvases_KV2, tf.int32), bucket)
+    image_HWC = example["image_BHWC"]
+
+    def view(size: tf.Tensor, v: int) -> dict[str, tf.Tensor]:
+      return {
+        "image_BHWC": transforms.resize_and_pad(image_HWC, size, canvases_V2[v], data.resize),
+        "size_B2": size,
+      }
+
+    example |= view(example["size_B2"], 0)
+    if others:
+      sizes_V2 = example.pop("other_sizes_V2")
+      example["other_views"] = tuple(view(sizes_V2[v], v + 1) for v in range(len(others)))
+    return example
+
+  fields = _fields(data, bitmaps=False)
+  if others:
+    fields["other_sizes_V2"] = (tf.int32, (len(others), 2))
+  return assemble(data, reader, plan, fields, load, finish)
 
 
 def largest_canvas(data: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -235,104 +392,59 @@ def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray
   return order.assign_buckets(sizes_N2, canvases_K2), canvases_K2
 
 
-def _batches(
-  views: tuple[ml_collections.ConfigDict, ...],
-  reader: Reader,
-  plan: order.Plan,
-  augment: Callable[[int], tuple[int, bool]],
-  canvases_KV2: np.ndarray,
-  *,
-  bitmaps: bool,
-) -> Batches:
-  """Returns this host's batches of a plan: each image is read, decoded and resized.
-
-  Args:
-    views: the config's `data` at each shorter edge; the ground truth has the scale of the first.
-    reader: reader of the records.
-    plan: the images of each step.
-    augment: function from the image's position in the run to its shorter edge and whether to flip it.
-    canvases_KV2: (height, width) of each canvas in each view.
-    bitmaps: whether batches have gt_masks_BGmm.
-  """
-  data, others = views[0], views[1:]
-  overfull: set[int] = set()
+def _fields(
+  data: ml_collections.ConfigDict, *, bitmaps: bool
+) -> dict[str, tuple[tf.DType, tuple[int | None, ...]]]:
+  """Returns dtype and shape of each array of an example, see `example_of`."""
+  most = data.max_instances
   fields = {
     "image_BHWC": (tf.uint8, (None, None, 3)),
     "size_B2": (tf.int32, (2,)),
     "original_size_B2": (tf.int32, (2,)),
     "image_id_B": (tf.int64, ()),
     "valid_B": (tf.bool, ()),
-    "gt_boxes_BG4": (tf.float32, (data.max_instances, 4)),
-    "gt_labels_BG": (tf.int32, (data.max_instances,)),
-    "gt_valid_BG": (tf.bool, (data.max_instances,)),
+    "gt_boxes_BG4": (tf.float32, (most, 4)),
+    "gt_labels_BG": (tf.int32, (most,)),
+    "gt_valid_BG": (tf.bool, (most,)),
   }
   if bitmaps:
-    fields["gt_masks_BGmm"] = (tf.uint8, (data.max_instances, instances.BITMAP, instances.BITMAP))
-  if others:
-    fields["other_sizes_V2"] = (tf.int32, (len(others), 2))
-
-  def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
-    short, mirrored = augment(position)
-    example = load_example(data, reader, index, short, mirrored, bitmaps, overfull)
-    example["valid_B"] = np.array(valid)
-    if not valid:
-      example["image_id_B"] = np.array(-1, np.int64)
-    if others:
-      size = example["original_size_B2"]
-      sizes_V2 = [canvases.resized_size(v, *size) for v in others]
-      example["other_sizes_V2"] = np.array(sizes_V2, np.int32)
-    return example
-
-  def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
-    canvases_V2 = tf.gather(tf.constant(canvases_KV2, tf.int32), bucket)
-    image_HWC = example["image_BHWC"]
-
-    def view(size: tf.Tensor, v: int) -> dict[str, tf.Tensor]:
-      return {
-        "image_BHWC": transforms.resize_and_pad(image_HWC, size, canvases_V2[v], data.resize),
-        "size_B2": size,
-      }
-
-    example |= view(example["size_B2"], 0)
-    if others:
-      sizes_V2 = example.pop("other_sizes_V2")
-      example["other_views"] = tuple(view(sizes_V2[v], v + 1) for v in range(len(others)))
-    return example
-
-  return assemble(data, reader, plan, fields, load, finish)
+    fields["gt_masks_BGmm"] = (tf.uint8, (most, instances.BITMAP, instances.BITMAP))
+  return fields
 
 
-def load_example(
-  data: ml_collections.ConfigDict,
-  reader: Reader,
-  index: int,
-  short: int,
-  mirrored: bool,
-  with_bitmaps: bool,
-  overfull: set[int],
-) -> dict[str, np.ndarray]:
-  """Reads an image, without resizing it, and its padded ground truth.
+def load_image(reader: Reader, index: int, crop: Crop, *, with_bitmaps: bool = True) -> Loaded:
+  """Reads an image, without resizing it, and its objects in a window.
 
   Args:
-    data: the config's `data`.
     reader: reader of the records.
     index: the image in the reader's split.
-    short: shorter edge that the image will be resized to, pixels.
-    mirrored: whether the image is mirrored left to right.
+    crop: the window of the resized image.
     with_bitmaps: whether to unpack the masks.
-    overfull: ids of images with too many instances that the log has warned of; this one may be added.
-
-  Returns:
-    The image's part of the arrays of `train_batches`; `image_BHWC` is uint8 at the size of the file.
   """
   record = _read(reader, index)
   image_HWC = reader.decode(index, record)
-  size = canvases.resized_size(data, *record.size, short)
+  if crop.mirrored:
+    image_HWC = np.ascontiguousarray(image_HWC[:, ::-1])
+  return Loaded(record, image_HWC, crop, objects_in(record, crop, with_bitmaps))
 
-  x0_G, y0_G, x1_G, y1_G = record.boxes.T
-  areas_G = (x1_G - x0_G) * (y1_G - y0_G)
-  kept = np.flatnonzero(~record.crowd & (areas_G > 0))
-  if len(kept) > data.max_instances:
+
+def example_of(
+  data: ml_collections.ConfigDict, loaded: Loaded, overfull: set[int]
+) -> dict[str, np.ndarray]:
+  """Returns an image and its padded ground truth.
+
+  Args:
+    data: the config's `data`.
+    loaded: the image.
+    overfull: ids of images with too many instances that the log has warned of; this one may be added.
+
+  Returns:
+    The image's part of the arrays of `train_batches` but valid_B; `image_BHWC` is uint8 at the size of the
+    file.
+  """
+  record, objects, most = loaded.record, loaded.objects, data.max_instances
+  count = len(objects.labels_G)
+  if count > most:
     if record.image_id not in overfull:
       overfull.add(record.image_id)
       logging.warning(
@@ -340,25 +452,22 @@ def load_example(
         "%d such images so far",
         record.image_id,
         record.file_name,
-        len(kept),
-        data.max_instances,
+        count,
+        most,
         len(overfull),
       )
-    largest = np.argsort(-areas_G[kept], kind="stable")[: data.max_instances]
-    kept = kept[np.sort(largest)]
-  bitmaps_Gmm = instances.unpack_bitmaps([record.bitmaps[i] for i in kept if with_bitmaps])
-  boxes_G4 = record.boxes[kept]
-  if mirrored:
-    image_HWC, boxes_G4, bitmaps_Gmm = transforms.flip(image_HWC, boxes_G4, bitmaps_Gmm)
+    x0_G, y0_G, x1_G, y1_G = objects.boxes_G4.T
+    largest = np.argsort(-(x1_G - x0_G) * (y1_G - y0_G), kind="stable")[:most]
+    objects = objects.take(np.sort(largest))
   return {
-    "image_BHWC": np.ascontiguousarray(image_HWC),
-    "size_B2": np.array(size, np.int32),
+    "image_BHWC": loaded.image_HWC,
+    "size_B2": np.array(loaded.crop.valid, np.int32),
     "original_size_B2": np.array(record.size, np.int32),
     "image_id_B": np.array(record.image_id, np.int64),
-    "gt_boxes_BG4": _pad(transforms.scale_boxes(boxes_G4, record.size, size), data.max_instances),
-    "gt_labels_BG": _pad(record.labels[kept], data.max_instances),
-    "gt_valid_BG": np.arange(data.max_instances) < len(kept),
-    "gt_masks_BGmm": _pad(bitmaps_Gmm, data.max_instances),
+    "gt_boxes_BG4": _pad(objects.boxes_G4, most),
+    "gt_labels_BG": _pad(objects.labels_G, most),
+    "gt_valid_BG": np.arange(most) < count,
+    "gt_masks_BGmm": _pad(objects.bitmaps_Gmm, most),
   }
 
 

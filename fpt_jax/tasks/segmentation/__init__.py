@@ -68,10 +68,7 @@ _SIZE = config_values.Rule(
 )
 _RULES = {
   "data.crop": _SIZE,
-  "data.scale": config_values.Rule(
-    "(low, high), two positive factors, the smaller one first",
-    lambda scale: len(scale) == 2 and 0 < scale[0] <= scale[1],
-  ),
+  "data.scale": config_values.FACTORS,
   "model.backbone.output_stride": POSITIVE,
   "model.hard_pixels": config_values.NOT_NEGATIVE,
   "model.hard_probability": SHARE,

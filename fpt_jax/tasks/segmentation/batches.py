@@ -15,13 +15,12 @@ import numpy as np
 from etils import epy
 from pycocotools import mask as coco_mask
 
-from fpt_jax.data import canvases, order, transforms
+from fpt_jax.data import canvases, crops, order, transforms
 from fpt_jax.data.loader import Batches, assemble
 from fpt_jax.data.prepared import DatasetInfo, info
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records import instances, label_map
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.segmentation import crops
 
 with epy.lazy_imports():
   import tensorflow as tf
@@ -60,7 +59,7 @@ def train_batches(
     UserError: the data are not prepared, or do not fit the config. While iterating: a record, its
       image or its label map cannot be read.
   """
-  canvas = tuple(data.crop)
+  canvas, ranges = tuple(data.crop), tuple(data.color_jitter)
   mirrored_class = crops.mirror_table(_classes(data).swaps)
   reader = Reader(data, data.train_split)
   plan = order.train_plan(
@@ -92,17 +91,22 @@ def train_batches(
       "size_B2": np.array(crop.valid, np.int32),
       "resized_B2": np.array(crop.size, np.int32),
       "offset_B2": np.array(crop.offset, np.int32),
+      "colors_B4": transforms.draw_colors(seed, position, ranges or (0, 0, 0, 0)),
     }
 
   def finish(example: dict[str, tf.Tensor], _: tf.Tensor) -> dict[str, tf.Tensor]:
     image_HWC, label_hw = example["image_BHWC"], example["label_BHW"]
     resized, offset = example.pop("resized_B2"), example.pop("offset_B2")
+    colors_4 = example.pop("colors_B4")
+    if ranges:
+      image_HWC = transforms.jitter_colors(image_HWC, colors_4, ranges)
     return example | {
       "image_BHWC": crops.cut_image(image_HWC, resized, offset, tf.constant(canvas)),
       "label_BHW": tf.cast(crops.pad_label(label_hw, tf.constant(canvas)), tf.int32),
     }
 
   fields = _fields() | {"resized_B2": (tf.int32, (2,)), "offset_B2": (tf.int32, (2,))}
+  fields["colors_B4"] = (tf.float32, (4,))
   return assemble(data, reader, plan, fields, load, finish)
 
 

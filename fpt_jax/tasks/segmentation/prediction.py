@@ -10,13 +10,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fpt_jax import data
-from fpt_jax.data import transforms
+from fpt_jax.data import crops, transforms
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.tasks.labels import match_names
-from fpt_jax.tasks.segmentation import batches, crops, submissions
+from fpt_jax.tasks.segmentation import batches, submissions
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.views import labeller
 

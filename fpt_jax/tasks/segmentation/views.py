@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fpt_jax.data import transforms
+from fpt_jax.data import crops, transforms
 from fpt_jax.models.feature_map import valid_positions
 from fpt_jax.models.state import Skeleton
 from fpt_jax.ops.mirror import mirror
-from fpt_jax.tasks.segmentation import crops
 
 
 def probabilities(

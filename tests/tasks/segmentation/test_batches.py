@@ -8,12 +8,11 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.configs.segmentation import segmentation
-from fpt_jax.data import canvases, order, transforms
+from fpt_jax.data import canvases, crops, order, transforms
 from fpt_jax.data.datasets import label_maps
 from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection import batches as detection_batches
-from fpt_jax.tasks.segmentation import crops
 from fpt_jax.tasks.segmentation.batches import eval_batches, images, train_batches
 from tests.data_sets import label_config
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fpt_jax.data import transforms
-from fpt_jax.tasks.segmentation import crops
+from fpt_jax.data import crops, transforms
 
 SIZES = [  # of the file, resized, offset, canvas
   ((7, 11), (7, 11), (0, 0), (7, 11)),

@@ -1,4 +1,4 @@
-"""Random training crops of resized images and label maps.
+"""Random training crops of resized images and their annotations.
 
 Shapes: H W rows and columns of an image file, h w those of the crop.
 """
@@ -10,7 +10,8 @@ import dataclasses
 import numpy as np
 from etils import epy
 
-from fpt_jax.data import VOID, transforms
+from fpt_jax.data import transforms
+from fpt_jax.data.records.label_map import VOID
 
 with epy.lazy_imports():
   import tensorflow as tf
@@ -33,6 +34,11 @@ class Crop:
   offset: tuple[int, int]
   valid: tuple[int, int]
   mirrored: bool
+
+
+def whole(size: tuple[int, int], mirrored: bool) -> Crop:
+  """Returns the window of a whole image of this size."""
+  return Crop(size, (0, 0), size, mirrored)
 
 
 def draw(
@@ -69,6 +75,11 @@ def draw(
   )
   height, width = (min(edge, room) for edge, room in zip(resized, canvas, strict=True))
   return Crop(resized, (top, left), (height, width), flip and bits[3] >= 2**63)
+
+
+def fit(size: tuple[int, int], canvas: tuple[int, int]) -> float:
+  """Returns the factor of an image's size at which it just fits on a canvas; both are (height, width)."""
+  return min(room / edge for room, edge in zip(canvas, size, strict=True))
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -23,4 +23,5 @@ def get_config(arg: str = ""):
     )
   )
   config.model.num_classes = 20
+  config.model.align_corners = False  # the crop is 4 n + 1
   return variant(config, arg)

@@ -23,8 +23,11 @@ def get_config(arg: str = ""):
     dict(
       name="voc2012",
       crop=(521, 521),
-      buckets=((512, 512),),  # no image is larger
+      buckets=((512, 512),),  # no edge of an image is longer than 500 pixels
     )
   )
   config.model.num_classes = 21
-  return variant(config, arg)
+  config = variant(config, arg)
+  if config.model.align_corners:
+    config.data.buckets = ((505, 505),)
+  return config

@@ -23,7 +23,9 @@ CONFIGS = {
     data__buckets=((128, 128),), data__short_edge=128, data__long_edge=128, **fields
   ),
   # FPT by itself is compared in tests/run/test_sharding.py
-  "segmentation": lambda **fields: tiny_segmentation_config("fpt=none", **fields),
+  "segmentation": lambda **fields: tiny_segmentation_config(
+    "fpt=none", model__align_corners=True, **fields
+  ),
 }
 STEPS = {"detection": 1, "segmentation": 10}
 LAYOUTS = ((1, 1, 1), (2, 2, 2))  # the second one uses every axis

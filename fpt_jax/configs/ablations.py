@@ -19,6 +19,7 @@ COCO_SMALL = (
   "--config.optim.learning_rate=0.1",
 )
 CANONICAL = "--config.model.canonical_size=42.0"  # 224 at an edge of 1024 pixels
+ALIGNED = ("--config.model.align_corners=True",)
 DETECTION, SEGMENTATION = "configs/coco_mask.py:demo", "configs/cityscapes.py:demo"
 FPT_DETECTION = "fpt=st+gt+rt"  # in full, as in table 1: runs with the same flags are trained once
 CONTEXT = ("segm/AP", "bbox/AP", "context/accuracy", "context/fine")
@@ -199,6 +200,7 @@ ABLATIONS = {
     (
       *conditioning(SEGMENTATION, SEGMENTATION),
       fpt(SEGMENTATION, "windows masked", "outside=masked"),
+      Row("aligned corners", SEGMENTATION, ALIGNED),
     ),
   ),
   "camvid": Table(
@@ -210,6 +212,18 @@ ABLATIONS = {
       Row("UFP+FPT", "configs/camvid.py"),
     ),
     needs=real("camvid"),
+  ),
+  "camvid_corners": Table(
+    "Logits enlarged with half-pixel centres and with aligned corners, CamVid, from ImageNet weights",
+    MIOU,
+    (
+      Row("UFP", "configs/camvid.py:fpt=none"),
+      Row("UFP aligned", "configs/camvid.py:fpt=none", ALIGNED),
+      Row("UFP+FPT", "configs/camvid.py"),
+      Row("UFP+FPT aligned", "configs/camvid.py", ALIGNED),
+    ),
+    needs=real("camvid"),
+    note="The two differ by a shift of 7.5 pixels, at the stride of 16.",
   ),
   "voc2012": Table(
     "PASCAL VOC 2012, from ImageNet weights",

@@ -68,7 +68,8 @@ def add_data(config: ConfigDict) -> None:
   data.short_edge = 800
   # canvases (height, width) that images are padded to, pixels; (): the size of each image, rounded up
   data.buckets = ((800, 1024), (1024, 800))
-  # if data.buckets is (), canvas sizes are rounded up to multiples of this number of pixels
+  # if data.buckets is (), canvas sizes are rounded up to multiples of this number of pixels, in segmentation
+  # plus one with model.align_corners
   data.canvas_multiple = 32
   data.num_workers = 0  # number of threads that read images; 0: one per core
   data.prefetch = 2  # number of batches that are read ahead

@@ -41,6 +41,11 @@ def segmentation() -> ConfigDict:
   model.swaps = ()
   # normalisation in the pyramid and the heads: sync_bn, bn (statistics per device), group_norm or none
   model.norm = "sync_bn"
+  # enlarge logits with aligned corners, as in the code of PSPNet, OCNet, ANN and EncNet: position i of a map
+  # lies at pixel i times the stride; canvases have one pixel more than a multiple of data.canvas_multiple.
+  # For crops of 8 n + 1 pixels. False: with half-pixel centres, (stride - 1) / 2 pixels away, as in
+  # torchvision and in HRNet's branch pytorch-v1.1
+  model.align_corners = True
   model.backbone.name = "resnet101"
   # stride of the backbone's last level, pixels: 8, 16 or 32; 4 too for an HRNet, whose last level has all
   # of its branches, concatenated, unless this is 32
@@ -102,6 +107,7 @@ def small(config: ConfigDict) -> None:
   config.optim.learning_rate = 0.03
   config.data.crop = (288, 384)
   config.data.train_sizes = ()
+  config.model.align_corners = False
   config.model.backbone.output_stride = 16
   config.model.pyramid.channels = 64
   config.model.head.hidden = 128
@@ -117,7 +123,7 @@ def demo(config: ConfigDict) -> None:
   config.batch_size = 8
   config.steps = 300
   config.log_every = 10
-  config.model.update(dict(num_classes=7, class_weights=()))
+  config.model.update(dict(num_classes=7, class_weights=(), align_corners=False))
   config.model.auxiliary.weight = 0.4
   config.model.backbone.update(
     dict(name="resnet18", width=16, norm="sync_bn", frozen=False, output_stride=8)
@@ -152,6 +158,8 @@ def set_head(config: ConfigDict, value: str) -> None:
     model.auxiliary.hidden *= 2
   model.pyramid.name, model.head.name = variants.choice("head", value, HEADS)
   model.fpt.enabled = False
+  if value in HALF_PIXEL:
+    model.align_corners = False
   if value == "deeplabv3":
     model.head.hidden //= 2  # 256, where the other networks have 512
   if value == "hrnet":
@@ -189,6 +197,8 @@ HEADS = {  # name: pyramid and head
 }
 # networks whose authors' code has 512 channels in the auxiliary head, twice as many as PSPNet
 WIDE_AUXILIARY = ("ocnet", "afnb")
+# networks whose weights are trained with half-pixel centres: torchvision's, and HRNet's branch pytorch-v1.1
+HALF_PIXEL = ("fcn", "deeplabv3", "hrnet")
 NOT_BUILT = {
   "gscnn": "its backbone Wide-ResNet-101 is not implemented",
 }

@@ -15,23 +15,26 @@ from fpt_jax.errors import UserError
 _MANY = 8  # canvases; the log warns of more, since the model is compiled for each
 
 
-def canvases(data: ml_collections.ConfigDict, sizes_N2: np.ndarray) -> np.ndarray:
+def canvases(
+  data: ml_collections.ConfigDict, sizes_N2: np.ndarray, remainder: int = 0
+) -> np.ndarray:
   """Returns the sizes of the canvases for images of given sizes.
 
   Args:
     data: the config's `data`.
     sizes_N2: (height, width) of each image after its resize in pixels, int [N, 2].
+    remainder: pixels beyond a multiple, see `transforms.round_up`.
 
   Returns:
     (height, width) in pixels, int [K, 2]: `data.buckets`, or, if there are none, each image's size
-    rounded up to multiples of `data.canvas_multiple`.
+    rounded up to multiples of `data.canvas_multiple`, plus the remainder.
 
   Raises:
     UserError: the multiple is not positive.
   """
   if data.buckets:
     return np.array(data.buckets).reshape(-1, 2)
-  canvases_K2 = np.unique(round_up(sizes_N2, multiple_of(data)), axis=0)
+  canvases_K2 = np.unique(transforms.round_up(sizes_N2, multiple_of(data), remainder), axis=0)
   if len(canvases_K2) > _MANY:
     logging.warning(
       "the images have canvases of %d sizes, and the model is compiled for each; name a few in "
@@ -73,15 +76,10 @@ def at_short_edge(data: ml_collections.ConfigDict, short: int) -> ml_collections
   ratio = short / data.short_edge
   scaled.short_edge, scaled.long_edge = short, math.floor(data.long_edge * ratio)
   scaled.buckets = tuple(
-    tuple(map(int, round_up(np.ceil(np.multiply(bucket, ratio)), multiple_of(data))))
+    tuple(map(int, transforms.round_up(np.ceil(np.multiply(bucket, ratio)), multiple_of(data))))
     for bucket in data.buckets
   )
   return scaled
-
-
-def round_up(sizes_N2: np.ndarray, multiple: int) -> np.ndarray:
-  """Returns the sizes rounded up to multiples."""
-  return -(-sizes_N2 // multiple) * multiple
 
 
 def multiple_of(data: ml_collections.ConfigDict) -> int:

@@ -41,21 +41,29 @@ def resized_size(
 
 
 def smallest_canvas(
-  size: tuple[int, int], buckets: Sequence[tuple[int, int]], multiple: int = 32
+  size: tuple[int, int],
+  buckets: Sequence[tuple[int, int]],
+  multiple: int = 32,
+  remainder: int = 0,
 ) -> tuple[int, int]:
   """Returns the smallest bucket that holds an image, or its size rounded up if none does.
 
   Args:
     size: (height, width) of the image in pixels.
     buckets: (height, width) of each canvas in pixels.
-    multiple: pixels; the size is rounded up to multiples of it.
+    multiple, remainder: pixels; how the size is rounded up, see `round_up`.
   """
   fitting = [b for b in buckets if b[0] >= size[0] and b[1] >= size[1]]
   if fitting:
     height, width = min(fitting, key=lambda b: b[0] * b[1])
   else:
-    height, width = (-(-edge // multiple) * multiple for edge in size)
+    height, width = (round_up(edge, multiple, remainder) for edge in size)
   return height, width
+
+
+def round_up(size, multiple: int, remainder: int = 0):
+  """Returns the smallest multiple plus the remainder that is not smaller; `size` is a number or an array."""
+  return -(-(size - remainder) // multiple) * multiple + remainder
 
 
 def resize_and_pad(

@@ -145,7 +145,7 @@ class Segmenter(nnx.Module):
     policy = policy_of(self.config, "heads")
 
     def loss_of(logits: FeatureMap, **hard) -> jax.Array:
-      logits_BHWK = enlarged(logits, labels_BHW.shape[1:])
+      logits_BHWK = self.enlarged(logits, labels_BHW.shape[1:])
       return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights, **hard)
 
     hard = {name: self.config[name] for name in ("hard_pixels", "hard_probability")}
@@ -173,14 +173,19 @@ class Segmenter(nnx.Module):
       [B, H, W, K] float32 at the canvas's resolution; 0 far from the image.
     """
     levels = self.backbone_levels(image_BHWC, size_B2)
-    return enlarged(self.logits_of_levels(levels), image_BHWC.shape[1:3])
+    return self.enlarged(self.logits_of_levels(levels), image_BHWC.shape[1:3])
+
+  def enlarged(self, logits: FeatureMap, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, K] float32: the logits of every pixel of a canvas of this size."""
+    return upsample_bilinear(
+      logits.values_BHWC,
+      logits.valid_BHW,
+      logits.stride,
+      *size,
+      align_corners=self.config.align_corners,
+    )
 
 
 def classified(head: SemanticHead, levels: Pyramid, key: jax.Array | None) -> FeatureMap:
   """Returns the logits of a head."""
   return head(levels, key=key)
-
-
-def enlarged(logits: FeatureMap, size: tuple[int, int]) -> jax.Array:
-  """[B, H, W, K] float32: the logits of every pixel of a canvas of this size."""
-  return upsample_bilinear(logits.values_BHWC, logits.valid_BHW, logits.stride, *size)

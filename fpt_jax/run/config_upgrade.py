@@ -99,6 +99,7 @@ _LATER_FIELDS = {  # by model
     "model.swaps": (),
     "model.backbone.upsampling": "bilinear",
     "model.class_weights": (),
+    "model.align_corners": False,
     "model.hard_pixels": 0,
     "model.hard_probability": 0.7,
     "model.head.name": "fcn",

@@ -123,6 +123,9 @@ def test_data_sets_differ_in_classes_only_and_have_the_papers_recipe():
     classes = config.model.num_classes
     assert classes == {"cityscapes": 19, "ade20k": 150, "lip": 20, "voc2012": 21}[row.config]
     config.model.num_classes = 19
+    if row.config == "lip":
+      assert not config.model.align_corners
+      config.model.align_corners = other.model.align_corners
     assert config.model.to_json() == other.model.to_json()
     o = config.optim
     recipes[row.config] = (config.data.crop[0], optim.total_steps(config), o.learning_rate)
@@ -133,6 +136,20 @@ def test_data_sets_differ_in_classes_only_and_have_the_papers_recipe():
     "lip": (573, round(50 * 30_462 / 8), 0.01, 5e-4, 0.5, 2.0),
     "voc2012": (521, 80 * 1464 // 8, 0.01, 5e-4, 0.5, 2.0),
   }
+
+
+@pytest.mark.parametrize(
+  "name", ["ade20k", "camvid", "cityscapes", "image_folder", "lip", "voc2012"]
+)
+def test_corners_are_aligned_where_the_crop_is_8_n_plus_1(name):
+  module = importlib.import_module(f"fpt_jax.configs.{name}")
+  for arg in ("", "small", "demo", "head=ocnet", "fpt=none,context=apnb"):
+    config = module.get_config(arg)
+    exact = {edge % 8 for edge in config.data.crop} == {1}
+    assert config.model.align_corners == exact, arg
+    assert all({e % 8 for e in bucket} == {1} for bucket in config.data.buckets) or not exact
+  for arg in ("head=fcn", "head=deeplabv3", "head=hrnet"):  # those of torchvision, and of HRNet
+    assert not module.get_config(arg).model.align_corners
 
 
 def test_words_of_image_folder():

@@ -9,6 +9,7 @@ from flax import nnx
 
 from fpt_jax import models
 from fpt_jax.configs import coco_mask
+from fpt_jax.errors import UserError
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.tasks.task import TASKS
 
@@ -40,6 +41,26 @@ def test_unknown_names_are_refused():
   config.model.name = "yolo"
   with pytest.raises(ValueError, match="model 'yolo' does not exist; choose one of rcnn, segm"):
     models.build(config, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("head", ["augmented", "zigzag"])
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("box_head.convs", 4),
+    ("box_head.linears", 1),
+    ("box_head.norm", "group_norm"),
+    ("mask_head.norm", "frozen_bn"),
+  ],
+)
+def test_fields_that_a_head_does_not_have_are_refused(head, field, value):
+  config = coco_mask.get_config(f"demo,fpt=none,head={head}")
+  config.update_from_flattened_dict({f"model.{field}": value})
+  with pytest.raises(
+    UserError, match=rf"head '{head}' has no {field}={value!r}; set it to "
+  ) as error:
+    models.structure_of(config)
+  assert "\n" not in str(error.value)
 
 
 def test_importing_models_and_ops_needs_jax_and_flax_only():

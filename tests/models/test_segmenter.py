@@ -12,7 +12,6 @@ from fpt_jax import models, optim
 from fpt_jax.configs import camvid, cityscapes
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import initial_arrays
-from fpt_jax.ops.resize import upsample_bilinear
 from tests.models.test_pixel_pyramids import on_canvas, whole
 
 SIZE, CANVAS = (43, 34), (64, 64)
@@ -91,20 +90,24 @@ def test_hard_pixels_are_of_the_main_loss_alone(rng):
   np.testing.assert_allclose(hard["loss_aux"], every["loss_aux"], rtol=1e-6)
 
 
-def test_padding_changes_nothing_behind_the_backbone(rng):
-  config = tiny()
+@pytest.mark.parametrize("arg", ["", "fpt=none,pyramid=none"])
+def test_padding_changes_nothing_behind_the_backbone(arg, rng):
+  config = tiny(arg, model__align_corners=bool(arg))
   structure = models.structure_of(config)
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))
 
   @jax.jit
   def scores(arrays, c5):
-    logits = structure.fill(arrays).logits_of_levels((c5, c5, c5, c5))
-    return upsample_bilinear(logits.values_BHWC, logits.valid_BHW, 8, 43, 34)
+    model = structure.fill(arrays)
+    logits = model.logits_of_levels((c5, c5, c5, c5))
+    return logits.values_BHWC, model.enlarged(logits, (43, 34))
 
   values = rng.standard_normal((2, 6, 5, 32)).astype(np.float32)
-  alone = scores(arrays, whole(values))
-  padded = scores(arrays, on_canvas(values, rng, 9, 7))
+  coarse, alone = scores(arrays, whole(values))
+  _, padded = scores(arrays, on_canvas(values, rng, 9, 7))
   np.testing.assert_allclose(padded, alone, atol=1e-5 * np.abs(alone).max())
+  stays = np.allclose(alone[:, ::8, ::8], coarse, atol=1e-5 * np.abs(alone).max())
+  assert stays == config.model.align_corners
 
 
 def test_without_auxiliary_loss_and_frozen(rng):

@@ -118,6 +118,13 @@ def test_heads_that_had_other_layers_are_refused_in_one_line(head, field, tmp_pa
   assert read_config(str(tmp_path)).model.head.name == head
 
 
+def test_logits_of_older_runs_are_enlarged_with_half_pixel_centres(tmp_path):
+  assert cityscapes.get_config().model.align_corners
+  config = older(cityscapes, {"model.align_corners": None}, tmp_path)
+  assert config.model.align_corners is False
+  check_config(config)
+
+
 def test_a_form_of_windows_that_had_a_name_of_its_own(tmp_path):
   config = older(cityscapes, SEGMENTATION | {"model.fpt.implementation": "tiled"}, tmp_path)
   assert config.model.fpt.implementation == "auto"

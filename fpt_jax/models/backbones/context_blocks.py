@@ -14,6 +14,7 @@ from flax import nnx
 from fpt_jax.models.feature_map import FeatureMap, average_pool
 from fpt_jax.models.layers import Norm, conv
 from fpt_jax.ops.mos_attention import mos_attention
+from fpt_jax.ops.resize import upsample_bilinear
 
 CONTEXTS = ("none", "non_local", "global_context", "attention_augmented")
 
@@ -215,10 +216,12 @@ class AttentionAugmentedConv(nnx.Module):
     x = FeatureMap(x_BHWC, valid_BHW, 1)
     for _ in range(self.poolings):
       x = average_pool(x)
-    attended = x.with_values(self.context.project(self.attend(x)))
+    attended_BHWC = self.context.project(self.attend(x))
     if self.downsample:
-      attended = interpolate(attended, *convolved_BHWC.shape[1:3])
-    return jnp.concatenate([convolved_BHWC, attended.values_BHWC], axis=-1)
+      size = convolved_BHWC.shape[1:3]
+      attended_BHWC = upsample_bilinear(attended_BHWC, x.valid_BHW, 2, *size, align_corners=True)
+      attended_BHWC = attended_BHWC.astype(convolved_BHWC.dtype)
+    return jnp.concatenate([convolved_BHWC, attended_BHWC], axis=-1)
 
   def attend(self, x: FeatureMap) -> jax.Array:
     """Returns the outputs of all heads, concatenated: [B, H, W, value_channels]."""
@@ -263,29 +266,3 @@ def of_distance(table_RD: jax.Array, size: int) -> jax.Array:
   positions = jnp.arange(size)
   distance = positions[None, :] - positions[:, None]
   return table_RD[jnp.clip(distance, -MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE]
-
-
-def interpolate(x: FeatureMap, height: int, width: int) -> FeatureMap:
-  """Doubles the resolution of a map by bilinear interpolation over valid positions.
-
-  Position i becomes position 2i; a position between two valid ones is their mean. Behind the last valid
-  position of a row or a column, that position is repeated.
-
-  Args:
-    x: map to interpolate.
-    height, width: size of the result, at most twice that of the map.
-  """
-
-  def double(y, size, axis):
-    zero = jnp.zeros_like(jax.lax.slice_in_dim(y, 0, 1, axis=axis))
-    following = jnp.concatenate([jax.lax.slice_in_dim(y, 1, None, axis=axis), zero], axis)
-    pairs = jnp.stack([y, (y + following) / 2], axis + 1)
-    doubled = pairs.reshape(*y.shape[:axis], 2 * y.shape[axis], *y.shape[axis + 1 :])
-    return jax.lax.slice_in_dim(doubled, 0, size, axis=axis)
-
-  def both(y_BHWC):
-    return double(double(y_BHWC, height, 1), width, 2)
-
-  weight_BHW1 = both(x.valid_BHW[..., None].astype(jnp.float32))
-  values_BHWC = both(x.masked().astype(jnp.float32)) / jnp.where(weight_BHW1 > 0, weight_BHW1, 1)
-  return FeatureMap(values_BHWC.astype(x.values_BHWC.dtype), weight_BHW1[..., 0] > 0, x.stride // 2)

@@ -16,6 +16,13 @@ HEADS = {
 }
 # heads whose input is each region pooled from every level
 OF_ALL_LEVELS = ("augmented", "zigzag")
+# fields of the standard heads alone, with their defaults
+OF_STANDARD = {
+  "box_head.convs": 0,
+  "box_head.linears": 2,
+  "box_head.norm": "none",
+  "mask_head.norm": "none",
+}
 
 
 def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Module | None]:
@@ -30,7 +37,7 @@ def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Modu
     The box head, and the mask head or None where the config has no masks.
 
   Raises:
-    ValueError: the head does not exist.
+    ValueError: the head does not exist, or does not have a field that the config sets.
   """
   name = config.head.name
   check_choice("head", name, HEADS)
@@ -41,6 +48,13 @@ def build_heads(config, *, levels: int, **options) -> tuple[nnx.Module, nnx.Modu
   box_options = dict(pool_size=box.pool_size, hidden=box.hidden)
   mask_options = dict(hidden=mask.hidden, layers=mask.layers)
   if name in OF_ALL_LEVELS:
+    for field, default in OF_STANDARD.items():
+      group, part = field.split(".")
+      value = config[group][part]
+      if value != default:
+        raise ValueError(
+          f"head {name!r} has no {field}={value!r}; set it to {default!r}, or choose the head 'standard'"
+        )
     options["levels"] = levels
     mask_options["pool_size"] = mask.pool_size
   else:

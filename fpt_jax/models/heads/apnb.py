@@ -15,7 +15,8 @@ class AsymmetricPyramid(nnx.Module):
   """A 3x3 convolution and APNB: the map attends to means of itself (section 3.2, fig. 4).
 
   Queries and keys share their 1x1 convolution. As in the authors' code (github.com/MendelXu/ANN), the last
-  convolution of the attention is zero at the start.
+  convolution of the attention is zero at the start. That code drops channels of the result, in front of the
+  classifier, at a rate of 0.05; here the rate is `model.head.dropout`.
 
   Args:
     in_channels: channels of the map.

@@ -5,8 +5,10 @@ of a pyramid it is the paper's competitor in table 5, on C5 alone OCNet itself.
 
 From the authors' code (github.com/openseg-group/OCNet.pytorch), where their paper is silent: the leaky ReLU
 behind the normalisations, W = 0 at the start, and the widths of keys and values. Unlike that code, ASP-OC
-attends at the full resolution of the map, not to maxima of 2 x 2 positions, and regions of pyramid-OC are
-all of one size.
+attends at the full resolution of the map, while queries, keys and values there are of maxima of 2 x 2
+positions and the context is enlarged with aligned corners; and regions of pyramid-OC are all of one size.
+That code drops channels of the result, in front of the classifier, at rates of 0.05 (base-OC) and 0.1
+(ASP-OC); here the rate is `model.head.dropout` for all.
 
 Shapes: B batch, H W rows and columns, C channels, D channels of a key, n regions per side, Q = K = H W
 positions.

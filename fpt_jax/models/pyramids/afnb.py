@@ -15,7 +15,8 @@ class AsymmetricFusion(nnx.Module):
   """AFNB: C5 attends to means of C4, and the result is concatenated with C5 (section 3.3, fig. 4).
 
   It takes the place of a pyramid, and returns one level with the channels of C5. As in the authors' code
-  (github.com/MendelXu/ANN), the last convolution of the attention is zero at the start.
+  (github.com/MendelXu/ANN), the last convolution of the attention is zero at the start. That code also drops
+  channels of the result at a rate of 0.05, which is left out here.
 
   Arguments are those of all pyramids, see `fpt_jax.models.pyramids`; `channels` are those of keys and
   values, 256 in the paper.

@@ -18,7 +18,8 @@ class PyramidPooling(nnx.Module):
 
   Means over 6 x 6, 3 x 3, 2 x 2 and 1 x 1 bins of the last level, each through a 1x1 convolution, a
   normalisation and a ReLU, interpolated to the size of the level. Bins divide the image without its
-  padding. PSPNet also keeps the level itself; the FPT paper's pyramid (section 4.2) has four scales.
+  padding. The mean of a bin is placed at its centre; PSPNet's code aligns the corners of the bins with those
+  of the level. PSPNet also keeps the level itself; the FPT paper's pyramid (section 4.2) has four scales.
 
   Only the last level is used. Arguments are those of all pyramids, see `fpt_jax.models.pyramids`.
   """

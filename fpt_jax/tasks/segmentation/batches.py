@@ -115,6 +115,7 @@ def eval_batches(
   split: str,
   *,
   batch_size: int,
+  remainder: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Batches:
@@ -124,13 +125,15 @@ def eval_batches(
     data: the config's `data`.
     split: split in TFDS syntax, such as "val" or "train[:8]".
     batch_size: images of a global batch.
+    remainder: pixels of a canvas beyond a multiple, see `views.rounding`.
     process_index: index of this host.
     process_count: number of hosts; all get the same number of batches.
 
   Returns:
     Batches like those of `train_batches`, without crops and flips, on canvases of `data.buckets` or, if
-    there are none, of the image's size rounded up to multiples of `data.canvas_multiple`. Where an
-    image only fills up the last batch of a canvas, valid_B is False and image_id_B is -1. In addition:
+    there are none, of the image's size rounded up to multiples of `data.canvas_multiple`, plus the
+    remainder. Where an image only fills up the last batch of a canvas, valid_B is False and image_id_B
+    is -1. In addition:
       original_label_BHW: uint8, the label map of the file, `VOID` beyond original_size_B2.
 
   Raises:
@@ -141,7 +144,7 @@ def eval_batches(
   sizes_N2 = reader.sizes_N2
   if data.short_edge:
     sizes_N2 = np.array([crops.short_edge_size(size, data.short_edge) for size in sizes_N2])
-  canvases_K2 = canvases.canvases(data, sizes_N2)
+  canvases_K2 = canvases.canvases(data, sizes_N2, remainder)
   bucket_N = order.assign_buckets(sizes_N2, canvases_K2)
   originals_K2 = np.zeros_like(canvases_K2)
   np.maximum.at(originals_K2, bucket_N, reader.sizes_N2)

@@ -24,7 +24,12 @@ from fpt_jax.tasks.segmentation import batches, miou
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.draw import draw_confusion
 from fpt_jax.tasks.segmentation.prediction import submission_writer
-from fpt_jax.tasks.segmentation.views import labeller, scaled_canvas, scorer_at_one_scale
+from fpt_jax.tasks.segmentation.views import (
+  labeller,
+  rounding,
+  scaled_canvas,
+  scorer_at_one_scale,
+)
 
 CONFUSION_FILE = "eval/confusion.json"
 
@@ -68,7 +73,11 @@ def evaluate(
   counts_TP = np.zeros((model.num_classes,) * 2, np.int64)
   total = data.num_images(config.data, split)
   eval_batches = batches.eval_batches(
-    config.data, split, batch_size=config.eval.batch_size, **hosts.this_host()
+    config.data,
+    split,
+    batch_size=config.eval.batch_size,
+    remainder=rounding(config)["remainder"],
+    **hosts.this_host(),
   )
   with eval_batches, Progress(f"evaluate {split}", total) as progress:
     for batch in eval_batches:
@@ -117,8 +126,7 @@ def eval_program(
       "compile an evaluation of whole images"
     )
   height, width = max(config.data.buckets, key=math.prod)
-  multiple = config.data.canvas_multiple
-  canvas = scaled_canvas((height, width), max(config.eval.scales), multiple)
+  canvas = scaled_canvas((height, width), max(config.eval.scales), **rounding(config))
   size_B2 = jax.ShapeDtypeStruct((images, 2), np.int32)
   inputs = (jax.ShapeDtypeStruct((images, *canvas, 3), np.float32), size_B2, size_B2)
   program = scorer_at_one_scale(config, structure, sharding.over_batch(mesh))

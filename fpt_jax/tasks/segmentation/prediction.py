@@ -18,7 +18,7 @@ from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.tasks.labels import match_names
 from fpt_jax.tasks.segmentation import batches, submissions
 from fpt_jax.tasks.segmentation.classes import class_table
-from fpt_jax.tasks.segmentation.views import labeller
+from fpt_jax.tasks.segmentation.views import labeller, rounding
 
 SUBMISSION_FOLDER = "eval/submission"
 
@@ -79,7 +79,7 @@ def on_canvas(config: ConfigDict, image_HWC: np.ndarray) -> tuple[np.ndarray, np
   size, short_edge = image_HWC.shape[:2], config.data.short_edge
   if short_edge:
     size = crops.short_edge_size(size, short_edge)
-  canvas = transforms.smallest_canvas(size, config.data.buckets, config.data.canvas_multiple)
+  canvas = transforms.smallest_canvas(size, config.data.buckets, **rounding(config))
   image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
   return image[None], np.array([size], np.int32)
 

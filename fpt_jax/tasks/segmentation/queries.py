@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax.tasks.queries import Query, Question
 from fpt_jax.tasks.segmentation.prediction import on_canvas
-from fpt_jax.tasks.segmentation.views import at_scale
+from fpt_jax.tasks.segmentation.views import at_scale, rounding
 
 MOST_QUERIES = 2
 
@@ -20,7 +20,7 @@ MOST_QUERIES = 2
 def view(config: ConfigDict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
   """See `Queries.view`: the whole image at the first of `config.eval.scales`."""
   image_BHWC, size_B2 = at_scale(
-    *on_canvas(config, image_HWC), config.eval.scales[0], config.data.canvas_multiple
+    *on_canvas(config, image_HWC), config.eval.scales[0], **rounding(config)
   )
   return {"image_BHWC": image_BHWC, "size_B2": size_B2}
 

@@ -8,16 +8,24 @@ An image lies at the top left of its canvas; the rest is padding, which does not
 import functools
 import math
 from collections.abc import Callable
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fpt_jax.data import crops, transforms
+from fpt_jax.data import canvases, crops, transforms
 from fpt_jax.models.feature_map import valid_positions
 from fpt_jax.models.state import Skeleton
 from fpt_jax.ops.mirror import mirror
+
+
+class Rounding(TypedDict):
+  """How the size of an image is rounded up to that of its canvas, see `transforms.round_up`."""
+
+  multiple: int
+  remainder: int
 
 
 def probabilities(
@@ -28,6 +36,7 @@ def probabilities(
   window: tuple[int, int] | tuple[()] = (),
   overlap: float = 0.0,
   multiple: int = 1,
+  remainder: int = 0,
 ) -> jax.Array:
   """Computes the probabilities of the classes at every pixel, from windows that slide over the image.
 
@@ -40,7 +49,8 @@ def probabilities(
     size_B2: sizes of the images, int32.
     window: size of a window; () for the whole canvas.
     overlap: share of a window that overlaps the next one, from 0 to less than 1.
-    multiple: a window's canvas is its size rounded up to multiples of this.
+    multiple, remainder: how the size of a window is rounded up to that of its canvas, see
+      `transforms.round_up`.
 
   Returns:
     [B, H, W, K] float32, 0 on padding.
@@ -48,7 +58,8 @@ def probabilities(
   canvas = image_BHWC.shape[1:3]
   window = tuple(map(min, window, canvas)) if window else canvas
   room = tuple(
-    min(-(-w // multiple) * multiple, edge) for w, edge in zip(window, canvas, strict=True)
+    min(transforms.round_up(w, multiple, remainder), edge)
+    for w, edge in zip(window, canvas, strict=True)
   )
   step_2 = jnp.array([max(1, math.ceil(w * (1 - overlap))) for w in window])
   window_2 = jnp.array(window)
@@ -138,7 +149,7 @@ def scorer_at_one_scale(
       model.logits,
       window=tuple(config.eval.window),
       overlap=config.eval.overlap,
-      multiple=config.data.canvas_multiple,
+      **rounding(config),
     )
     scores_BHWK = infer(image_BHWC, size_B2)
     if config.eval.flip:
@@ -170,7 +181,7 @@ def labeller(
     A function (arrays, image_BHWC, size_B2, original_size_B2, canvas) -> uint8 [B, *canvas] of classes,
     with images as `batches.eval_batches` yields them, and a canvas at least as large as each file's image.
   """
-  scales, multiple = tuple(config.eval.scales), config.data.canvas_multiple
+  scales = tuple(config.eval.scales)
   scores_at_one_scale = scorer_at_one_scale(config, structure, out_shardings)
 
   @functools.partial(jax.jit, out_shardings=out_shardings)
@@ -180,7 +191,7 @@ def labeller(
   def label(arrays, image_BHWC, size_B2, original_size_B2, canvas):
     total_BHWK = 0
     for scale in scales:
-      image, size = at_scale(image_BHWC, size_B2, scale, multiple)
+      image, size = at_scale(image_BHWC, size_B2, scale, **rounding(config))
       inputs = place({"image": image, "size": size, "original": original_size_B2})
       total_BHWK += scores_at_one_scale(
         arrays, inputs["image"], inputs["size"], inputs["original"], canvas=tuple(canvas)
@@ -190,13 +201,27 @@ def labeller(
   return label
 
 
+def rounding(config: ConfigDict) -> Rounding:
+  """Returns how the sizes of canvases are rounded up.
+
+  They are multiples of `data.canvas_multiple`, and one pixel more with `model.align_corners`: then the last
+  pixel of a canvas lies on the last position of a level, as with the crops. Where devices share the rows of
+  an image, they stay multiples. The canvas of an image does not affect its result.
+  """
+  whole_images = config.mesh.shape[-1] == 1
+  return {
+    "multiple": canvases.multiple_of(config.data),
+    "remainder": int(config.model.align_corners and whole_images),
+  }
+
+
 def at_scale(
-  image_BHWC: np.ndarray, size_B2: np.ndarray, scale: float, multiple: int
+  image_BHWC: np.ndarray, size_B2: np.ndarray, scale: float, *, multiple: int, remainder: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Resizes images by a factor, on canvases rounded up to `multiple` pixels; returns them and their sizes."""
+  """Resizes images by a factor, on canvases of sizes as of `rounding`; returns them and their sizes."""
   if scale == 1:
     return image_BHWC, size_B2
-  canvas = scaled_canvas(image_BHWC.shape[1:3], scale, multiple)
+  canvas = scaled_canvas(image_BHWC.shape[1:3], scale, multiple=multiple, remainder=remainder)
   sizes = [crops.scaled_size(size, scale) for size in size_B2]
   images = [
     transforms.resize_and_pad(image_HWC[: old[0], : old[1]], new, canvas)
@@ -205,11 +230,15 @@ def at_scale(
   return np.stack(images), np.array(sizes, np.int32)
 
 
-def scaled_canvas(canvas: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+def scaled_canvas(
+  canvas: tuple[int, int], scale: float, *, multiple: int, remainder: int
+) -> tuple[int, int]:
   """Returns the size of the canvas that `at_scale` lays images on."""
   if scale == 1:
     return canvas
-  height, width = (-(-round(edge * scale + 0.5) // multiple) * multiple for edge in canvas)
+  height, width = (
+    transforms.round_up(round(edge * scale + 0.5), multiple, remainder) for edge in canvas
+  )
   return height, width
 
 

@@ -19,12 +19,12 @@ from fpt_jax.models.backbones.context_blocks import (
   GlobalContext,
   NonLocal,
   average_pool,
-  interpolate,
   of_distance,
 )
 from fpt_jax.models.backbones.resnet import ResNet
 from fpt_jax.models.feature_map import FeatureMap, valid_positions
 from fpt_jax.models.state import initial_arrays, skeleton
+from fpt_jax.ops.resize import upsample_bilinear
 from fpt_jax.train_step import make_train_step, training_state
 from tests.models.oracle import assert_equals_reference, convolve, random_arrays, randomised
 
@@ -178,9 +178,8 @@ def test_pooling_and_interpolation_by_hand():
   pooled = average_pool(x)
   np.testing.assert_allclose(pooled.values_BHWC[0, :, 0, 0], [1.5, 3, 4.5])
   assert pooled.stride == 8
-  doubled = interpolate(pooled, 6, 1)
-  np.testing.assert_allclose(doubled.values_BHWC[0, :, 0, 0], [1.5, 2.25, 3, 3.75, 4.5, 4.5])
-  assert doubled.stride == 4
+  doubled = upsample_bilinear(pooled.values_BHWC, pooled.valid_BHW, 2, 6, 1, align_corners=True)
+  np.testing.assert_allclose(doubled[0, :, 0, 0], [1.5, 2.25, 3, 3.75, 4.5, 4.5])
 
 
 BLOCKS = {

@@ -1,7 +1,9 @@
 """A segmenter trains, evaluates, restores and predicts like a detector."""
 
 import json
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def finished(tmp_path_factory):
   """Returns the folder and the metrics of a run of 3 steps."""
   workdir = tmp_path_factory.mktemp("run")
-  return workdir, train(tiny_segmentation_config("fpt=none", steps=3), str(workdir))
+  aligned = dict(model__align_corners=True, data__crop=(65, 65), data__buckets=())
+  return workdir, train(tiny_segmentation_config("fpt=none", steps=3, **aligned), str(workdir))
 
 
 def test_files_that_a_run_writes(finished):
@@ -55,6 +58,34 @@ def test_predictions_equal_those_of_evaluation(finished, rng):
   odd = rng.integers(0, 255, (37, 51, 3), np.uint8)
   (found,) = restored.predict([odd])
   assert found["label_map"].shape == (37, 51) and found["label_map"].max() < 7
+  elsewhere = fpt_jax.restore(str(workdir))
+  elsewhere.config.data.buckets = ((48, 88),)
+  (other,) = elsewhere.predict([odd])
+  assert (found["label_map"] != other["label_map"]).mean() < 1e-3  # classes with equal scores
+
+
+def test_canvases_with_aligned_corners_have_a_pixel_more(finished, tmp_path):
+  workdir, _ = finished
+  config = fpt_jax.restore(str(workdir)).config
+  config.eval.update({"scales": (1.0, 0.5), "window": (40, 33)})
+  seen = []
+
+  def logits(image_BHWC, size_B2):
+    seen.append(image_BHWC.shape[1:3])
+    return jnp.zeros((*image_BHWC.shape[:3], 7))
+
+  structure = SimpleNamespace(fill=lambda _: SimpleNamespace(logits=logits))
+  segmentation.evaluate(config, structure, {}, sharding.mesh(), str(tmp_path))
+  assert set(seen) == {(65, 33), (33, 33)}
+  config.eval.window = ()
+  seen.clear()
+  segmentation.predictor(config, structure, {})(np.zeros((97, 98, 3), np.uint8))
+  assert set(seen) == {(97, 129), (65, 65)}
+  view = segmentation.QUERIES.view(config, np.zeros((97, 98, 3), np.uint8))
+  assert view["image_BHWC"].shape[1:3] == (97, 129)
+  config.mesh.shape = (1, 1, 2)  # devices that share an image have as many rows each
+  view = segmentation.QUERIES.view(config, np.zeros((97, 98, 3), np.uint8))
+  assert view["image_BHWC"].shape[1:3] == (128, 128)
 
 
 def test_a_window_of_the_images_size_changes_no_metric(finished):
@@ -89,7 +120,8 @@ def test_pictures_of_predictions(finished, tmp_path):
 def test_other_classes_are_reported(finished):
   workdir, _ = finished
   names = ("background", "circle", "square", "striped triangle", "checked triangle", "cat", "dog")
-  config = tiny_segmentation_config("fpt=none", steps=3, model__class_names=names)
+  fields = dict(model__class_names=names, model__align_corners=True)
+  config = tiny_segmentation_config("fpt=none", steps=3, **fields)
   with pytest.raises(
     UserError, match=r"classes \['satellite of circle', .*that the model does not have"
   ):

@@ -142,8 +142,10 @@ def test_scores_are_averaged_not_labels():
   assert (np.asarray(labeller(config, structure_of(logits))(*inputs)) == 0).all()
 
 
-def test_scales_are_averaged():
-  config = run_config(label_config("mine", "none"), **{"eval.scales": (1.0, 0.5, 2.0)})
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_scales_are_averaged(align_corners):
+  fields = {"eval.scales": (1.0, 0.5, 2.0), "model.align_corners": align_corners}
+  config = run_config(label_config("mine", "none"), **fields)
   seen = []
 
   def logits(image_BHWC, size_B2):
@@ -155,7 +157,8 @@ def test_scales_are_averaged():
   size_B2, original_B2 = np.array([[33, 51]]), np.array([[66, 102]])
   label = labeller(config, structure_of(logits))
   (label_HW,) = np.asarray(label({}, image_BHWC, size_B2, original_B2, (66, 102)))
-  assert set(seen) == {(1, 64, 64, 3), (1, 32, 32, 3), (1, 128, 128, 3)}
+  edges = {64, 33, 129} if align_corners else {64, 32, 128}
+  assert set(seen) == {(1, edge, edge, 3) for edge in edges}
   assert label_HW.dtype == np.uint8
   assert (label_HW[:, :39] == 0).all() and (label_HW[:, 42:] == 2).all()
 

@@ -67,7 +67,7 @@ def balanced_cross_entropy(
 
 
 def gradient_magnitude(x_BHWK: jax.Array) -> jax.Array:
-  """Computes |grad(G * x)| / sqrt(2) of each channel (Takikawa et al., eq. 5).
+  """Computes |grad(G * x)| / sqrt(2) of each channel (section 3.3).
 
   The paper does not give the width of the Gaussian filter G; here it is the binomial filter (1, 2, 1) / 4
   along both axes. The gradient is half the difference of the two neighbours. What lies outside the map
@@ -99,12 +99,12 @@ def gradient_loss(
   *,
   temperature: float,
 ) -> jax.Array:
-  """Computes the regulariser that compares the borders in predictions and labels (eq. 6 and 7).
+  """Computes the dual-task regulariser, which compares the borders in predictions and labels (section 3.3).
 
-  Both have a gradient magnitude for each class: predictions softmax((logits + noise) / temperature), a sample
-  of their classes (Jang et al. 2017, Gumbel-softmax), and labels as ones and zeros. The loss is the mean of
-  the absolute differences where one of the two is not zero. Pixels that have an unlabelled pixel or the border
-  of the map within two rows and columns, as far as the filters reach, are left out.
+  Both have a gradient magnitude for each class: the predictions as softmax((logits + noise) / temperature), a
+  sample of the classes (Jang et al. 2017, Gumbel-softmax), and the labels as ones and zeros. The loss is the
+  mean of the absolute differences where one of the two is not zero. Pixels with an unlabelled pixel or the
+  border of the map within two rows and columns, as far as the filters reach, are left out.
 
   Args:
     logits_BHWK: [B, H, W, K] float.

@@ -42,7 +42,7 @@ def hrnet_v2(config, **options) -> HRNet:
   )
 
 
-def wider_resnet(config, **options) -> WiderResNet:
+def wider_resnet38(config, **options) -> WiderResNet:
   """Builds the WiderResNet that a config names; options are other arguments of `WiderResNet`."""
   refuse_context(config)
   return WiderResNet(
@@ -63,7 +63,7 @@ BACKBONES = {
   **dict.fromkeys(STAGE_BLOCKS, resnet),
   "efficientnet_lite0": efficientnet_lite0,
   **dict.fromkeys(FINEST_CHANNELS, hrnet_v2),
-  **dict.fromkeys(WIDER_RESNETS, wider_resnet),
+  **dict.fromkeys(WIDER_RESNETS, wider_resnet38),
 }
 
 

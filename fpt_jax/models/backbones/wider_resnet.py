@@ -1,7 +1,7 @@
 """WiderResNet-38 (Wu et al. 2016): few residual blocks with many channels, optionally dilated.
 
-Wu et al., Wider or Deeper: Revisiting the ResNet Model for Visual Recognition (arXiv 1611.10080). This is the
-network "A2" with the names B2 to B7 of its residual stages and without its classifier.
+Wu et al., Wider or Deeper: Revisiting the ResNet Model for Visual Recognition (arXiv 1611.10080). B2
+to B7 are its residual stages.
 
 Shapes: B batch, H W rows and columns, C channels.
 """
@@ -27,9 +27,10 @@ OUTPUT_STRIDES = (32, 16, 8)
 
 
 class PreActivationBlock(nnx.Module):
-  """Two 3x3 convolutions, or a bottleneck of three, behind their normalisations (He et al. 2016, ECCV, fig. 4e).
+  """Two 3x3 convolutions, or a bottleneck of three, behind their normalisations and ReLUs.
 
-  Where the shape changes, the shortcut is a 1x1 convolution of the normalised input.
+  He et al., Identity Mappings in Deep Residual Networks (arXiv 1603.05027), fig. 4e. Where the
+  shape changes, the shortcut is a 1x1 convolution of the normalised input.
 
   Args:
     in_channels: channels of the input.

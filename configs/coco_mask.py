@@ -15,7 +15,7 @@ Words and settings after the colon, in any order, separated by commas:
     coco_mask.py:detectron2             detectron2's mask_rcnn_R_50_FPN, to evaluate its weights
     coco_mask.py:multiscale             training images of random sizes
     coco_mask.py:backbone=resnet101_gc  or resnet18 to resnet101, with _nl, _gc, _aa; or
-                                        efficientnet_lite0, hrnet_w48
+                                        efficientnet_lite0, hrnet_w48, wider_resnet38
     coco_mask.py:weights=detectron      for R-50.pkl, see docs/weights.md; or torchvision, detectron2
     coco_mask.py:pyramid=fpn            or bfp, bpa, bfi
     coco_mask.py:fpt=st+gt+rt           any of st, gt or lgt, rt; or none, fuse, fuse_wide

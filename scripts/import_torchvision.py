@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Imports pretrained weights: a ResNet, HRNet or EfficientNet-Lite0, or a whole network.
+"""Imports pretrained weights: a ResNet, HRNet, WiderResNet or EfficientNet-Lite0, or a whole network.
 
     python scripts/import_torchvision.py --weights=resnet50.pth --config=configs/coco_mask.py \\
         --workdir=/runs/r50

@@ -176,7 +176,7 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
 def segmenter_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen: bool):
   def loss(model, head, batch):
     labels_BHW = batch["label_BHW"]
-    logits_BHWK = model.enlarged(head, labels_BHW.shape[1:])
+    logits_BHWK = models.segmenter.enlarged(model.config, head, labels_BHW.shape[1:])
     hard = {name: model.config[name] for name in ("hard_pixels", "hard_probability")}
     return losses.segmentation_loss(logits_BHWK, labels_BHW, model.config.class_weights, **hard)
 

@@ -163,6 +163,17 @@ def test_costs_of_hrnet():
   assert total.multiply_adds / 1e9 == pytest.approx(747.5, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_costs_of_gscnn():
+  """2705 G at 969 x 969, 1867 G of them in the backbone: counted from the release without rounding sizes."""
+  config = cityscapes.get_config("head=gscnn")
+  config.data.crop = (968, 968)
+  counted = analyze.analyze(config)
+  found = [counted.total(*names).multiply_adds / 1e9 for names in ((), ("backbone",))]
+  assert found == pytest.approx([2705 * (968 / 969) ** 2, 1867 * (968 / 969) ** 2], rel=1e-4)
+  assert "elsewhere" not in counted.modules
+
+
 def test_the_papers_rows_do_not_add_up():
   """As the README says: ST and GT together are 1.8 M less than the sum of both, ST and RT 1.0 M more."""
   paper = {row.name: (row.parameters, row.gflops) for row in tables.TABLE_1}

@@ -107,9 +107,11 @@ def add_model(config: ConfigDict) -> None:
   # parts of the model that model.remat applies to
   model.remat_parts = ("backbone", "pyramid", "fpt", "heads")
   backbone = model.backbone = ConfigDict()
-  # name of the backbone: resnet18, resnet34, resnet50, resnet101, efficientnet_lite0 or hrnet_w48
+  # name of the backbone: resnet18, resnet34, resnet50, resnet101, efficientnet_lite0, hrnet_w48 or
+  # wider_resnet38
   backbone.name = "resnet50"
-  backbone.width = 64  # channels of a ResNet's or HRNet's stem; others change by the same factor
+  # channels of the stem of a ResNet, HRNet or WiderResNet; others change by the same factor
+  backbone.width = 64
   # convolution of a ResNet's bottleneck that has the stride: 3x3, or 1x1 as in Caffe
   backbone.stride_in = "3x3"
   # context blocks in a ResNet: none, non_local, global_context or attention_augmented
@@ -162,7 +164,7 @@ def add_model(config: ConfigDict) -> None:
   fpt.implementation = "auto"
   head = model.head = ConfigDict()
   # name of the head; detection: standard, augmented (PANet) or zigzag (ZigZagNet); segmentation: fcn,
-  # oc_base, oc_pyramid, oc_asp, acf, apnb, psp, deeplabv3 or pointwise
+  # oc_base, oc_pyramid, oc_asp, acf, apnb, psp, deeplabv3, pointwise or gscnn
   head.name = "standard"
 
 

@@ -110,4 +110,10 @@ PARAMETERS = {
     "Counted from HRNet's release for segmentation (its README: 65.8 M)",
     ((0.085, _NORMS_50[1]),),
   ),
+  ("cityscapes", "head=gscnn"): Published(
+    137.28,
+    "Counted from GSCNN's release, whose backbone is WiderResNet-38; the table's Wide-ResNet-101 is in "
+    "neither GSCNN's paper nor its release",
+    ((0.040, _NORMS_50[1]),),
+  ),
 }

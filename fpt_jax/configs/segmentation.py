@@ -8,7 +8,6 @@ from ml_collections.config_dict import placeholder
 
 from fpt_jax.configs import variants
 from fpt_jax.configs.base import base
-from fpt_jax.errors import UserError
 
 
 def segmentation() -> ConfigDict:
@@ -65,6 +64,20 @@ def segmentation() -> ConfigDict:
   # weight of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
   auxiliary.weight = 0.4
   auxiliary.hidden = 256  # channels before the auxiliary head's classifier
+  # the losses on edges of head gscnn (Takikawa et al. 2019, section 3.3)
+  edges = model.edges = ConfigDict()
+  # distance from another class up to which a pixel is on an edge, pixels; 2 in GSCNN's code
+  edges.radius = 2.0
+  edges.weight = 20.0  # weight of the loss of predicted edges (lambda 1 of GSCNN's paper)
+  # weight of the loss of classes at pixels on predicted edges (lambda 4 of GSCNN's paper)
+  edges.class_weight = 1.0
+  edges.threshold = (
+    0.8  # probability from which a pixel is on a predicted edge, as in GSCNN's paper
+  )
+  # weight of the loss that compares borders in the prediction and the labels (lambda 3 of GSCNN's paper)
+  edges.gradient_weight = 1.0
+  # temperature of the Gumbel-softmax in the comparison of borders; 0.5 in GSCNN's code
+  edges.temperature = 0.5
 
   optim = config.optim
   optim.learning_rate = 0.01
@@ -91,7 +104,11 @@ def variant(config: ConfigDict, arg: str) -> ConfigDict:
   Raises:
     UserError: a word, a setting or its value does not exist, or two of them exclude each other.
   """
-  replaces = {"head": ("pyramid", "fpt", "context"), "head=hrnet": ("backbone",)}
+  replaces = {
+    "head": ("pyramid", "fpt", "context"),
+    "head=hrnet": ("backbone",),
+    "head=gscnn": ("backbone",),
+  }
   return variants.apply(config, arg, sizes=SIZES, settings=SETTINGS, words=WORDS, replaces=replaces)
 
 
@@ -146,13 +163,11 @@ def set_context(config: ConfigDict, value: str) -> None:
 
 
 def set_head(config: ConfigDict, value: str) -> None:
-  """Sets another network on the backbone, one of `HEADS`; or HRNetV2, which is a backbone and a head.
+  """Sets another network on the backbone, one of `HEADS`; or HRNetV2 or GSCNN, each a backbone and a head.
 
   Raises:
-    UserError: the network does not exist, or is not implemented.
+    UserError: the network does not exist.
   """
-  if value in NOT_BUILT:
-    raise UserError(f"head={value}: {NOT_BUILT[value]}")
   model = config.model
   if value in WIDE_AUXILIARY:
     model.auxiliary.hidden *= 2
@@ -160,13 +175,16 @@ def set_head(config: ConfigDict, value: str) -> None:
   model.fpt.enabled = False
   if value in HALF_PIXEL:
     model.align_corners = False
-  if value == "deeplabv3":
+  if value in ("deeplabv3", "gscnn"):
     model.head.hidden //= 2  # 256, where the other networks have 512
   if value == "hrnet":
     variants.set_backbone(config, "hrnet_w48")
     model.backbone.output_stride = 4
     # as many channels as the branches have together, 720
     model.head.hidden = model.backbone.width * 48 * (1 + 2 + 4 + 8) // 64
+  if value == "gscnn":
+    variants.set_backbone(config, "wider_resnet38")
+  if value in ("hrnet", "gscnn"):
     model.head.dropout = 0.0
     model.auxiliary.weight = 0.0
 
@@ -194,14 +212,12 @@ HEADS = {  # name: pyramid and head
   "pspnet": ("none", "psp"),
   "deeplabv3": ("none", "deeplabv3"),
   "hrnet": ("none", "pointwise"),
+  "gscnn": ("none", "gscnn"),
 }
 # networks whose authors' code has 512 channels in the auxiliary head, twice as many as PSPNet
 WIDE_AUXILIARY = ("ocnet", "afnb")
 # networks whose weights are trained with half-pixel centres: torchvision's, and HRNet's branch pytorch-v1.1
 HALF_PIXEL = ("fcn", "deeplabv3", "hrnet")
-NOT_BUILT = {
-  "gscnn": "its backbone Wide-ResNet-101 is not implemented",
-}
 SIZES = {"small": small, "demo": demo}
 SETTINGS = {
   "backbone": variants.set_backbone,

@@ -86,7 +86,8 @@ def choice(setting: str, value: str, choices: Iterable[str]):
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 HRNETS = ("hrnet_w48",)
-BACKBONES = (*RESNETS, "efficientnet_lite0", *HRNETS)
+WIDER_RESNETS = ("wider_resnet38",)
+BACKBONES = (*RESNETS, "efficientnet_lite0", *HRNETS, *WIDER_RESNETS)
 CONTEXTS = {  # what follows the name of a ResNet
   "": "none",
   "_nl": "non_local",
@@ -102,7 +103,7 @@ DROPBLOCK = {"on": 0.9, "off": 1.0}
 def set_backbone(config: ConfigDict, value: str) -> None:
   """Sets a backbone.
 
-  EfficientNet in place of a ResNet or an HRNet, and one of these in place of EfficientNet, starts from frozen
+  EfficientNet in place of another backbone, and another one in place of EfficientNet, starts from frozen
   pretrained weights, and gets the mean and standard deviation of the images that it was trained on. Otherwise
   the backbone keeps those of the benchmark, its normalisation and width, and is frozen or trained as before.
 

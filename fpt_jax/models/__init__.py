@@ -9,12 +9,23 @@ from flax import nnx
 from fpt_jax.errors import UserError
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.fpt import FeaturePyramidTransformer
+from fpt_jax.models.gscnn import NAME as GSCNN
+from fpt_jax.models.gscnn import GatedShapeCNN
+from fpt_jax.models.heads.semantic import MIXERS
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.rcnn import RCNN
 from fpt_jax.models.segmenter import Segmenter
 from fpt_jax.models.state import Skeleton, skeleton
 
-MODELS = {"rcnn": RCNN, "segmenter": Segmenter}
+
+def segmentation_network(config, *, rngs: nnx.Rngs) -> Segmenter | GatedShapeCNN:
+  """Builds GSCNN if a config has its head, else a `Segmenter`; arguments as for both."""
+  name = config.head.name
+  check_choice("head", name, (*MIXERS, GSCNN))
+  return (GatedShapeCNN if name == GSCNN else Segmenter)(config, rngs=rngs)
+
+
+MODELS = {"rcnn": RCNN, "segmenter": segmentation_network}
 
 __all__ = ["MODELS", "FeaturePyramidTransformer", "build", "structure_of"]
 

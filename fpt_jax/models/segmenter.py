@@ -73,10 +73,8 @@ class Segmenter(nnx.Module):
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       train: use and update batch statistics, except those of a frozen backbone.
     """
-    valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
-    normalized_BHWC = normalize(self.config, image_BHWC, valid_BHW).astype(self.config.dtype)
-    normalized_BHWC, valid_BHW = rows_over_query(
-      (normalized_BHWC, valid_BHW), stride=self.backbone.coarsest_stride
+    normalized_BHWC, valid_BHW = network_input(
+      self.config, image_BHWC, size_B2, stride=self.backbone.coarsest_stride
     )
     with jax.named_scope("backbone"):
       return self.backbone(normalized_BHWC, valid_BHW, train=train)
@@ -145,7 +143,7 @@ class Segmenter(nnx.Module):
     policy = policy_of(self.config, "heads")
 
     def loss_of(logits: FeatureMap, **hard) -> jax.Array:
-      logits_BHWK = self.enlarged(logits, labels_BHW.shape[1:])
+      logits_BHWK = enlarged(self.config, logits, labels_BHW.shape[1:])
       return segmentation_loss(logits_BHWK, labels_BHW, self.config.class_weights, **hard)
 
     hard = {name: self.config[name] for name in ("hard_pixels", "hard_probability")}
@@ -173,19 +171,38 @@ class Segmenter(nnx.Module):
       [B, H, W, K] float32 at the canvas's resolution; 0 far from the image.
     """
     levels = self.backbone_levels(image_BHWC, size_B2)
-    return self.enlarged(self.logits_of_levels(levels), image_BHWC.shape[1:3])
+    return enlarged(self.config, self.logits_of_levels(levels), image_BHWC.shape[1:3])
 
-  def enlarged(self, logits: FeatureMap, size: tuple[int, int]) -> jax.Array:
-    """[B, H, W, K] float32: the logits of every pixel of a canvas of this size."""
-    return upsample_bilinear(
-      logits.values_BHWC,
-      logits.valid_BHW,
-      logits.stride,
-      *size,
-      align_corners=self.config.align_corners,
-    )
+
+def network_input(
+  config, image_BHWC: jax.Array, size_B2: jax.Array, *, stride: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what a backbone is computed from, with the rows of an image shared by devices.
+
+  Args:
+    config: `model` part of a config.
+    image_BHWC, size_B2: as for `Segmenter.backbone_levels`.
+    stride: largest stride in the backbone, pixels.
+
+  Returns:
+    Normalised images, [B, H, W, 3] of the config's dtype, and the positions on them, [B, H, W] bool.
+  """
+  valid_BHW = valid_positions(size_B2, *image_BHWC.shape[1:3])
+  normalized_BHWC = normalize(config, image_BHWC, valid_BHW).astype(config.dtype)
+  return rows_over_query((normalized_BHWC, valid_BHW), stride=stride)
 
 
 def classified(head: SemanticHead, levels: Pyramid, key: jax.Array | None) -> FeatureMap:
   """Returns the logits of a head."""
   return head(levels, key=key)
+
+
+def enlarged(config, logits: FeatureMap, size: tuple[int, int]) -> jax.Array:
+  """[B, H, W, K] float32: the logits of every pixel of a canvas of this size, as the model's config says."""
+  return upsample_bilinear(
+    logits.values_BHWC,
+    logits.valid_BHW,
+    logits.stride,
+    *size,
+    align_corners=config.align_corners,
+  )

@@ -104,6 +104,16 @@ _LATER_FIELDS = {  # by model
     "model.hard_probability": 0.7,
     "model.head.name": "fcn",
     "model.head.dropout_of": "channels",
+    "model.edges": ConfigDict(
+      {
+        "radius": 2.0,
+        "weight": 20.0,
+        "class_weight": 1.0,
+        "threshold": 0.8,
+        "gradient_weight": 1.0,
+        "temperature": 0.5,
+      }
+    ),
   },
 }
 

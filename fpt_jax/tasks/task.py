@@ -1,7 +1,7 @@
 """The interface of a task for training, evaluation and prediction, and the tasks by name.
 
 A task is a package with the attributes and functions of `Task`. `TASKS` has it under the name
-`config.model.name`, and `models.MODELS` has the class of the model under the same name.
+`config.model.name`, and `models.MODELS` has what builds the model under the same name.
 """
 
 from collections.abc import Callable, Iterator

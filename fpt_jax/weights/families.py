@@ -19,6 +19,7 @@ from fpt_jax.weights.detectron2 import from_detectron2
 from fpt_jax.weights.efficientnet import from_efficientnet
 from fpt_jax.weights.hrnet import from_hrnet
 from fpt_jax.weights.torchvision import from_torchvision, from_torchvision_segmentation
+from fpt_jax.weights.wider_resnet import from_wider_resnet
 
 # Fields of a config's `model` that depend on the pretrained weights.
 PREPROCESSING = ("pixel_mean", "pixel_std", "channel_order", "backbone.stride_in")
@@ -56,6 +57,7 @@ FAMILIES = (
   # an HRNet has layers with names of a ResNet, too
   Family("an HRNet", "stage2.0.branches.", "hrnet", from_hrnet, IMAGENET),
   Family("a segmentation HRNet", "model.stage2.0.branches.", "hrnet", from_hrnet, IMAGENET),
+  Family("a WiderResNet", "mod1.conv1.", "wider_resnet", from_wider_resnet, IMAGENET),
   Family("a ResNet", "layer1.0.", "resnet", from_torchvision, IMAGENET),
   Family("a detectron2 ResNet", "res2.0.", "resnet", from_detectron2, DETECTRON2),
   Family("a Detectron ResNet", "res2_0_", "resnet", from_detectron, DETECTRON),

@@ -36,8 +36,8 @@ def read_state_dict(path: str | os.PathLike, entry: str = "") -> dict[str, np.nd
   """Reads the tensors of a file.
 
   Args:
-    path: .pth, .pt or .bin file (zip format or the older one), .pkl file of NumPy arrays (detectron2,
-      Detectron), .safetensors or .npz file.
+    path: .pth, .pth.tar, .pt or .bin file (zip format or the older one), .pkl file of NumPy arrays
+      (detectron2, Detectron), .safetensors or .npz file.
     entry: the entry of a checkpoint that has the tensors; "" if they are not in an entry, or if only one
       entry is a dictionary of tensors, whatever its name ("model", "state_dict", "blobs").
 
@@ -51,6 +51,8 @@ def read_state_dict(path: str | os.PathLike, entry: str = "") -> dict[str, np.nd
   """
   path = pathlib.Path(os.path.expanduser(path))
   suffix = path.suffix.lower()
+  if path.name.lower().endswith(".pth.tar"):  # a usual name of checkpoints, which are no archives
+    suffix = ".pth"
   if suffix not in (*_TORCH_SUFFIXES, ".pkl", ".safetensors", ".npz"):
     raise UserError(
       f"{path}: cannot read {suffix or 'a file without a suffix'} as a state dict; "

@@ -100,7 +100,7 @@ def test_padding_changes_nothing_behind_the_backbone(arg, rng):
   def scores(arrays, c5):
     model = structure.fill(arrays)
     logits = model.logits_of_levels((c5, c5, c5, c5))
-    return logits.values_BHWC, model.enlarged(logits, (43, 34))
+    return logits.values_BHWC, enlarged(model.config, logits, (43, 34))
 
   values = rng.standard_normal((2, 6, 5, 32)).astype(np.float32)
   coarse, alone = scores(arrays, whole(values))

@@ -26,7 +26,7 @@ LATER = {
     "data.exif", "data.cache_dir", "data.color_jitter", "model.swaps", "model.class_weights",
     "optim.frozen", "model.remat",
     "model.remat_parts", "model.hard_pixels", "model.hard_probability", "model.head.dropout_of",
-    "optim.decay_biases_and_norms", "optim.bias_rate", "model.backbone.upsampling",
+    "optim.decay_biases_and_norms", "optim.bias_rate", "model.backbone.upsampling", "model.edges",
   ),
 }  # fmt: skip
 

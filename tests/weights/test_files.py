@@ -44,6 +44,13 @@ def test_files_of_torch(name):
     assert state[key].flags.c_contiguous and state[key].flags.writeable
 
 
+def test_a_checkpoint_may_be_called_a_tar_file(tmp_path):
+  (tmp_path / "x.pth.tar").write_bytes((GOLDEN / FORMATS[0]).read_bytes())
+  assert list(read_state_dict(tmp_path / "x.pth.tar")) == list(EXPECTED)
+  with pytest.raises(UserError, match=r"cannot read \.tar as a state dict"):
+    read_state_dict(tmp_path / "x.tar")
+
+
 def test_safetensors_and_npz(tmp_path):
   arrays = {"a.weight": BASE, "b": np.array([0.5], ml_dtypes.bfloat16)}
   safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")

@@ -5,6 +5,8 @@ from flax import nnx
 from fpt_jax.models.backbones.efficientnet import EfficientNetLite0
 from fpt_jax.models.backbones.hrnet import FINEST_CHANNELS, HRNet
 from fpt_jax.models.backbones.resnet import STAGE_BLOCKS, ResNet
+from fpt_jax.models.backbones.wider_resnet import NAMES as WIDER_RESNETS
+from fpt_jax.models.backbones.wider_resnet import WiderResNet
 from fpt_jax.models.choices import check_choice
 
 
@@ -40,6 +42,14 @@ def hrnet_v2(config, **options) -> HRNet:
   )
 
 
+def wider_resnet38(config, **options) -> WiderResNet:
+  """Builds the WiderResNet that a config names; options are other arguments of `WiderResNet`."""
+  refuse_context(config)
+  return WiderResNet(
+    config.name, width=config.width, norm=config.norm, frozen=config.frozen, **options
+  )
+
+
 def refuse_context(config) -> None:
   """Raises ValueError if a config asks for context blocks in a backbone that is not a ResNet."""
   if config.context != "none":
@@ -53,6 +63,7 @@ BACKBONES = {
   **dict.fromkeys(STAGE_BLOCKS, resnet),
   "efficientnet_lite0": efficientnet_lite0,
   **dict.fromkeys(FINEST_CHANNELS, hrnet_v2),
+  **dict.fromkeys(WIDER_RESNETS, wider_resnet38),
 }
 
 

@@ -18,7 +18,7 @@ LATER = {
     "checkpoint.every_minutes", "mesh", "data.resize", "model.rpn.round_anchors", "model.rpn.min_side",
     "model.test.min_side", "optim.decay_biases_and_norms", "optim.bias_rate", "model.box_head.beta",
     "data.train_long_edge", "model.backbone.upsampling", "model.rpn.convs", "model.box_head.convs",
-    "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm",
+    "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm", "data.format",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "model.swaps", "model.class_weights", "optim.frozen", "model.remat",

@@ -1,0 +1,368 @@
+"""Annotations of other formats as the dictionaries of COCO's format.
+
+Everything behind them is that of COCO's format: checks, orientation, clipping and records.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from absl import logging
+
+from fpt_jax.data.datasets import coco_json, inputs
+from fpt_jax.data.datasets.annotations.files import Item, Pairs, Part, Source, common_folder
+from fpt_jax.data.datasets.checks import (
+  BadRecordError,
+  BadRecords,
+  ExifChoice,
+  check_names,
+  listed,
+  quoted,
+)
+from fpt_jax.data.records.images import read_size
+from fpt_jax.errors import UserError, one_line
+from fpt_jax.ops import masks
+
+Size = tuple[int, int]  # height and width of an image, pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What was drawn around an object, or a part of it.
+
+  Attributes:
+    name: class of the object.
+    place: file and line, for messages.
+    segmentation: polygons in pixels, or run lengths, as in COCO's format.
+    is_box: whether a box was drawn; its segmentation is the outline.
+    is_crowd: whether the object is neither trained on nor scored.
+    group: shapes of an image with the same group and class are one object; None: an object of its own.
+  """
+
+  name: str
+  place: str
+  segmentation: list[list[float]] | dict
+  is_box: bool = False
+  is_crowd: bool = False
+  group: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+  """The content of a label file.
+
+  Attributes:
+    size: height and width of its image in pixels.
+    shapes: what was drawn.
+  """
+
+  size: Size
+  shapes: list[Shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How a format is read.
+
+  Attributes:
+    find: function of `data.source` and `data.builder.splits` (None if it is unset) that returns the files
+      of each split. It raises UserError if files or folders are missing.
+    parse: function of an image with a label file, the names of the classes (None if no file has them), a
+      function that returns the size of the image file, and the bad records, in whose contexts it reads
+      single objects. It raises BadRecordError if the whole label file is bad.
+    first_id: category id of the first class.
+    boxes_are_masks: whether a box beside polygons is the mask of its object; otherwise it has none.
+  """
+
+  find: Callable[[pathlib.Path, Pairs | None], Source]
+  parse: Callable[[Item, Sequence[str] | None, Callable[[], Size], BadRecords], Parsed]
+  first_id: int = 1
+  boxes_are_masks: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+  """A split in COCO's format.
+
+  Attributes:
+    folder: folder of the images.
+    content: COCO's `images`, `annotations` and `categories`. Images are sorted by path. Ids depend on the
+      files alone, and are unique in all splits together.
+    bad: the bad records of the split; entries of `content` are named by file and line.
+    labels: notes of all files but the images, by path.
+    images: notes of the images that are not in `content`, by path in `folder`.
+  """
+
+  folder: pathlib.Path
+  content: dict[str, list]
+  bad: coco_json.BadEntries
+  labels: dict[str, inputs.Note]
+  images: dict[str, inputs.Note]
+
+
+def convert(
+  fmt: Format, root: pathlib.Path, pairs: Pairs | None, *, exif: ExifChoice, skip_bad: bool
+) -> dict[str, Converted]:
+  """Reads the annotations of all splits.
+
+  Args:
+    fmt: the format.
+    root: `data.source`.
+    pairs: `data.builder.splits`; None for the folders and lists that the format has.
+    exif: whether fractions of an image are of the upright or of the stored pixels.
+    skip_bad: whether to leave out what cannot be read.
+
+  Raises:
+    UserError: files are missing, or something cannot be read and `skip_bad` is False.
+  """
+  # the files are noted before they are read: they may be edited meanwhile
+  noted = {split: _notes(part) for split, part in fmt.find(root, pairs).parts.items()}
+  source = fmt.find(root, pairs)
+  if source.names is not None:
+    check_names(str(source.names_file), source.names)
+  found, bad_of, places = {}, {}, {}
+  for split, part in source.parts.items():
+    places[split] = {}
+    bad_of[split] = coco_json.BadEntries(root, skip=skip_bad, places=places[split])
+    _check_part(part, root, split, bad_of[split])
+    found[split] = _parse_part(fmt, part, source.names, exif, bad_of[split])
+  names = source.names
+  if names is None:
+    parsed = [p for split in found.values() for p in split if p]
+    names = sorted({shape.name for p in parsed for shape in p.shapes})
+    logging.info("%s: %d classes: %s", root, len(names), listed(names))
+    if not names:
+      raise UserError(f"{root}: no label file has an object; see data.source, data.builder.splits")
+  categories = [{"id": i, "name": name} for i, name in enumerate(names, fmt.first_id)]
+  as_masks = fmt.boxes_are_masks and not _boxes_only(found.values())
+  ids = _Ids()
+  converted = {}
+  for split, part in source.parts.items():
+    content, left_out = _content(
+      part, found[split], categories, source.names_file, as_masks, ids, bad_of[split], places[split]
+    )
+    converted[split] = Converted(
+      common_folder(part.items), content, bad_of[split], noted[split], left_out
+    )
+  return converted
+
+
+def label_paths(part: Part) -> dict[str, pathlib.Path]:
+  """Returns all files of a split but the images, by the names of their notes."""
+  return {str(path): path for path in part.labels()}
+
+
+def image_paths(part: Part) -> dict[str, pathlib.Path]:
+  """Returns the images of a split, by the names of their notes."""
+  if not part.items:
+    return {}
+  folder = common_folder(part.items)
+  return {item.image.relative_to(folder).as_posix(): item.image for item in part.items}
+
+
+def _notes(part: Part) -> dict[str, inputs.Note]:
+  return {name: inputs.note(path) for name, path in label_paths(part).items()}
+
+
+def _check_part(part: Part, root: pathlib.Path, split: str, bad: BadRecords) -> None:
+  """Raises UserError if a split has no image, no label file, or a label file without an image."""
+  for file in part.alone:
+    with bad.record(str(file), "label file"):
+      raise BadRecordError("no image of this name", "add the image, or remove the label file")
+  if not part.items:
+    raise UserError(f"{root}: split {split} has no image; see data.source, data.builder.splits")
+  bare = sum(item.label is None for item in part.items)
+  if bare == len(part.items):
+    raise UserError(
+      f"{root}: split {split} has no label file for any of its {bare} images, such as "
+      f"{part.items[0].image}; see data.source, data.builder.splits"
+    )
+  if bare:
+    logging.info("split %s: %d images have no label file: they have no object", split, bare)
+
+
+def _parse_part(
+  fmt: Format,
+  part: Part,
+  names: Sequence[str] | None,
+  exif: ExifChoice,
+  bad: BadRecords,
+) -> list[Parsed | None]:
+  """Returns the content of each image's label file, None where it is bad."""
+  found: list[Parsed | None] = []
+  for item in part.items:
+    parsed = None
+
+    def size(item: Item = item) -> Size:
+      return _size(item, exif)
+
+    with bad.record(str(item.label or item.image), "label file" if item.label else "image"):
+      parsed = fmt.parse(item, names, size, bad) if item.label else Parsed(size(), [])
+    found.append(parsed)
+  return found
+
+
+def _size(item: Item, exif: ExifChoice) -> Size:
+  try:
+    size, orientation = read_size(item.image, exif=exif.exif)
+  except OSError as error:
+    raise BadRecordError("file cannot be read", str(error.strerror), item.image) from error
+  except ValueError as error:
+    raise BadRecordError("file is broken", str(error), item.image) from error
+  if orientation != 1 and item.label:
+    exif.log_assumption(orientation, item.image)
+  return size
+
+
+def _boxes_only(splits: Iterable[list[Parsed | None]]) -> bool:
+  return all(shape.is_box for parsed in splits for p in parsed if p for shape in p.shapes)
+
+
+class _Ids:
+  """The ids that were given so far, in all splits together.
+
+  Attributes:
+    images: the number of images.
+    annotations: the number of annotations. pycocotools takes the id 0 for none.
+  """
+
+  def __init__(self) -> None:
+    self.images = self.annotations = 0
+
+
+def _content(
+  part: Part,
+  parsed: list[Parsed | None],
+  categories: list[dict],
+  names_file: pathlib.Path,
+  as_masks: bool,
+  ids: _Ids,
+  bad: BadRecords,
+  places: dict[tuple[str, int], str],
+) -> tuple[dict[str, list], dict[str, inputs.Note]]:
+  """Returns a split as COCO's dictionaries, and the notes of the images that are left out."""
+  id_of = {category["name"]: category["id"] for category in categories}
+  images, annotations, left_out = [], [], {}
+  for (name, path), item, found in zip(image_paths(part).items(), part.items, parsed, strict=True):
+    ids.images += 1
+    if found is None:
+      left_out[name] = inputs.note(path)
+      continue
+    height, width = found.size
+    places["image", ids.images] = str(item.label or path)
+    images.append({"id": ids.images, "file_name": name, "height": height, "width": width})
+    for shapes in _objects(found.shapes):
+      ids.annotations += 1
+      first = shapes[0]
+      with bad.record(first.place, "annotation"):
+        if first.name not in id_of:
+          raise BadRecordError(
+            "class is not in the list",
+            f"{quoted(first.name)} is none of the {len(id_of)} classes of {names_file}",
+          )
+        segmentation = _united(shapes, found.size)
+        annotation = {
+          "id": ids.annotations,
+          "image_id": ids.images,
+          "category_id": id_of[first.name],
+          "bbox": _bbox(segmentation, found.size),
+          "iscrowd": int(first.is_crowd),
+        }
+        if as_masks or not all(shape.is_box for shape in shapes):
+          annotation["segmentation"] = segmentation
+        annotations.append(annotation)
+        places["annotation", ids.annotations] = first.place
+  content = {"images": images, "annotations": annotations, "categories": categories}
+  return content, left_out
+
+
+def _objects(shapes: list[Shape]) -> list[list[Shape]]:
+  """Returns the shapes of each object, in the order of its first shape."""
+  objects: dict[object, list[Shape]] = {}
+  for i, shape in enumerate(shapes):
+    key = i if shape.group is None else (shape.name, shape.group)
+    objects.setdefault(key, []).append(shape)
+  return list(objects.values())
+
+
+def _united(shapes: list[Shape], size: Size) -> list | dict:
+  """Returns the segmentation of all shapes of an object together."""
+  parts = [shape.segmentation for shape in shapes]
+  if len(parts) == 1:
+    return parts[0]
+  if all(isinstance(part, list) for part in parts):
+    return [polygon for part in parts for polygon in part]
+  try:
+    return masks.encode_rle(np.any([masks.rasterize(part, *size) for part in parts], axis=0))
+  except (ValueError, TypeError) as error:
+    raise BadRecordError("mask cannot be drawn", one_line(error)) from error
+
+
+def _bbox(segmentation: list | dict, size: Size) -> list[float]:
+  """Returns the box (x, y, width, height) around polygons or run lengths."""
+  if isinstance(segmentation, list):
+    x, y = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation]).T.tolist()
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+  mask_HW = masks.rasterize(segmentation, *size)
+  columns, rows = (np.flatnonzero(mask_HW.any(axis)) for axis in (0, 1))
+  if not len(rows):
+    return [0.0, 0.0, 0.0, 0.0]
+  low, high = (columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)
+  return [float(v) for v in (*low, high[0] - low[0], high[1] - low[1])]
+
+
+def box_outline(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
+  """Returns a box as one polygon."""
+  return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def number(text: object, what: str, where: object = "") -> float:
+  """Returns a number of a file.
+
+  Raises:
+    BadRecordError: it is not a finite number.
+  """
+  try:
+    value = math.nan if isinstance(text, bool) else float(text)  # type: ignore[arg-type]
+  except (TypeError, ValueError, OverflowError):
+    value = math.nan
+  if not math.isfinite(value):
+    raise BadRecordError(f"{what} is not a finite number", quoted(text), where)
+  return value
+
+
+def pixels(value: float, what: str, where: object = "") -> int:
+  """Returns a side of an image.
+
+  Raises:
+    BadRecordError: it is not a positive whole number.
+  """
+  if value < 1 or value != int(value):
+    raise BadRecordError(f"{what} is not a number of pixels", f"{value:g}", where)
+  return int(value)
+
+
+def ellipse_outline(
+  center: tuple[float, float], radii: tuple[float, float], angle: float = 0.0
+) -> list[float]:
+  """Returns an ellipse as a polygon of 64 points on it; its area is 0.2 % smaller.
+
+  Args:
+    center: x and y in pixels.
+    radii: the semi-axes along x and y, before the rotation, in pixels.
+    angle: degrees, clockwise in the image.
+  """
+  t_P = np.arange(64) * (2 * np.pi / 64)
+  points_P2 = np.stack([radii[0] * np.cos(t_P), radii[1] * np.sin(t_P)], -1)
+  return rotated(points_P2, center, angle)
+
+
+def rotated(points_P2: np.ndarray, center: tuple[float, float], angle: float) -> list[float]:
+  """Returns points relative to a centre, rotated by degrees clockwise in the image, as [x0, y0, ...]."""
+  radians = math.radians(angle)
+  turn_22 = np.array(
+    [[math.cos(radians), math.sin(radians)], [-math.sin(radians), math.cos(radians)]]
+  )
+  return (points_P2 @ turn_22 + np.asarray(center)).ravel().tolist()

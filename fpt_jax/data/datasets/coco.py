@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 import pathlib
 import zlib
@@ -11,8 +12,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data.datasets import annotations as annotation_formats
-from fpt_jax.data.datasets import coco_json, inputs
+from fpt_jax.data.datasets import coco_json, formats, inputs
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   ExifChoice,
@@ -38,7 +38,7 @@ ROBOFLOW_SPLITS = {
   "train": ("train/_annotations.coco.json", "train"),
   "val": ("valid/_annotations.coco.json", "valid"),
 }
-FORMATS = ("coco", "roboflow", *annotation_formats.FORMATS)
+FORMATS = ("coco", "roboflow", *formats.FORMATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       name = pathlib.Path(annotations).stem
       data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self.source.encode()):08x}")
     else:
-      if not splits and format not in annotation_formats.FORMATS:
+      if not splits and format not in formats.FORMATS:
         self._files = dict(ROBOFLOW_SPLITS if format == "roboflow" else OFFICIAL_SPLITS)
       self.options["data.builder.splits"] = sorted(self._files or OFFICIAL_SPLITS)
       self.paths["data.builder.splits"] = self._files
@@ -147,11 +147,11 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       root, fields = source_folder(self.source), "data.source, data.builder.splits"
     for split in self._files or ():
       check_split_name(split)
-    if self._format in annotation_formats.FORMATS:
+    if self._format in formats.FORMATS:
       converted = self._convert(root)
       return {
-        split: self._generate_examples(split, lambda entries=entries: entries)
-        for split, entries in converted.items()
+        split: self._generate_examples(split, functools.partial(converted.__getitem__, split))
+        for split in converted
       }
     files = {split: (root / a, root / b) for split, (a, b) in (self._files or {}).items()}
     for annotations, images in files.values():
@@ -160,21 +160,15 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       if not images.is_dir():
         raise UserError(f"{images}: no such folder; see {fields}")
     return {
-      split: self._generate_examples(
-        split, lambda split=split, pair=pair: self._read_file(split, *pair)
-      )
+      split: self._generate_examples(split, functools.partial(self._read_file, split, *pair))
       for split, pair in files.items()
     }
 
   def _convert(self, root: pathlib.Path) -> dict[str, _Entries]:
     """Reads the annotations of another format."""
     logging.info("%s: reading its annotations (data.format=%r)", root, self._format)
-    converted = annotation_formats.convert(
-      annotation_formats.FORMATS[self._format],
-      root,
-      self._files,
-      exif=self._exif,
-      skip_bad=self._skip_bad,
+    converted = formats.convert(
+      formats.FORMATS[self._format], root, self._files, exif=self._exif, skip_bad=self._skip_bad
     )
     entries = {}
     for split, part in converted.items():
@@ -246,7 +240,7 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
 
   def changed_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
     """See `inputs.Builder.changed_files`."""
-    if self._format in annotation_formats.FORMATS:
+    if self._format in formats.FORMATS:
       return self._changed_label_files(notes, moved=moved)
     found: list[str] = []
     for split, names in (self._files or {}).items():
@@ -266,8 +260,9 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
 
   def _changed_label_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
     """See `inputs.Builder.changed_files`; of formats with label files."""
+    root = pathlib.Path(self.source)
     try:
-      source = annotation_formats.FORMATS[self._format].find(pathlib.Path(self.source), self._files)
+      source = formats.FORMATS[self._format].find(root, self._files)
     except UserError as error:
       if moved:
         raise
@@ -275,11 +270,8 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       return []
     found: list[str] = []
     for split, part in source.parts.items():
-      labels, images = (
-        of(part) for of in (annotation_formats.label_paths, annotation_formats.image_paths)
-      )
-      found += inputs.changed_files(notes[split]["labels"], labels)
-      found += inputs.changed_files(notes[split]["images"], images, sample=True)
+      found += inputs.changed_files(notes[split]["labels"], formats.label_paths(part, root))
+      found += inputs.changed_files(notes[split]["images"], formats.image_paths(part), sample=True)
     return found
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:

@@ -10,7 +10,7 @@ from fpt_jax.configs import coco_box, coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.tasks import detection
 from fpt_jax.tasks.detection.batches import coco_ground_truth, train_batches
-from tests.data.datasets.annotations.sets import (
+from tests.data.datasets.formats.sets import (
   HEIGHT,
   WIDTH,
   error_of,
@@ -127,6 +127,11 @@ def test_changes_are_noticed(tmp_path):
     data.info(coco)
   (root / "images/val/d.jpg").unlink()
   assert data.digest(coco) == digest
+  shutil.copytree(root, tmp_path / "copy")  # the same data set, but prepared again
+  copy = settings("yolo", tmp_path / "copy")
+  assert not data.is_prepared(copy)
+  data.prepare(copy)
+  assert data.digest(copy) == digest
   shutil.rmtree(root)  # the records suffice
   assert coco_ground_truth(coco, "train")["annotations"]
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fpt_jax.data.datasets.annotations import files
-from fpt_jax.data.datasets.annotations.convert import (
+from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats import files
+from fpt_jax.data.datasets.formats.convert import (
   Format,
   Parsed,
   Shape,
@@ -21,12 +22,11 @@ from fpt_jax.data.datasets.annotations.convert import (
   number,
   pixels,
 )
-from fpt_jax.data.datasets.annotations.files import Item, Pairs, Part, Source
-from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
-from fpt_jax.data.records.images import decode_image
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.records.images import decode_image, read_bytes
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
-from fpt_jax.run.folder import read_json
+from fpt_jax.run.folder import parse_json
 
 _POINTS = {"rectangle": 2, "circle": 2, "mask": 2}  # of each type that has a fixed number
 
@@ -61,9 +61,11 @@ def _parse(
 ) -> Parsed:
   assert item.label is not None
   try:
-    content = read_json(item.label, "save it again in LabelMe")
+    content = parse_json(read_bytes(item.label), "its text", "save it again in LabelMe")
+  except OSError as error:
+    raise BadRecordError("file cannot be read", str(error.strerror)) from error
   except UserError as error:
-    raise BadRecordError("not valid JSON", str(error)) from error
+    raise BadRecordError("file is broken", str(error)) from error
   if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
     raise BadRecordError("field shapes must be a list", "use a file of LabelMe")
   sides = [content.get(field) for field in ("imageHeight", "imageWidth")]

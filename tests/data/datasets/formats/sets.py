@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fpt_jax import data
-from fpt_jax.data.datasets.annotations import FORMATS, convert
 from fpt_jax.data.datasets.checks import ExifChoice
+from fpt_jax.data.datasets.formats import FORMATS, convert
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection.batches import coco_ground_truth
 from tests.data_sets import config, encode_tagged

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from absl import logging
 
 from fpt_jax.data.datasets import coco_json
-from fpt_jax.data.datasets.annotations.xml_tree import Element
+from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.data.records.images import ENDINGS
 from fpt_jax.errors import UserError, one_line
 

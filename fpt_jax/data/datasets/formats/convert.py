@@ -5,6 +5,7 @@ Everything behind them is that of COCO's format: checks, orientation, clipping a
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,7 +13,6 @@ import numpy as np
 from absl import logging
 
 from fpt_jax.data.datasets import coco_json, inputs
-from fpt_jax.data.datasets.annotations.files import Item, Pairs, Part, Source, common_folder
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   BadRecords,
@@ -21,6 +21,7 @@ from fpt_jax.data.datasets.checks import (
   listed,
   quoted,
 )
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source, common_folder
 from fpt_jax.data.records.images import read_size
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.ops import masks
@@ -91,7 +92,7 @@ class Converted:
     content: COCO's `images`, `annotations` and `categories`. Images are sorted by path. Ids depend on the
       files alone, and are unique in all splits together.
     bad: the bad records of the split; entries of `content` are named by file and line.
-    labels: notes of all files but the images, by path.
+    labels: notes of all files but the images, by path in `data.source`.
     images: notes of the images that are not in `content`, by path in `folder`.
   """
 
@@ -118,7 +119,7 @@ def convert(
     UserError: files are missing, or something cannot be read and `skip_bad` is False.
   """
   # the files are noted before they are read: they may be edited meanwhile
-  noted = {split: _notes(part) for split, part in fmt.find(root, pairs).parts.items()}
+  noted = {split: _notes(part, root) for split, part in fmt.find(root, pairs).parts.items()}
   source = fmt.find(root, pairs)
   if source.names is not None:
     check_names(str(source.names_file), source.names)
@@ -149,9 +150,9 @@ def convert(
   return converted
 
 
-def label_paths(part: Part) -> dict[str, pathlib.Path]:
-  """Returns all files of a split but the images, by the names of their notes."""
-  return {str(path): path for path in part.labels()}
+def label_paths(part: Part, root: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns all files of a split but the images, by the names of their notes: paths in `data.source`."""
+  return {pathlib.Path(os.path.relpath(path, root)).as_posix(): path for path in part.labels()}
 
 
 def image_paths(part: Part) -> dict[str, pathlib.Path]:
@@ -162,8 +163,8 @@ def image_paths(part: Part) -> dict[str, pathlib.Path]:
   return {item.image.relative_to(folder).as_posix(): item.image for item in part.items}
 
 
-def _notes(part: Part) -> dict[str, inputs.Note]:
-  return {name: inputs.note(path) for name, path in label_paths(part).items()}
+def _notes(part: Part, root: pathlib.Path) -> dict[str, inputs.Note]:
+  return {name: inputs.note(path) for name, path in label_paths(part, root).items()}
 
 
 def _check_part(part: Part, root: pathlib.Path, split: str, bad: BadRecords) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import logging
 
-from fpt_jax.data.datasets.annotations import files, xml_tree
-from fpt_jax.data.datasets.annotations.convert import (
+from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats import files, xml_tree
+from fpt_jax.data.datasets.formats.convert import (
   Format,
   Parsed,
   Shape,
@@ -22,9 +23,8 @@ from fpt_jax.data.datasets.annotations.convert import (
   pixels,
   rotated,
 )
-from fpt_jax.data.datasets.annotations.files import Item, Pairs, Part, Source
-from fpt_jax.data.datasets.annotations.xml_tree import Element
-from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 

@@ -8,8 +8,9 @@ with XML files beside their images, as Roboflow and labelImg write.
 import pathlib
 from collections.abc import Callable, Sequence
 
-from fpt_jax.data.datasets.annotations import files, xml_tree
-from fpt_jax.data.datasets.annotations.convert import (
+from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats import files, xml_tree
+from fpt_jax.data.datasets.formats.convert import (
   Format,
   Parsed,
   Shape,
@@ -18,9 +19,8 @@ from fpt_jax.data.datasets.annotations.convert import (
   number,
   pixels,
 )
-from fpt_jax.data.datasets.annotations.files import Item, Pairs, Part, Source
-from fpt_jax.data.datasets.annotations.xml_tree import Element
-from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.errors import UserError
 
 _IMAGES, _LABELS = ("JPEGImages", "images"), ("Annotations", "annotations")

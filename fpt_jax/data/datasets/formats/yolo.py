@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from fpt_jax.data.datasets.annotations import files
-from fpt_jax.data.datasets.annotations.convert import (
+from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats import files
+from fpt_jax.data.datasets.formats.convert import (
   Format,
   Parsed,
   Shape,
@@ -21,8 +22,7 @@ from fpt_jax.data.datasets.annotations.convert import (
   box_outline,
   number,
 )
-from fpt_jax.data.datasets.annotations.files import Item, Pairs, Part, Source
-from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
 from fpt_jax.errors import UserError, one_line
 
 _CLASS_FILES = ("classes.txt", "obj.names")
@@ -118,7 +118,7 @@ def _images_of(content: dict[str, Any], split: str, file: pathlib.Path) -> list[
   value = content.get(split)
   if value is None and split == "val":
     value = content.get("valid")
-  paths = value if isinstance(value, list) else [value]
+  paths: list[Any] = value if isinstance(value, list) else [value]
   if not paths or not all(isinstance(path, str) and path for path in paths):
     raise UserError(
       f"{file}: field {split} must be a folder or a list of images, not {quoted(value)}; set it, or "

@@ -1,7 +1,7 @@
 """Annotations in other formats than COCO's, read into its dictionaries."""
 
-from fpt_jax.data.datasets.annotations import cvat, labelme, voc, yolo
-from fpt_jax.data.datasets.annotations.convert import Converted, convert, image_paths, label_paths
+from fpt_jax.data.datasets.formats import cvat, labelme, voc, yolo
+from fpt_jax.data.datasets.formats.convert import Converted, convert, image_paths, label_paths
 
 # by the value of data.format
 FORMATS = {

@@ -4,10 +4,9 @@ Everything behind them is that of COCO's format: checks, orientation, clipping a
 """
 
 import dataclasses
-import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from absl import logging
@@ -21,66 +20,11 @@ from fpt_jax.data.datasets.checks import (
   listed,
   quoted,
 )
-from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source, common_folder
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, common_folder
+from fpt_jax.data.datasets.formats.shapes import Format, Parsed, Shape, Size
 from fpt_jax.data.records.images import read_size
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.ops import masks
-
-Size = tuple[int, int]  # height and width of an image, pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """What was drawn around an object, or a part of it.
-
-  Attributes:
-    name: class of the object.
-    place: file and line, for messages.
-    segmentation: polygons in pixels, or run lengths, as in COCO's format.
-    is_box: whether a box was drawn; its segmentation is the outline.
-    is_crowd: whether the object is neither trained on nor scored.
-    group: shapes of an image with the same group and class are one object; None: an object of its own.
-  """
-
-  name: str
-  place: str
-  segmentation: list[list[float]] | dict
-  is_box: bool = False
-  is_crowd: bool = False
-  group: object = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Parsed:
-  """The content of a label file.
-
-  Attributes:
-    size: height and width of its image in pixels.
-    shapes: what was drawn.
-  """
-
-  size: Size
-  shapes: list[Shape]
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-  """How a format is read.
-
-  Attributes:
-    find: function of `data.source` and `data.builder.splits` (None if it is unset) that returns the files
-      of each split. It raises UserError if files or folders are missing.
-    parse: function of an image with a label file, the names of the classes (None if no file has them), a
-      function that returns the size of the image file, and the bad records, in whose contexts it reads
-      single objects. It raises BadRecordError if the whole label file is bad.
-    first_id: category id of the first class.
-    boxes_are_masks: whether a box beside polygons is the mask of its object; otherwise it has none.
-  """
-
-  find: Callable[[pathlib.Path, Pairs | None], Source]
-  parse: Callable[[Item, Sequence[str] | None, Callable[[], Size], BadRecords], Parsed]
-  first_id: int = 1
-  boxes_are_masks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,58 +256,3 @@ def _bbox(segmentation: list | dict, size: Size) -> list[float]:
     return [0.0, 0.0, 0.0, 0.0]
   low, high = (columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)
   return [float(v) for v in (*low, high[0] - low[0], high[1] - low[1])]
-
-
-def box_outline(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
-  """Returns a box as one polygon."""
-  return [[x0, y0, x1, y0, x1, y1, x0, y1]]
-
-
-def number(text: object, what: str, where: object = "") -> float:
-  """Returns a number of a file.
-
-  Raises:
-    BadRecordError: it is not a finite number.
-  """
-  try:
-    value = math.nan if isinstance(text, bool) else float(text)  # type: ignore[arg-type]
-  except (TypeError, ValueError, OverflowError):
-    value = math.nan
-  if not math.isfinite(value):
-    raise BadRecordError(f"{what} is not a finite number", quoted(text), where)
-  return value
-
-
-def pixels(value: float, what: str, where: object = "") -> int:
-  """Returns a side of an image.
-
-  Raises:
-    BadRecordError: it is not a positive whole number.
-  """
-  if value < 1 or value != int(value):
-    raise BadRecordError(f"{what} is not a number of pixels", f"{value:g}", where)
-  return int(value)
-
-
-def ellipse_outline(
-  center: tuple[float, float], radii: tuple[float, float], angle: float = 0.0
-) -> list[float]:
-  """Returns an ellipse as a polygon of 64 points on it; its area is 0.2 % smaller.
-
-  Args:
-    center: x and y in pixels.
-    radii: the semi-axes along x and y, before the rotation, in pixels.
-    angle: degrees, clockwise in the image.
-  """
-  t_P = np.arange(64) * (2 * np.pi / 64)
-  points_P2 = np.stack([radii[0] * np.cos(t_P), radii[1] * np.sin(t_P)], -1)
-  return rotated(points_P2, center, angle)
-
-
-def rotated(points_P2: np.ndarray, center: tuple[float, float], angle: float) -> list[float]:
-  """Returns points relative to a centre, rotated by degrees clockwise in the image, as [x0, y0, ...]."""
-  radians = math.radians(angle)
-  turn_22 = np.array(
-    [[math.cos(radians), math.sin(radians)], [-math.sin(radians), math.cos(radians)]]
-  )
-  return (points_P2 @ turn_22 + np.asarray(center)).ravel().tolist()

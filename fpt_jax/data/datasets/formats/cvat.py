@@ -12,7 +12,8 @@ from absl import logging
 
 from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
 from fpt_jax.data.datasets.formats import files, xml_tree
-from fpt_jax.data.datasets.formats.convert import (
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.datasets.formats.shapes import (
   Format,
   Parsed,
   Shape,
@@ -23,7 +24,6 @@ from fpt_jax.data.datasets.formats.convert import (
   pixels,
   rotated,
 )
-from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
 from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
@@ -33,7 +33,7 @@ _SUBSETS = {"train": ("train",), "val": ("val", "valid", "validation")}
 
 
 def _find(root: pathlib.Path, pairs: Pairs | None) -> Source:
-  folders = None if pairs else files.split_folders(root)
+  folders = None if (root / _FILE).is_file() else files.split_folders(root)
   if pairs is not None:
     places = {split: (root / file, root / images) for split, (file, images) in pairs.items()}
   elif folders is not None:

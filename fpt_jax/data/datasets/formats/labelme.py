@@ -12,7 +12,8 @@ import numpy as np
 
 from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
 from fpt_jax.data.datasets.formats import files
-from fpt_jax.data.datasets.formats.convert import (
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.datasets.formats.shapes import (
   Format,
   Parsed,
   Shape,
@@ -22,7 +23,6 @@ from fpt_jax.data.datasets.formats.convert import (
   number,
   pixels,
 )
-from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
 from fpt_jax.data.records.images import decode_image, read_bytes
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
 from fpt_jax.data.datasets.formats import files, xml_tree
-from fpt_jax.data.datasets.formats.convert import (
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.datasets.formats.shapes import (
   Format,
   Parsed,
   Shape,
@@ -19,7 +20,6 @@ from fpt_jax.data.datasets.formats.convert import (
   number,
   pixels,
 )
-from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
 from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.errors import UserError
 

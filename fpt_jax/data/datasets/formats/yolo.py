@@ -5,16 +5,13 @@ label file lies where its image does with the last folder `images` of the path r
 beside the image. Label Studio, labelImg and CVAT write `classes.txt` or `obj.names` instead of `data.yaml`.
 """
 
-import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import yaml
 
 from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
-from fpt_jax.data.datasets.formats import files
-from fpt_jax.data.datasets.formats.convert import (
+from fpt_jax.data.datasets.formats import data_yaml, files
+from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
+from fpt_jax.data.datasets.formats.shapes import (
   Format,
   Parsed,
   Shape,
@@ -22,7 +19,6 @@ from fpt_jax.data.datasets.formats.convert import (
   box_outline,
   number,
 )
-from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, Source
 from fpt_jax.errors import UserError, one_line
 
 _CLASS_FILES = ("classes.txt", "obj.names")
@@ -32,12 +28,12 @@ _TOLERANCE = 0.01  # of a fraction beyond 0..1, where rounding moves a point; bo
 
 
 def _find(root: pathlib.Path, pairs: Pairs | None) -> Source:
-  file = _yaml_file(root)
-  content = _read_yaml(file) if file else {}
+  file = data_yaml.find(root)
+  content = data_yaml.read(file) if file else {}
   if content.get("kpt_shape"):
     raise UserError(f"{file}: kpt_shape: its labels are keypoints, which are not read")
   if file and content.get("names") is not None:
-    names, names_file = _names(content["names"], file), file
+    names, names_file = data_yaml.names_in(content["names"], file), file
   else:
     names, names_file = _class_list(root)
   if pairs is not None:
@@ -46,7 +42,9 @@ def _find(root: pathlib.Path, pairs: Pairs | None) -> Source:
       for split, (labels, images) in pairs.items()
     }
   elif file and "train" in content:
-    parts = {split: _part(_images_of(content, split, file), root) for split in ("train", "val")}
+    parts = {
+      split: _part(data_yaml.images_of(content, split, file), root) for split in ("train", "val")
+    }
   else:
     parts = _by_folders(root)
   others = list(dict.fromkeys([*([file] if file else []), names_file]))
@@ -54,44 +52,6 @@ def _find(root: pathlib.Path, pairs: Pairs | None) -> Source:
     alone = [file for file in part.alone if file.name not in _NO_LABELS]
     parts[split] = Part(part.items, alone, others)
   return Source(parts, names, names_file)
-
-
-def _yaml_file(root: pathlib.Path) -> pathlib.Path | None:
-  """Returns `data.yaml`, or the only YAML file, None without one."""
-  if (root / "data.yaml").is_file():
-    return root / "data.yaml"
-  found = sorted(f for f in root.iterdir() if f.suffix in (".yaml", ".yml") and f.is_file())
-  if len(found) > 1:
-    raise UserError(
-      f"{root}: several YAML files, {found[0].name} and {found[1].name} among them; rename the one that "
-      "describes the data to data.yaml"
-    )
-  return found[0] if found else None
-
-
-def _read_yaml(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = yaml.safe_load(file.read_bytes())
-  except (OSError, yaml.YAMLError, ValueError) as error:
-    raise UserError(f"{file}: not a readable YAML file ({one_line(error, 200)}); fix it") from error
-  if not isinstance(content, dict):
-    raise UserError(f"{file}: must have fields, such as names and train; fix it")
-  return content
-
-
-def _names(value: object, file: pathlib.Path) -> list[str]:
-  """Returns the names of the classes 0, 1, ... from a list, or from a dictionary by number."""
-  if isinstance(value, dict):
-    if sorted(value, key=str) != sorted(range(len(value)), key=str):
-      raise UserError(
-        f"{file}: field names must have the numbers 0 to {len(value) - 1}, not "
-        f"{quoted(list(value))}; fix it"
-      )
-    value = [value[i] for i in range(len(value))]
-  if not isinstance(value, list) or not value:
-    raise UserError(f"{file}: field names must be a list of names, not {quoted(value)}; fix it")
-  # a name such as 7 is a number in YAML; yes and no are truth values, and have lost their text
-  return [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in value]
 
 
 def _class_list(root: pathlib.Path) -> tuple[list[str], pathlib.Path]:
@@ -111,42 +71,6 @@ def _class_list(root: pathlib.Path) -> tuple[list[str], pathlib.Path]:
     f"{root}: no file names the classes; add data.yaml with the field names, or classes.txt with a name "
     "on each line"
   )
-
-
-def _images_of(content: dict[str, Any], split: str, file: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the images of a split of `data.yaml`, sorted by path."""
-  value = content.get(split)
-  if value is None and split == "val":
-    value = content.get("valid")
-  paths: list[Any] = value if isinstance(value, list) else [value]
-  if not paths or not all(isinstance(path, str) and path for path in paths):
-    raise UserError(
-      f"{file}: field {split} must be a folder or a list of images, not {quoted(value)}; set it, or "
-      "set data.builder.splits"
-    )
-  base = file.parent
-  if isinstance(content.get("path"), str):
-    base = base / os.path.expanduser(content["path"])
-  # Ultralytics looks for `path` in a folder of its own settings; here it is beside the file
-  bases = [base, file.parent]
-  found: list[pathlib.Path] = []
-  for path in paths:
-    candidates = [b / path for b in bases]
-    if path.startswith("../"):  # as Roboflow writes, of folders beside the file
-      candidates += [b / path[3:] for b in bases]
-    existing = next((c for c in candidates if c.exists()), None)
-    if existing is None:
-      raise UserError(f"{file}: field {split}: {candidates[0]}: no such file or folder; fix it")
-    found += _listed_images(existing, existing.parent)
-  return sorted(dict.fromkeys(found))
-
-
-def _listed_images(path: pathlib.Path, base: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the images in a folder, or those that a text file lists, a path on each line."""
-  path = pathlib.Path(os.path.normpath(path))
-  if path.is_dir():
-    return files.images_in(path)
-  return [pathlib.Path(os.path.normpath(base / line)) for line in files.read_lines(path)]
 
 
 def _part(images: list[pathlib.Path], root: pathlib.Path) -> Part:

@@ -285,6 +285,32 @@ def test_a_folder_without_splits_is_divided(beside, tmp_path):
   assert {name for _, name, _ in objects_of(found["train"])} == {"b c"}
 
 
+def test_darknets_layout(tmp_path):
+  """As CVAT exports YOLO 1.1."""
+  root = tmp_path / "source"
+  for i in range(2):
+    write_image(root / f"obj_train_data/{i}.jpg")
+    write_text(root / f"obj_train_data/{i}.txt", "0 .5 .5 .5 .5")
+  write_text(root / "obj.names", "traffic light\n")
+  write_text(root / "obj.data", "classes = 1\ntrain = data/train.txt\n")
+  write_text(root / "train.txt", "data/obj_train_data/0.jpg\ndata/obj_train_data/1.jpg\n")
+  found = read("yolo", root)
+  assert [objects_of(found[s])[0][:2] for s in ("val", "train")] == [
+    ("0.jpg", "traffic light"),
+    ("1.jpg", "traffic light"),
+  ]
+
+
+def test_data_yaml_of_another_machine(tmp_path):
+  root = _source(tmp_path / "source")
+  write_text(root / "data.yaml", YAML.replace("path: .", "path: /nowhere/datasets"))
+  assert len(read("yolo", root)["train"]["images"]) == 2
+  (root / "data.yaml").rename(root / "my.yaml")
+  assert len(read("yolo", root)["train"]["images"]) == 2
+  write_text(root / "other.yml", "names: [a]")
+  assert "several YAML files, my.yaml and other.yml among them" in error_of("yolo", root)
+
+
 def test_lists_of_images(tmp_path):
   root = _source(tmp_path / "source")
   write_text(root / "data.yaml", "train: [a.txt, images/val]\nval: b.txt\nnames: [x, y]")

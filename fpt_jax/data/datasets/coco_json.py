@@ -107,14 +107,15 @@ def without_root_category(content: dict[str, list]) -> dict[str, list]:
   It has the id 0, the name of the project, the supercategory "none" and no object. Its name may be that of
   another category.
   """
-  used = {a.get("category_id") for a in content["annotations"] if isinstance(a, dict)}
-  root = {"id": 0, "supercategory": "none"}
-  categories = [
-    c
-    for c in content["categories"]
-    if not (isinstance(c, dict) and root.items() <= c.items() and len(content["categories"]) > 1)
-  ]
-  return content if 0 in used else content | {"categories": categories}
+
+  def is_root(category: object) -> bool:
+    if not isinstance(category, dict):
+      return False
+    return category.get("id") == 0 and category.get("supercategory") == "none"
+
+  rest = [category for category in content["categories"] if not is_root(category)]
+  used = any(isinstance(a, dict) and a.get("category_id") == 0 for a in content["annotations"])
+  return content if used or not rest else content | {"categories": rest}
 
 
 def part_of_split(content: dict[str, list], path: pathlib.Path, split: str) -> dict[str, list]:
@@ -309,7 +310,7 @@ def check_segmentation(annotation: dict, size: tuple[int, int]) -> None:
     raise BadRecordError("field segmentation is missing", "polygons or run lengths are needed")
   segmentation = annotation["segmentation"]
   if isinstance(segmentation, list):
-    _check_polygons(segmentation, size)
+    check_polygons(segmentation, size)
     points_P2 = np.concatenate([np.reshape(_floats(polygon), (-1, 2)) for polygon in segmentation])
     low_2, high_2 = points_P2.min(0), points_P2.max(0)
     in_fractions = high_2.max() <= _FRACTIONS
@@ -350,7 +351,8 @@ def _has_segmentation(annotation: dict) -> bool:
   return segmentation is not None and segmentation != []
 
 
-def _check_polygons(polygons: list, size: tuple[int, int]) -> None:
+def check_polygons(polygons: list, size: tuple[int, int]) -> None:
+  """Raises BadRecordError if a segmentation is not polygons near an image of `size`."""
   height, width = size
   if _is_numbers(polygons):
     raise BadRecordError(

@@ -23,7 +23,7 @@ from fpt_jax.data.datasets.checks import (
 from fpt_jax.data.datasets.formats.files import Item, Pairs, Part, common_folder
 from fpt_jax.data.datasets.formats.shapes import Format, Parsed, Shape, Size
 from fpt_jax.data.records.images import read_size
-from fpt_jax.errors import UserError, one_line
+from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 
 
@@ -237,12 +237,11 @@ def _united(shapes: list[Shape], size: Size) -> list | dict:
   parts = [shape.segmentation for shape in shapes]
   if len(parts) == 1:
     return parts[0]
+  polygons = [polygon for part in parts if isinstance(part, list) for polygon in part]
   if all(isinstance(part, list) for part in parts):
-    return [polygon for part in parts for polygon in part]
-  try:
-    return masks.encode_rle(np.any([masks.rasterize(part, *size) for part in parts], axis=0))
-  except (ValueError, TypeError) as error:
-    raise BadRecordError("mask cannot be drawn", one_line(error)) from error
+    return polygons
+  coco_json.check_polygons(polygons, size)  # pycocotools' memory grows with the outline
+  return masks.encode_rle(np.any([masks.rasterize(part, *size) for part in parts], axis=0))
 
 
 def _bbox(segmentation: list | dict, size: Size) -> list[float]:

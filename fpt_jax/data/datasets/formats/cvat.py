@@ -20,8 +20,8 @@ from fpt_jax.data.datasets.formats.shapes import (
   Size,
   box_outline,
   ellipse_outline,
+  image_size,
   number,
-  pixels,
   rotated,
 )
 from fpt_jax.data.datasets.formats.xml_tree import Element
@@ -33,10 +33,9 @@ _SUBSETS = {"train": ("train",), "val": ("val", "valid", "validation")}
 
 
 def _find(root: pathlib.Path, pairs: Pairs | None) -> Source:
-  folders = None if (root / _FILE).is_file() else files.split_folders(root)
   if pairs is not None:
     places = {split: (root / file, root / images) for split, (file, images) in pairs.items()}
-  elif folders is not None:
+  elif not (root / _FILE).is_file() and (folders := files.split_folders(root)):
     places = {split: (folder / _FILE, _images(folder)) for split, folder in folders.items()}
   else:
     places = {"": (root / _FILE, _images(root))}
@@ -120,16 +119,15 @@ def _parse(
 ) -> Parsed:
   image = item.element
   assert image is not None
-  height, width = (
-    pixels(number(image.attribute(f), f, image.place), f, image.place) for f in ("height", "width")
-  )
+  height, width = (number(image.attribute(f), f, image.place) for f in ("height", "width"))
+  size_hw = image_size(height, width, image.place)
   shapes = []
   for element in image.children:
     if element.tag in ("tag", "attribute"):  # of the whole image
       continue
     with bad.record(element.place, "annotation"):
-      shapes.append(_shape(element, (height, width)))
-  return Parsed((height, width), shapes)
+      shapes.append(_shape(element, size_hw))
+  return Parsed(size_hw, shapes)
 
 
 def _shape(element: Element, size: Size) -> Shape:

@@ -20,8 +20,8 @@ from fpt_jax.data.datasets.formats.shapes import (
   Size,
   box_outline,
   ellipse_outline,
+  image_size,
   number,
-  pixels,
 )
 from fpt_jax.data.records.images import decode_image, read_bytes
 from fpt_jax.errors import UserError
@@ -68,14 +68,11 @@ def _parse(
     raise BadRecordError("file is broken", str(error)) from error
   if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
     raise BadRecordError("field shapes must be a list", "use a file of LabelMe")
-  sides = [content.get(field) for field in ("imageHeight", "imageWidth")]
-  if sides == [None, None]:
-    height, width = size()
+  sides = {field: content.get(field) for field in ("imageHeight", "imageWidth")}
+  if any(side is not None for side in sides.values()):
+    height, width = image_size(*(number(side, field) for field, side in sides.items()))
   else:
-    height, width = (
-      pixels(number(side, field), field)
-      for side, field in zip(sides, ("imageHeight", "imageWidth"), strict=True)
-    )
+    height, width = size()
   shapes = []
   for i, shape in enumerate(content["shapes"]):
     place = f"{item.label}: shapes[{i}]"

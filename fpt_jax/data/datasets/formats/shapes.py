@@ -11,6 +11,7 @@ from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
 from fpt_jax.data.datasets.formats.files import Item, Pairs, Source
 
 Size = tuple[int, int]  # height and width of an image, pixels
+_MOST_PIXELS = 2**28  # Pillow refuses to decode larger images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +88,19 @@ def number(text: object, what: str, where: object = "") -> float:
   return value
 
 
-def pixels(value: float, what: str, where: object = "") -> int:
-  """Returns a side of an image.
+def image_size(height: float, width: float, where: object = "") -> Size:
+  """Returns the size that a label file gives for its image.
 
   Raises:
-    BadRecordError: it is not a positive whole number.
+    BadRecordError: they are not whole numbers of pixels, or of more than an image file can have.
   """
-  if value < 1 or value != int(value):
-    raise BadRecordError(f"{what} is not a number of pixels", f"{value:g}", where)
-  return int(value)
+  if not all(side >= 1 and side == int(side) for side in (height, width)):
+    raise BadRecordError(
+      "height and width are not numbers of pixels", f"{height:g} and {width:g}", where
+    )
+  if height * width > _MOST_PIXELS:
+    raise BadRecordError("image is too large", f"{height:g} x {width:g} pixels", where)
+  return int(height), int(width)
 
 
 def ellipse_outline(

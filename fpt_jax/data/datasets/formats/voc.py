@@ -17,8 +17,8 @@ from fpt_jax.data.datasets.formats.shapes import (
   Shape,
   Size,
   box_outline,
+  image_size,
   number,
-  pixels,
 )
 from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.errors import UserError
@@ -90,7 +90,7 @@ def _stated_size(root: Element) -> Size | None:
   height, width = (number(element.child_text(f), f, element.place) for f in ("height", "width"))
   if height == width == 0:
     return None
-  return pixels(height, "height", element.place), pixels(width, "width", element.place)
+  return image_size(height, width, element.place)
 
 
 def _shape(element: Element) -> Shape:

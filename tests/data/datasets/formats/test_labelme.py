@@ -116,6 +116,14 @@ def test_masks(tmp_path):
   assert found["bbox"] == [0, 0, 23, 32] and found["area"] == 20
 
 
+def test_a_mask_with_a_polygon_far_away_is_refused(tmp_path):
+  mask = base64.b64encode(png(np.ones((2, 3), np.uint8))).decode()
+  shape = _shape("mask", [[20, 30], [22, 31]], mask=mask, group_id=7)
+  far = _shape("polygon", [[0, 0], [1e9, 0], [0, 1e9]], group_id=7)
+  message = error_of("labelme", _source(tmp_path / "source", shape, far))
+  assert "shapes[0]: field segmentation has a polygon far outside the image" in message
+
+
 def test_sizes_are_those_of_the_upright_image(tmp_path):
   root = _source(tmp_path / "source", TRIANGLE)
   write_image(root / "train/a b.jpg", (WIDTH, HEIGHT), orientation=6)
@@ -178,7 +186,7 @@ def test_bad_shapes_are_named(shape, words, tmp_path):
     ("{", "train/a b.json: file is broken: its text, line 1, column 2: not valid JSON"),
     ("[]", "train/a b.json: field shapes must be a list"),
     (_file(imageHeight=None), "train/a b.json: imageHeight is not a finite number: None"),
-    (_file(imageHeight=-40), "train/a b.json: imageHeight is not a number of pixels: -40"),
+    (_file(imageHeight=-40), "train/a b.json: height and width are not numbers of pixels: -40"),
   ],
 )
 def test_bad_files_are_named(text, words, tmp_path):

@@ -5,7 +5,8 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import eval_batches
+from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches
+from fpt_jax.tasks.detection.coco_ap import evaluate
 from tests.data.datasets.formats.sets import (
   HEIGHT,
   WIDTH,
@@ -70,6 +71,18 @@ def test_difficult_objects_are_crowds(tmp_path):
   assert example["is_crowd"].tolist() == [True, False]
   with eval_batches(coco, "train", batch_size=1) as batches:
     assert sorted(batch["gt_valid_BG"].sum() for batch in batches) == [1, 1]
+  # a detection on the difficult object, with the highest score, is no false positive
+  truth = coco_ground_truth(coco, "train")
+  results = [
+    {
+      "image_id": a["image_id"],
+      "category_id": 1,
+      "bbox": a["bbox"],
+      "score": 0.5 + a["iscrowd"] / 4,
+    }
+    for a in truth["annotations"]
+  ]
+  assert len(results) == 3 and evaluate(truth, results, ["bbox"])["bbox/AP"] == 100
 
 
 def test_boxes_at_the_border_are_clipped(tmp_path):
@@ -166,7 +179,11 @@ def test_the_list_of_names(tmp_path):
     (_xml(_object("a", (1, 1, "", 8))), "d.xml, line 4: xmax is not a finite number: ''"),
     (_xml(size="<size><width>8</width></size>"), "d.xml, line 2: element size has no height"),
     (_xml(size=SIZE.replace("40", "x")), "d.xml, line 2: height is not a finite number: 'x'"),
-    (_xml(size=SIZE.replace("40", "4.5")), "d.xml, line 2: height is not a number of pixels: 4.5"),
+    (
+      _xml(size=SIZE.replace("40", "4.5")),
+      "d.xml, line 2: height and width are not numbers of pixels: 4.5",
+    ),
+    (_xml(size=SIZE.replace("40", "4e9")), "d.xml, line 2: image is too large: 4e+09 x 80 pixels"),
   ],
 )
 def test_bad_files_are_named(text, words, tmp_path):

@@ -81,7 +81,7 @@ def _labels(top: Element, file: pathlib.Path) -> list[str]:
 
 
 def _part(top: Element, file: pathlib.Path, images: pathlib.Path) -> Part:
-  items = []
+  items: dict[pathlib.Path, Item] = {}
   for element in top.all("image"):
     name, subset = element.attributes.get("name", ""), element.attributes.get("subset", "")
     if not name:
@@ -91,9 +91,13 @@ def _part(top: Element, file: pathlib.Path, images: pathlib.Path) -> Part:
       raise UserError(
         f"{element.place}: attribute name points outside the image folder: {quoted(name)}; correct it"
       )
-    of_subset = images / subset / path
-    items.append(Item(of_subset if of_subset.exists() else images / path, file, element))
-  return Part(sorted(items, key=lambda item: item.image))
+    image = images / subset / path
+    if not image.exists():
+      image = images / path
+    if image in items:
+      raise UserError(f"{element.place}: {image} has another element image already; remove one")
+    items[image] = Item(image, file, element)
+  return Part(sorted(items.values(), key=lambda item: item.image))
 
 
 def _by_subsets(part: Part, file: pathlib.Path) -> dict[str, Part]:

@@ -207,6 +207,10 @@ def test_bad_shapes_are_named(shape, words, tmp_path):
     (_xml(_image("")), "line 8: element image has no attribute name"),
     (_xml(_image("a b.jpg", size=("x", 8))), "line 8: height is not a finite number: 'x'"),
     (_xml(), "split train has no image"),
+    (
+      _xml(_image("a b.jpg"), _image("a b.jpg")),
+      "line 11: train/images/a b.jpg has another element",
+    ),
   ],
 )
 def test_bad_files_are_named(text, words, tmp_path):

@@ -159,6 +159,7 @@ def config(name: str, data_dir: pathlib.Path, **fields: object) -> ml_collection
   defaults = {
     "name": name,
     "data_dir": str(data_dir),
+    "format": "coco",
     "annotations": "",
     "images": "",
     "short_edge": 20,

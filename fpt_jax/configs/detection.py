@@ -15,11 +15,14 @@ def detection() -> ConfigDict:
   """Returns the config of Mask R-CNN with FPT on a pyramid of a frozen ResNet-50 (paper, section 4.1)."""
   config = base()
   data, model = config.data, config.model
+  # coco: format of the annotations: coco, yolo, voc (boxes of PASCAL VOC), labelme, cvat, or roboflow (its
+  # export in COCO's format)
+  data.format = "coco"
   data.annotations = ""  # one annotation file in COCO's format, instead of data.source
   # folder of the images of data.annotations; every tenth image is in the split "val"
   data.images = ""
-  # coco: annotation file and image folder of each split, {"train": ("train.json", "images")}; unset:
-  # those of the official layout
+  # coco: annotation file or label folder, and image folder of each split,
+  # {"train": ("train.json", "images")}; unset: those of the official layout or of data.format
   data.builder.splits = placeholder(dict)
   data.long_edge = 1000  # upper bound of the longer edge of a resized image, pixels
   # how images are resized: torchvision (sizes cut off to whole pixels; bilinear, without antialiasing) or

@@ -230,6 +230,12 @@ def _builder(data: ml_collections.ConfigDict) -> tfds.core.GeneratorBasedBuilder
         f"data.{field} is for data.name='coco', not for {data.name!r}; leave it empty"
       )
     arguments |= paths
+  if data.name == "coco":
+    arguments["format"] = data.get("format", "coco")
+  elif data.get("format", "coco") != "coco":
+    raise UserError(
+      f"data.format={data.format!r} is for data.name='coco', not for {data.name!r}; leave it at 'coco'"
+    )
   builder = datasets.builder_of(data.name)
   with undamaged(f"{directory} (data.name={data.name!r})"):
     try:

@@ -63,6 +63,7 @@ _BOTH = {
 _LATER_FIELDS = {  # by model
   "rcnn": {
     "train_images": 160_000 * 8,
+    "data.format": "coco",
     "data.annotations": "",
     "data.images": "",
     "data.canvas_multiple": 32,

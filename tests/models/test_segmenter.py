@@ -11,6 +11,7 @@ from flax import nnx
 from fpt_jax import models, optim
 from fpt_jax.configs import camvid, cityscapes
 from fpt_jax.errors import UserError
+from fpt_jax.models.segmenter import enlarged
 from fpt_jax.models.state import initial_arrays
 from tests.models.test_pixel_pyramids import on_canvas, whole
 

@@ -20,7 +20,7 @@ LATER = {
     "optim.name", "optim.beta1", "optim.beta2", "optim.epsilon", "optim.groups", "optim.ema_decay",
     "data.train_long_edge", "data.crop", "data.scale", "data.copy_paste", "data.filter_empty",
     "data.color_jitter", "model.backbone.upsampling", "model.rpn.convs", "model.box_head.convs",
-    "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm",
+    "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm", "data.format",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "data.color_jitter", "model.swaps", "model.class_weights",

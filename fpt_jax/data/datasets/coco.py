@@ -1,16 +1,18 @@
-"""MS-COCO instances, or any annotation file and image folder in COCO's format."""
+"""MS-COCO instances, any annotation file and image folder in COCO's format, and formats read into it."""
 
 import collections
+import dataclasses
+import functools
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 
-from fpt_jax.data.datasets import coco_json, inputs
+from fpt_jax.data.datasets import coco_json, formats, inputs
 from fpt_jax.data.datasets.checks import (
   BadRecordError,
   ExifChoice,
@@ -31,6 +33,33 @@ OFFICIAL_SPLITS = {
   "train": ("annotations/instances_train2017.json", "train2017"),
   "val": ("annotations/instances_val2017.json", "val2017"),
 }
+# the same in Roboflow's export in COCO's format
+ROBOFLOW_SPLITS = {
+  "train": ("train/_annotations.coco.json", "train"),
+  "val": ("valid/_annotations.coco.json", "valid"),
+}
+FORMATS = ("coco", "roboflow", *formats.FORMATS)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entries:
+  """The annotations of a split, before they are checked.
+
+  Attributes:
+    file: annotation file or source, for messages.
+    folder: folder of the images.
+    content: lists of COCO's format.
+    boxes_only: whether no annotation of the file has a mask.
+    bad: where bad entries are counted.
+    notes: notes of the files; those of the images in `content` are added.
+  """
+
+  file: pathlib.Path
+  folder: pathlib.Path
+  content: dict[str, list]
+  boxes_only: bool
+  bad: coco_json.BadEntries
+  notes: dict[str, Any]
 
 
 class CocoInstances(tfds.core.GeneratorBasedBuilder):
@@ -40,16 +69,18 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     data_dir: folder of prepared data.
     source: folder of the official layout; only preparing needs it.
     splits: (annotation file, image folder) of each split, inside `source` unless absolute; None for
-      `OFFICIAL_SPLITS`.
+      `OFFICIAL_SPLITS`. In other formats, the label files have a folder, or are one file as well.
     annotations: one annotation file, used together with `images` instead of `source`. Every tenth
       image, in ascending order of the ids, is in the split "val", the others are in "train". The
       records lie in a separate folder inside `data_dir`.
     images: the image folder of `annotations`.
     skip_bad: whether to leave out bad images and annotations, and to name them in the log.
     exif: "apply" if the annotations are of upright images, "ignore" if of the pixels as they are stored.
+    format: format of the annotations, one of `FORMATS`. The records of other formats than COCO's lie in a
+      separate folder inside `data_dir`.
 
   Raises:
-    UserError: the paths exclude each other.
+    UserError: the paths exclude each other, or there is no such format.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -64,7 +95,10 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     images: str = "",
     skip_bad: bool = False,
     exif: str = "apply",
+    format: str = "coco",
   ):
+    if format not in FORMATS:
+      raise UserError(f"data.format={format!r} must be one of {', '.join(FORMATS)}")
     self.source = absolute(source)
     self.root = pathlib.Path(self.source) if source else None
     self.options: dict[str, object] = {"data.skip_bad": skip_bad, "data.exif": exif}
@@ -72,17 +106,26 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
     self._exif = ExifChoice(exif)
     self._is_single = bool(annotations or images)
     self._skip_bad = skip_bad
+    self._format = format
+    # None: the source tells where the files of a split are
+    self._files = _files_of_splits(splits) if splits else None
     if self._is_single:
-      _check_single_file(source, splits, annotations, images)
+      _check_single_file(source, splits, annotations, images, format)
       pair = absolute(annotations), absolute(images)
       self.source, self.root = f"{pair[0]} and {pair[1]}", pathlib.Path("/")
       self._files = {"train": pair, "val": pair}
       name = pathlib.Path(annotations).stem
       data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(self.source.encode()):08x}")
     else:
-      self._files = _files_of_splits(splits) if splits else dict(OFFICIAL_SPLITS)
-      self.options["data.builder.splits"] = sorted(self._files)
+      if not splits and format not in formats.FORMATS:
+        self._files = dict(ROBOFLOW_SPLITS if format == "roboflow" else OFFICIAL_SPLITS)
+      self.options["data.builder.splits"] = sorted(self._files or OFFICIAL_SPLITS)
       self.paths["data.builder.splits"] = self._files
+    if format != "coco":  # the records of earlier versions do not name it
+      self.options["data.format"] = format
+      place = f"{format} {self.source or source_folder(source)}"
+      name = pathlib.Path(self.source).name
+      data_dir = os.path.join(data_dir, f"{name}-{zlib.crc32(place.encode()):08x}")
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -102,41 +145,71 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
       root, fields = pathlib.Path(), "data.annotations, data.images"
     else:
       root, fields = source_folder(self.source), "data.source, data.builder.splits"
-    for split, (annotations, images) in self._files.items():
+    for split in self._files or ():
       check_split_name(split)
-      if not (root / annotations).is_file():
-        raise UserError(f"{root / annotations}: no such file; see {fields}")
-      if not (root / images).is_dir():
-        raise UserError(f"{root / images}: no such folder; see {fields}")
+    if self._format in formats.FORMATS:
+      converted = self._convert(root)
+      return {
+        split: self._generate_examples(split, functools.partial(converted.__getitem__, split))
+        for split in converted
+      }
+    files = {split: (root / a, root / b) for split, (a, b) in (self._files or {}).items()}
+    for annotations, images in files.values():
+      if not annotations.is_file():
+        raise UserError(f"{annotations}: no such file; see {fields}")
+      if not images.is_dir():
+        raise UserError(f"{images}: no such folder; see {fields}")
     return {
-      split: self._generate_examples(split, root / annotations, root / images)
-      for split, (annotations, images) in self._files.items()
+      split: self._generate_examples(split, functools.partial(self._read_file, split, *pair))
+      for split, pair in files.items()
     }
 
-  def _generate_examples(
+  def _convert(self, root: pathlib.Path) -> dict[str, _Entries]:
+    """Reads the annotations of another format."""
+    logging.info("%s: reading its annotations (data.format=%r)", root, self._format)
+    converted = formats.convert(
+      formats.FORMATS[self._format], root, self._files, exif=self._exif, skip_bad=self._skip_bad
+    )
+    entries = {}
+    for split, part in converted.items():
+      coco_json.check_units(root, part.content)
+      boxes_only = coco_json.has_boxes_only(part.content["annotations"])
+      notes = {"labels": part.labels, "images": part.images}
+      entries[split] = _Entries(root, part.folder, part.content, boxes_only, part.bad, notes)
+    return entries
+
+  def _read_file(
     self, split: str, annotation_file: pathlib.Path, image_folder: pathlib.Path
-  ) -> Iterator[tuple[int, dict]]:
-    annotations_note = inputs.note(annotation_file)  # before it is read: it may be edited meanwhile
+  ) -> _Entries:
+    """Reads an annotation file."""
+    note = inputs.note(annotation_file)  # before it is read: it may be edited meanwhile
     content = coco_json.read_file(annotation_file)
     coco_json.check_units(annotation_file, content)
     boxes_only = coco_json.has_boxes_only(content["annotations"])
-    if boxes_only:
-      logging.info("%s: its annotations are boxes without masks", annotation_file)
-      self.info.metadata["has_masks"] = False
     if self._is_single:
       content = coco_json.part_of_split(content, annotation_file, split)
-    label_of = self._add_categories(annotation_file, content["categories"])
+    if self._format == "roboflow":
+      content = coco_json.without_root_category(content)
     bad = coco_json.BadEntries(annotation_file, skip=self._skip_bad)
+    paths = str(annotation_file), str(image_folder)
+    notes = {"paths": paths, "annotations": note, "images": {}}
+    return _Entries(annotation_file, image_folder, content, boxes_only, bad, notes)
+
+  def _generate_examples(
+    self, split: str, read: Callable[[], _Entries]
+  ) -> Iterator[tuple[int, dict]]:
+    entries = read()
+    annotation_file, image_folder, bad = entries.file, entries.folder, entries.bad
+    content, notes = entries.content, entries.notes["images"]
+    if entries.boxes_only:
+      logging.info("%s: its annotations are boxes without masks", annotation_file)
+      self.info.metadata["has_masks"] = False
+    label_of = self._add_categories(annotation_file, content["categories"])
     images = coco_json.index_images(content["images"], bad)
     annotations_of = coco_json.group_annotations(content["annotations"], images, label_of, bad)
     sizes: list[list[int]] = []
-    notes: dict[str, inputs.Note] = {}
     self.info.metadata["sizes"][split] = sizes
-    self.info.metadata["inputs"]["files"][split] = {
-      "paths": (str(annotation_file), str(image_folder)),
-      "annotations": annotations_note,
-      "images": notes,
-    }
+    self.info.metadata["inputs"]["files"][split] = entries.notes
     counts = _Counts()
     with Progress(f"prepare {split}", len(images)) as progress:
       for image in images.values():
@@ -147,7 +220,9 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
           for annotation in annotations_of[image["id"]]:
             with bad.annotation(annotation):
               label = label_of[annotation["category_id"]]
-              example["objects"].append(_encode_annotation(annotation, label, image, boxes_only))
+              example["objects"].append(
+                _encode_annotation(annotation, label, image, entries.boxes_only)
+              )
           counts.add(example["objects"])
           yield ordered_key(len(sizes), len(images)), example
           sizes.append([image["height"], image["width"]])
@@ -165,9 +240,10 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
 
   def changed_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
     """See `inputs.Builder.changed_files`."""
-    del moved  # the paths of each split tell
+    if self._format in formats.FORMATS:
+      return self._changed_label_files(notes, moved=moved)
     found: list[str] = []
-    for split, names in self._files.items():
+    for split, names in (self._files or {}).items():
       annotations, images = ((self.root or pathlib.Path()) / name for name in names)
       noted = notes[split]
       for path, before in zip((annotations, images), noted["paths"], strict=True):
@@ -180,6 +256,22 @@ class CocoInstances(tfds.core.GeneratorBasedBuilder):
         else:
           files = {name: os.path.join(path, name) for name in noted["images"]}
           found += inputs.changed_files(noted["images"], files, sample=True)
+    return found
+
+  def _changed_label_files(self, notes: Mapping[str, Any], *, moved: bool) -> list[str]:
+    """See `inputs.Builder.changed_files`; of formats with label files."""
+    root = pathlib.Path(self.source)
+    try:
+      source = formats.FORMATS[self._format].find(root, self._files)
+    except UserError as error:
+      if moved:
+        raise
+      inputs.warn_once(f"{error}; the records are used nevertheless")
+      return []
+    found: list[str] = []
+    for split, part in source.parts.items():
+      found += inputs.changed_files(notes[split]["labels"], formats.label_paths(part, root))
+      found += inputs.changed_files(notes[split]["images"], formats.image_paths(part), sample=True)
     return found
 
   def _add_categories(self, annotation_file: pathlib.Path, categories: list) -> dict[int, int]:
@@ -261,8 +353,14 @@ def _is_pair_of_paths(value: object) -> bool:
   return all(isinstance(path, str) and path for path in value)
 
 
-def _check_single_file(source: str, splits: object, annotations: str, images: str) -> None:
+def _check_single_file(
+  source: str, splits: object, annotations: str, images: str, format: str
+) -> None:
   """Raises UserError unless a single annotation file has its image folder and nothing else."""
+  if format != "coco":
+    raise UserError(
+      f"data.annotations is for data.format='coco', not for {format!r}; set data.source instead"
+    )
   for field, value in (("source", source), ("builder.splits", splits)):
     if value:
       raise UserError(f"data.{field} and data.annotations exclude each other; leave one empty")

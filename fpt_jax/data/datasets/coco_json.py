@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeGuard
 
@@ -20,11 +20,11 @@ from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from fpt_jax.run.folder import read_json
 
+EVERY = 10  # of data without splits, one image in so many is for evaluation
 _AN_ID = "an integer of at most 64 bits"
 _LARGEST = int(np.finfo(np.float64).max)
 _TOLERANCE = 1.0  # pixels that a box may extend beyond its image; it is clipped
 _FRACTIONS = 1.01  # no number of a box or polygon is larger if they are fractions of the image
-_EVERY = 10  # of a single annotation file, one image in so many is for evaluation
 
 
 class BadEntries(BadRecords):
@@ -33,11 +33,19 @@ class BadEntries(BadRecords):
   Args:
     file: the annotation file.
     skip: whether to skip bad entries.
+    places: file and line of entries of other formats, by ("image" or "annotation", id); they are named
+      instead of `file` and the id.
   """
 
-  def __init__(self, file: pathlib.Path, *, skip: bool):
+  def __init__(
+    self,
+    file: pathlib.Path,
+    *,
+    skip: bool,
+    places: Mapping[tuple[str, int], str] | None = None,
+  ):
     super().__init__(skip=skip)
-    self._file = file
+    self._file, self._places = file, places
 
   def image(self, entry: object) -> AbstractContextManager[None]:
     """Context in which a `BadRecordError` leaves the image out."""
@@ -47,7 +55,9 @@ class BadEntries(BadRecords):
     """Context in which a `BadRecordError` leaves the annotation out."""
     return self._entry("annotation", entry)
 
-  def _entry(self, group: str, entry: object) -> AbstractContextManager[None]:
+  def _entry(self, group: str, entry: Any) -> AbstractContextManager[None]:
+    if self._places is not None:
+      return self.record(self._places[group, entry["id"]], group)
     name = f"{group} id {_text(entry.get('id'))}" if isinstance(entry, dict) else group
     return self.record(f"{self._file}: {name}", group)
 
@@ -91,6 +101,23 @@ def read_categories(path: pathlib.Path, categories: list) -> dict[int, str]:
   return dict(sorted(names.items()))
 
 
+def without_root_category(content: dict[str, list]) -> dict[str, list]:
+  """Returns the lists of a Roboflow export without the category that stands for all others.
+
+  It has the id 0, the name of the project, the supercategory "none" and no object. Its name may be that of
+  another category.
+  """
+
+  def is_root(category: object) -> bool:
+    if not isinstance(category, dict):
+      return False
+    return category.get("id") == 0 and category.get("supercategory") == "none"
+
+  rest = [category for category in content["categories"] if not is_root(category)]
+  used = any(isinstance(a, dict) and a.get("category_id") == 0 for a in content["annotations"])
+  return content if used or not rest else content | {"categories": rest}
+
+
 def part_of_split(content: dict[str, list], path: pathlib.Path, split: str) -> dict[str, list]:
   """Returns the images and annotations of "train" or "val" from a file that holds both.
 
@@ -118,7 +145,7 @@ def part_of_split(content: dict[str, list], path: pathlib.Path, split: str) -> d
       f"{path}: {len(ids)} images cannot be divided into those to train on and those to evaluate; "
       "add some, or name two files in data.builder.splits"
     )
-  of_val = set(sorted(ids)[::_EVERY])
+  of_val = set(sorted(ids)[::EVERY])
   count = len(of_val) if split == "val" else len(ids) - len(of_val)
   logging.info("%s: %d of its %d images are for %s", path, count, len(ids), split)
   return content | {
@@ -283,7 +310,7 @@ def check_segmentation(annotation: dict, size: tuple[int, int]) -> None:
     raise BadRecordError("field segmentation is missing", "polygons or run lengths are needed")
   segmentation = annotation["segmentation"]
   if isinstance(segmentation, list):
-    _check_polygons(segmentation, size)
+    check_polygons(segmentation, size)
     points_P2 = np.concatenate([np.reshape(_floats(polygon), (-1, 2)) for polygon in segmentation])
     low_2, high_2 = points_P2.min(0), points_P2.max(0)
     in_fractions = high_2.max() <= _FRACTIONS
@@ -324,7 +351,8 @@ def _has_segmentation(annotation: dict) -> bool:
   return segmentation is not None and segmentation != []
 
 
-def _check_polygons(polygons: list, size: tuple[int, int]) -> None:
+def check_polygons(polygons: list, size: tuple[int, int]) -> None:
+  """Raises BadRecordError if a segmentation is not polygons near an image of `size`."""
   height, width = size
   if _is_numbers(polygons):
     raise BadRecordError(

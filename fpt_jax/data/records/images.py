@@ -197,6 +197,34 @@ def read_image(path: pathlib.Path, *, exif: str = "apply") -> np.ndarray:
     ) from error
 
 
+def read_size(path: pathlib.Path, *, exif: str = "apply") -> tuple[tuple[int, int], int]:
+  """Reads the size of an image file; of most formats, the pixels are not decoded.
+
+  Args:
+    path: the file.
+    exif: "apply" or "ignore".
+
+  Returns:
+    (height, width) of `decode_picture`, and EXIF's orientation of the stored pixels, 1 to 8.
+
+  Raises:
+    OSError: the file cannot be read, or is not a regular file.
+    ValueError: it is not an image. The message is one line.
+  """
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise OSError(errno.EINVAL, "not a regular file")
+  try:
+    with PIL.Image.open(path, formats=FORMATS) as image:
+      if image.format == "TIFF":  # Pillow's size is that of neither before the pixels are loaded
+        turned, orientation = load_turned(image, exif)
+        return (turned.height, turned.width), orientation
+      orientation = _orientation(image)
+      size = image.height, image.width
+      return other_size(size, orientation) if exif == "apply" else size, orientation
+  except Exception as error:  # Pillow raises many classes for damaged files
+    raise ValueError(f"undecodable image: {describe(error)}") from error
+
+
 def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the images in a folder, sorted by name; one line of the log counts what is passed over.
 

@@ -1,5 +1,6 @@
 """Whatever annotation files and label files hold, their readers raise UserError or nothing."""
 
+import base64
 import copy
 import io
 import json
@@ -127,9 +128,7 @@ def _read_annotations(folder, written, skip_bad):
   )
   try:
     examples = [
-      example
-      for split in ("train", "val")
-      for _, example in builder._generate_examples(split, file, images)
+      example for examples in builder._split_generators(None).values() for _, example in examples
     ]
   except UserError as error:
     message = str(error)
@@ -214,3 +213,92 @@ def test_label_files_of_other_bytes(folder):
 
   files = changed_bytes(LABEL) | changed_bytes(_PALETTE.getvalue()) | st.binary()
   fuzz(st.tuples(files, st.booleans()), check)
+
+
+_MASK = base64.b64encode(_png(np.eye(2, 3, dtype=np.uint8))).decode()
+# file of the objects of an image in each format, and its content
+LABEL_FILES = {
+  "yolo": ("labels/train/0.txt", "0 0.5 0.5 0.25 0.5\n1 0.9 0.25 0.2 0.5\n"),
+  "yolo polygons": ("labels/train/0.txt", "0 .1 .1 .5 .1 .5 .5\n1 0 0 1 0 1 1 0 1\n"),
+  "yolo names": ("data.yaml", "train: images/train\nval: images/val\nnames: {0: ant, 1: 'b c'}\n"),
+  "voc": (
+    "labels/train/0.xml",
+    "<annotation><size><width>9</width><height>6</height></size><object><name>ant</name>"
+    "<difficult>0</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>5</xmax><ymax>6</ymax></bndbox>"
+    "</object></annotation>",
+  ),
+  "labelme": (
+    "labels/train/0.json",
+    json.dumps(
+      {
+        "shapes": [
+          {
+            "label": "ant",
+            "shape_type": "polygon",
+            "points": [[1, 1], [4, 1], [4, 4]],
+            "group_id": 1,
+          },
+          {
+            "label": "ant",
+            "shape_type": "mask",
+            "points": [[5, 2], [7, 3]],
+            "mask": _MASK,
+            "group_id": 1,
+          },
+          {"label": "bee", "shape_type": "circle", "points": [[3, 3], [4, 3]]},
+          {"label": "bee", "shape_type": "rectangle", "points": [[3, 3], [4, 5]]},
+        ],
+        "imageHeight": HEIGHT,
+        "imageWidth": WIDTH,
+      }
+    ),
+  ),
+  "cvat": (
+    "a.xml",
+    "<annotations><meta><task><labels><label><name>ant</name></label></labels></task></meta>"
+    '<image id="0" name="0.png" width="9" height="6"><box label="ant" xtl="1" ytl="2" xbr="3" ybr="4" '
+    'rotation="9"/><polygon label="ant" points="1,1;4,1;4,4" group_id="1"/><mask label="ant" rle="1, 3, 2" '
+    'left="5" top="2" width="3" height="2" group_id="1"/><ellipse label="ant" cx="4" cy="3" rx="2" ry="2"/>'
+    "</image></annotations>",
+  ),
+}
+
+
+def _read_format(folder, case, written, skip_bad):
+  """Reads a source with this label file; returns its records, or None if it is refused."""
+  for name, content in (LABEL_FILES["yolo"], LABEL_FILES["yolo names"]):
+    (folder / name).write_text(content)
+  (folder / LABEL_FILES[case][0]).write_bytes(written)
+  labels = "a.xml" if case == "cvat" else "labels/train"
+  splits = None if case == "yolo names" else {"train": (labels, "images/train")}
+  builder = CocoInstances(
+    data_dir=str(folder / "data"),
+    source=str(folder),
+    splits=splits,
+    skip_bad=skip_bad,
+    format=case.split()[0],
+  )
+  try:
+    examples = [e for split in builder._split_generators(None).values() for _, e in split]
+  except UserError as error:
+    message = str(error)
+    assert "\n" not in message and str(folder) in message and len(message) < 1000
+    message.encode()
+    return None
+  json.dumps(dict(builder.info.metadata))
+  return [instances.parse(_serialized(instances.features(), example)) for example in examples]
+
+
+@pytest.mark.parametrize("case", LABEL_FILES)
+def test_label_files_of_other_formats(case, folder):
+  good = LABEL_FILES[case][1].encode()
+  (folder / "labels/val/0.txt").write_text("")
+  assert _read_format(folder, case, good, skip_bad=False)[0].labels.size > 0
+
+  def check(drawn):
+    for record in _read_format(folder, case, *drawn) or ():
+      x0_G, y0_G, x1_G, y1_G = record.boxes.T
+      assert ((x0_G >= 0) & (x1_G >= x0_G) & (x1_G <= WIDTH)).all()
+      assert ((y0_G >= 0) & (y1_G >= y0_G) & (y1_G <= HEIGHT)).all()
+
+  fuzz(st.tuples(changed_bytes(good) | st.binary(), st.booleans()), check)

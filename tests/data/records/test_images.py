@@ -45,6 +45,8 @@ def test_pixels_are_turned_as_exif_says(name, orientation, smooth, tmp_path):
   path.write_bytes(data)
   np.testing.assert_array_equal(images.read_image(path), upright.pixels_HWC)
   np.testing.assert_array_equal(images.read_image(path, exif="ignore"), stored.pixels_HWC)
+  assert images.read_size(path) == (upright.size, orientation)
+  assert images.read_size(path, exif="ignore") == (stored.size, orientation)
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -105,6 +107,16 @@ def test_unknown_orientations_are_as_none(value, smooth):
 def test_other_values_of_exif_raise(exif, smooth):
   with pytest.raises(ValueError, match="expected exif to be one of"):
     images.decode_image(images.encode_png(smooth), exif=exif)
+
+
+def test_the_size_of_what_is_no_image_raises(tmp_path):
+  (tmp_path / "text.jpg").write_bytes(b"text")
+  os.mkfifo(tmp_path / "pipe.jpg")
+  with pytest.raises(ValueError, match="undecodable image: no image of a known format"):
+    images.read_size(tmp_path / "text.jpg")
+  for name in ("pipe.jpg", "missing.jpg"):
+    with pytest.raises(OSError, match=r"regular file|No such file"):
+      images.read_size(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ def segmentation() -> ConfigDict:
   # weight of the auxiliary loss on C4 (Zhao et al. 2017, 4.1); 0: no auxiliary head
   auxiliary.weight = 0.4
   auxiliary.hidden = 256  # channels before the auxiliary head's classifier
-  # the losses on edges of head gscnn (Takikawa et al. 2019, section 3.3)
+  # losses of head gscnn (Takikawa et al. 2019, section 3.3)
   edges = model.edges = ConfigDict()
-  # distance from another class up to which a pixel is on an edge, pixels; 2 in GSCNN's code
+  # gscnn: distance from another class up to which a pixel is on an edge, pixels; 2 in GSCNN's code
   edges.radius = 2.0
   edges.weight = 20.0  # weight of the loss of predicted edges (lambda 1 of GSCNN's paper)
   # weight of the loss of classes at pixels on predicted edges (lambda 4 of GSCNN's paper)

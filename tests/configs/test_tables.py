@@ -32,7 +32,7 @@ TRAINED = (
 )
 # Not in the tables: another backbone, with the parts of `torchvision_v2`.
 OTHERS = {
-  "backbone=hrnet_w48,pyramid=fpn,fpt=none": {
+  "backbone=hrnet_w48,pyramid=fpn,fpt=st": {
     "model__pyramid__norm": "frozen_bn",
     "model__rpn__convs": 2,
     "model__box_head__convs": 2,

@@ -97,6 +97,10 @@ def detection() -> ConfigDict:
   evaluation = config.eval
   # shorter edges of evaluation images, pixels; the detections at all sizes are combined; (): data.short_edge
   evaluation.short_edges = ()
+  # lowest score of a detection that the confusion matrix counts
+  evaluation.confusion_score = 0.5
+  # names of categories whose precision-recall curves are drawn beside the mean of all categories
+  evaluation.curves_of = ()
   return config.lock()
 
 

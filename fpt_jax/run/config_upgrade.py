@@ -83,6 +83,8 @@ _LATER_FIELDS = {  # by model
     "model.fpt.scale": None,
     "model.fpt.window": None,
     "eval.short_edges": (),
+    "eval.confusion_score": 0.5,
+    "eval.curves_of": (),
   },
   "segmenter": {
     "model.swaps": (),

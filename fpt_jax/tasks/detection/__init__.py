@@ -106,6 +106,7 @@ _RULES = {
   "model.test.detections_per_image": POSITIVE,
   "model.test.max_candidates": POSITIVE,
   "eval.short_edges": config_values.PIXELS,
+  "eval.confusion_score": SHARE,
 }
 
 

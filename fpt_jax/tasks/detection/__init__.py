@@ -15,7 +15,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
 from fpt_jax.run import config_values
 from fpt_jax.run.config_values import NOT_NEGATIVE, POSITIVE, SHARE
-from fpt_jax.tasks.detection import batches, queries
+from fpt_jax.tasks.detection import batches, coco_ap, queries, tide
 from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 from fpt_jax.tasks.detection.draw import draw_example, draw_prediction
 from fpt_jax.tasks.detection.evaluation import eval_program, evaluate
@@ -45,6 +45,7 @@ __all__ = [
   "eval_program",
   "evaluate",
   "forward",
+  "metric_names",
   "predictor",
   "to_entries",
   "to_result",
@@ -124,6 +125,13 @@ def check_config(config: ConfigDict) -> None:
       f"config.data.train_long_edge={data.train_long_edge} must be at least {largest}, the largest shorter "
       "edge of training images, or 0"
     )
+
+
+def metric_names(config: ConfigDict) -> tuple[str, ...]:
+  """See `tasks.task.Task.metric_names`."""
+  kinds = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
+  names = [*coco_ap.METRICS, *(f"dAP-{error}" for error in (*tide.MAIN, *tide.SPECIAL))]
+  return (*(f"{kind}/{name}" for kind in kinds for name in names), "context/")
 
 
 def train_batches(

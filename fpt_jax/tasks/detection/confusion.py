@@ -54,6 +54,6 @@ def count(
         crowds[x]["category_id"] == detection["category_id"] for x in np.flatnonzero(in_crowd_DX[d])
       ):
         counts_TP[background, predicted] += 1
-    for g in np.flatnonzero(free_G):
-      counts_TP[index[objects[g]["category_id"]], background] += 1
+    for missed in np.flatnonzero(free_G):
+      counts_TP[index[objects[missed]["category_id"]], background] += 1
   return counts_TP

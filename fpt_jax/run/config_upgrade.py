@@ -86,6 +86,7 @@ _LATER_FIELDS = {  # by model
     "model.fpt.scale": None,
     "model.fpt.window": None,
     "eval.short_edges": (),
+    "eval.matcher": "pycocotools",
     "eval.confusion_score": 0.5,
     "eval.curves_of": (),
   },

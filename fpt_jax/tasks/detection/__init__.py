@@ -108,12 +108,14 @@ _RULES = {
   "model.test.max_candidates": POSITIVE,
   "eval.short_edges": config_values.PIXELS,
   "eval.confusion_score": SHARE,
+  "eval.matcher": config_values.one_of(*coco_ap.MATCHERS),
 }
 
 
 def check_config(config: ConfigDict) -> None:
   """See `tasks.task.Task.check_config`."""
   config_values.check(config, _RULES)
+  coco_ap.MATCHERS[config.eval.matcher]()  # an error if it is not installed
   data = config.data
   if data.short_edge > data.long_edge:
     raise UserError(

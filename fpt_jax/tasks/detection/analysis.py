@@ -130,7 +130,7 @@ def errors_figure(errors: Mapping[str, Mapping[str, float]]) -> figures.Figure:
       axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set_xlabel("AP50 that the errors cost")
     axes.grid(alpha=0.3, axis="x")
   axes.legend(fontsize=8)

@@ -5,7 +5,7 @@ import contextlib
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,28 @@ PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RECALLS = ("AR@1", "AR@10", "AR@100", "ARs", "ARm", "ARl")
 METRICS = PRECISIONS + RECALLS
 OF_CATEGORIES = ("AP", "AP50", "AP75", "AR@100")
+
+
+def _pycocotools() -> tuple[type[COCO], type[COCOeval]]:
+  return COCO, COCOeval
+
+
+def _faster_coco_eval() -> tuple[type[COCO], type[COCOeval]]:
+  try:
+    import faster_coco_eval
+  except ImportError as error:
+    raise UserError(
+      "config.eval.matcher='faster_coco_eval' needs a package that is not installed: pip install "
+      "faster-coco-eval"
+    ) from error
+  return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+
+
+# functions that import a matcher and return its classes; both have the interface of pycocotools
+MATCHERS: dict[str, Callable[[], tuple[type[COCO], type[COCOeval]]]] = {
+  "pycocotools": _pycocotools,
+  "faster_coco_eval": _faster_coco_eval,
+}
 
 
 def to_coco_results(
@@ -82,6 +104,7 @@ def evaluations(
   ground_truth: Mapping[str, Any],
   results: Sequence[Mapping[str, Any]],
   iou_types: Sequence[str] = ("bbox", "segm"),
+  matcher: str = "pycocotools",
 ) -> dict[str, COCOeval]:
   """Matches detections with the objects of all images of the ground truth.
 
@@ -91,15 +114,17 @@ def evaluations(
     results: entries as `to_coco_results` returns them; not changed. At most 100 per image and category
       count.
     iou_types: "bbox", "segm" or both.
+    matcher: one of `MATCHERS`; their results are the same.
 
   Returns:
-    pycocotools' evaluation of each IoU type, accumulated and summarized. With "segm", the masks of its
+    The matcher's evaluation of each IoU type, accumulated and summarized. With "segm", the masks of its
     annotations and detections are run-length encoded.
 
   Raises:
     UserError: a result has an image or a category that the ground truth does not have, a score that is
-      not finite, or, for "segm", no mask of the size of its image.
+      not finite, or, for "segm", no mask of the size of its image; or the matcher is not installed.
   """
+  coco, coco_eval = MATCHERS[matcher]()
   images = {image["id"]: image for image in ground_truth["images"]}
   category_ids = {category["id"] for category in ground_truth["categories"]}
   for i, result in enumerate(results):
@@ -109,9 +134,9 @@ def evaluations(
     if iou_type not in ("bbox", "segm"):
       raise ValueError(f"iou_types must be bbox or segm, got {iou_type!r}")
     with contextlib.redirect_stdout(io.StringIO()):
-      truth = _index(ground_truth, _annotations(ground_truth, images, iou_type))
-      found = _index(ground_truth, _detections(results, iou_type))
-      evaluation = COCOeval(truth, found, iou_type)
+      truth = _index(coco(), ground_truth, _annotations(ground_truth, images, iou_type))
+      found = _index(coco(), ground_truth, _detections(results, iou_type))
+      evaluation = coco_eval(truth, found, iou_type)
       evaluation.evaluate()
       evaluation.accumulate()
       evaluation.summarize()
@@ -214,13 +239,13 @@ def format_table(metrics: Mapping[str, float]) -> str:
 
 def format_categories(rows: Sequence[Mapping[str, Any]]) -> str:
   """Formats the rows of `categories_of` as a table for the log; "-" for a missing metric."""
-  table = rich.table.Table("category")
+  table = rich.table.Table(rich.table.Column("category", no_wrap=True))
   names = [name for name in rows[0] if name not in ("category_id", "category")]
   for name in names:
-    table.add_column(name, justify="right")
+    table.add_column(name, justify="right", no_wrap=True)
   for row in rows:
     table.add_row(rich.text.Text(row["category"]), *(_cell(row[name]) for name in names))
-  console = rich.console.Console(file=io.StringIO(), width=120, color_system=None)
+  console = rich.console.Console(file=io.StringIO(), width=160, color_system=None)
   with console.capture() as text:
     console.print(table)
   return "\n".join(line.rstrip() for line in text.get().splitlines())
@@ -276,8 +301,7 @@ def _check_result(
       )
 
 
-def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
-  coco = COCO()
+def _index(coco: COCO, ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
   coco.dataset = {
     "images": ground_truth["images"],
     "categories": ground_truth["categories"],
@@ -300,8 +324,11 @@ def _annotations(
         f"annotation {number - 1} (image {annotation['image_id']}) of the ground truth has no "
         "segmentation; evaluate bbox only, or complete the annotations"
       )
+    image = images[annotation["image_id"]]
+    if iou_type == "segm":
+      annotation["segmentation"] = _rle(annotation["segmentation"], image)
     if "area" not in annotation:
-      annotation["area"] = _area(annotation, images[annotation["image_id"]])
+      annotation["area"] = _area(annotation, image)
     annotations.append(annotation)
   return annotations
 
@@ -310,11 +337,16 @@ def _area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> float:
   segmentation = annotation.get("segmentation")
   if not segmentation:
     return annotation["bbox"][2] * annotation["bbox"][3]
+  return float(coco_mask.area(_rle(segmentation, image)))
+
+
+def _rle(segmentation: Any, image: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns polygons, or the run lengths of a mask, as a compressed mask."""
   if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
     segmentation = coco_mask.frPyObjects(segmentation, image["height"], image["width"])
   if isinstance(segmentation, list):
     segmentation = coco_mask.merge(segmentation)
-  return float(coco_mask.area(segmentation))
+  return segmentation
 
 
 def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def score(
 
   def measure() -> dict[str, float]:
     assert ground_truth is not None
-    evaluations = coco_ap.evaluations(ground_truth, results, iou_types)
+    evaluations = coco_ap.evaluations(ground_truth, results, iou_types, config.eval.matcher)
     metrics = coco_ap.metrics_of(evaluations)
     analysed = analysis.analyse(config, evaluations)
     files.update(analysed.files)

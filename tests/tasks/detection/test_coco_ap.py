@@ -5,15 +5,18 @@ import copy
 import csv
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpt_jax.configs import coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
-from fpt_jax.tasks.detection import coco_ap
+from fpt_jax.tasks.detection import coco_ap, tide
+from fpt_jax.tasks.task import check_config
 from tests.conftest import GOLDEN
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -219,6 +222,42 @@ def test_metrics_equal_pycocotools_on_real_images(real_truth, rng):
     per_category = [row[f"{kind}/AP"] for row in rows]
     assert len(per_category) == 80
     assert np.mean(per_category) == pytest.approx(metrics[f"{kind}/AP"])
+
+
+def assert_matchers_agree(truth, results):
+  """Equal to the last digits, so that every average is."""
+  pytest.importorskip("faster_coco_eval")
+  ours, theirs = (coco_ap.evaluations(truth, results, matcher=m) for m in coco_ap.MATCHERS)
+  assert coco_ap.metrics_of(theirs) == pytest.approx(coco_ap.metrics_of(ours), abs=1e-9)
+  for row, expected in zip(*map(coco_ap.categories_of, (theirs, ours)), strict=True):
+    assert row == pytest.approx(expected, abs=1e-9)
+  for kind, evaluation in ours.items():
+    for name in ("precision", "recall"):
+      np.testing.assert_allclose(theirs[kind].eval[name], evaluation.eval[name], atol=1e-11)
+    matched = (tide.match(coco_ap.images_of(e[kind]), kind) for e in (ours, theirs))
+    for values, others in zip(*matched, strict=True):
+      np.testing.assert_array_equal(values, others)
+
+
+def test_matchers_agree_on_real_images(real_truth, rng):
+  assert_matchers_agree(real_truth, disturbed(real_truth, rng))
+
+
+def test_matchers_agree_without_objects_or_detections(truth):
+  assert_matchers_agree(truth, [])
+  assert_matchers_agree(truth | {"annotations": []}, detect(truth, exact))
+  assert_matchers_agree(truth, detect(truth, exact))
+
+
+def test_a_matcher_that_is_not_installed_is_reported(monkeypatch):
+  monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+  config = coco_mask.get_config("demo")
+  config.eval.matcher = "faster_coco_eval"
+  with pytest.raises(UserError, match="not installed: pip install faster-coco-eval"):
+    check_config(config)
+  config.eval.matcher = "other"
+  with pytest.raises(UserError, match="must be one of pycocotools, faster_coco_eval"):
+    check_config(config)
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])

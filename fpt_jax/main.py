@@ -19,7 +19,7 @@ from fpt_jax import analyze, configs, data, explain, optim, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.restored import open_run
-from fpt_jax.run import cluster, command_line, hosts, profile, sharding
+from fpt_jax.run import best, cluster, command_line, hosts, profile, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
@@ -66,8 +66,11 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _find_cluster = cluster.define_flags()
 flags.adopt_module_key_flags(cluster)  # --help lists them
 flags.adopt_module_key_flags(command_line)
-_STEP = flags.DEFINE_integer(
-  "step", None, "Step of the checkpoint for eval, predict and explain; the newest by default."
+_STEP = flags.DEFINE_string(
+  "step",
+  "",
+  "Step of the checkpoint for eval, predict and explain, or best: that of the best evaluation by "
+  "config.checkpoint.best_metric. The newest by default.",
 )
 _IMAGES = flags.DEFINE_list(
   "images",
@@ -169,7 +172,7 @@ def run_analyze(config: ConfigDict | None, workdir: str) -> None:
 def run_eval(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=eval."""
   check_writable(run_folder(workdir) / "eval")
-  restored = open_run(workdir, config, _STEP.value)
+  restored = open_run(workdir, config, best.parsed_step(_STEP.value))
   hosts.on_every_host(lambda: data.info(config.data))  # which copies records from a bucket
   mesh = sharding.mesh(config.mesh.shape, batch_sizes=(config.eval.batch_size,))
   arrays = sharding.place(restored.arrays, mesh)
@@ -179,7 +182,7 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
 def run_predict(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=predict."""
   check_writable(run_folder(workdir) / predict.FOLDER)
-  restored = open_run(workdir, config, _STEP.value)
+  restored = open_run(workdir, config, best.parsed_step(_STEP.value))
   predict.predict(restored, *chosen_images(config), workdir, min_score=_MIN_SCORE.value)
 
 
@@ -187,7 +190,7 @@ def run_explain(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=explain."""
   points = explain.parsed_points(_POINTS.value)
   check_writable(run_folder(workdir) / explain.FOLDER)
-  restored = open_run(workdir, config, _STEP.value)
+  restored = open_run(workdir, config, best.parsed_step(_STEP.value))
   subjects = chosen_images(config)
   explain.explain(restored, *subjects, workdir, points=points, min_score=_MIN_SCORE.value)
 

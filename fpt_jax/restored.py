@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import models
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import checkpoints, sharding
+from fpt_jax.run.best import best_step
 from fpt_jax.run.config_file import read_config
 from fpt_jax.tasks.task import Found, check_config, task_of
 
@@ -71,23 +74,30 @@ class Restored:
     return task_of(self.config).to_result(self.infer(image_HWC), image_HWC)
 
 
-def restore(workdir: str, step: int | None = None) -> Restored:
+def restore(workdir: str, step: int | Literal["best"] | None = None) -> Restored:
   """Opens a checkpoint of a run on this machine, whatever devices it was trained on.
 
   Args:
     workdir: folder of the run, on a disk or in a bucket.
-    step: step of the checkpoint; None for the newest.
+    step: step of the checkpoint; None for the newest, "best" for the best one by the metric
+      `config.checkpoint.best_metric` of the run's evaluations.
 
   Raises:
-    UserError: the run or the checkpoint does not exist, or they do not belong together.
+    UserError: the run or the checkpoint does not exist, they do not belong together, or the config names no
+      metric.
   """
   return open_run(workdir, read_config(workdir), step)
 
 
-def open_run(workdir: str, config: ConfigDict, step: int | None = None) -> Restored:
+def open_run(
+  workdir: str, config: ConfigDict, step: int | Literal["best"] | None = None
+) -> Restored:
   """Like `restore`, with another config of the same model; thresholds and data may differ."""
   check_config(config, training=False)
   saved = checkpoints.manager(workdir, create=False)
+  if step == "best":
+    step = best_step(workdir, config, saved.all_steps())
+    logging.info("the best step by %s is %d", config.checkpoint.best_metric, step)
   step = checkpoints.choose_step(saved, step)
   structure = models.structure_of(config)
   arrays = checkpoints.restore_model(saved, step, sharding.on_one_device(structure.shapes))

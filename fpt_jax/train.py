@@ -15,6 +15,7 @@ from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.state import initial_arrays, within
 from fpt_jax.run import checkpoints, hosts, sharding
+from fpt_jax.run.best import Best, best_of_run
 from fpt_jax.run.config_file import (
   Changes,
   changes,
@@ -99,7 +100,10 @@ def _train(
   key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
 
   # Initial state: the run's newest checkpoint, or other weights, or random ones.
-  saved = checkpoints.manager(workdir, keep=config.checkpoint.keep)
+  best = Best(config.checkpoint.best_metric, config.checkpoint.best_mode)
+  saved = checkpoints.manager(
+    workdir, keep=config.checkpoint.keep, best=lambda steps: best.step(steps)
+  )
   averaged = optim.averaged(config, structure, trained)
   shapes = sharding.laid_out(state_shapes(structure, trained, optimizer, averaged), mesh)
   shapes_of_model = {**shapes["trained"], **shapes["rest"]}
@@ -121,6 +125,7 @@ def _train(
     optimizer_state = jax.jit(optimizer.init, out_shardings=placement["optimizer"])(
       {n: arrays[n] for n in trained}
     )
+  best = best_of_run(workdir, config, last_step=start)
   hosts.on_first_host(lambda: write_config(workdir, config))
   state = training_state(arrays, trained, optimizer_state, average)
   train_step = jax.jit(
@@ -159,10 +164,14 @@ def _train(
         save(step)
       raise
 
-  def write_metrics(step: int, entries: Mapping[str, float]) -> None:
+  def write_metrics(
+    step: int, entries: Mapping[str, float], *, with_pictures: bool = False
+  ) -> None:
     def write() -> None:
       if metrics:
         metrics.write(step, entries)
+        if with_pictures:
+          metrics.write_pictures(step, run_folder(workdir) / "eval")
 
     with keeping(step, on_every_host=True):
       hosts.on_first_host(write)
@@ -170,6 +179,7 @@ def _train(
   def run_evaluation(step: int) -> dict[str, float] | None:
     """Returns the scores; None if a signal ends the evaluation. A resumed run begins with it then."""
     arrays = arrays_to_use(state)
+    written = True
     try:
       with (
         clock.paused(),
@@ -179,11 +189,12 @@ def _train(
         results = task.evaluate(config, structure, arrays, mesh, workdir)
     except ResultsNotWrittenError as error:
       logging.error("%s", error)
-      results = error.metrics
+      results, written = error.metrics, False
     except Stopped:
       return None
     check_lock()
-    write_metrics(step, results)
+    write_metrics(step, results, with_pictures=written)
+    best.add(step, results)
     return results
 
   def logged(step: int) -> bool:
@@ -192,6 +203,16 @@ def _train(
   def evaluation_due(step: int) -> bool:
     return step % config.eval.every_steps == 0 or step == total_steps
 
+  def is_past_best() -> bool:
+    """Whether the training ends before its last step."""
+    if not 0 < config.eval.patience <= best.evaluations_since():
+      return False
+    logging.info(
+      "%s has not improved in %d evaluations since step %d: the training ends",
+      *(config.checkpoint.best_metric, best.evaluations_since(), best.step()),
+    )
+    return True
+
   # The loop. Losses are fetched only when they are logged, so that the devices never wait.
   results: dict[str, float] | None = {}
   stopping, done = False, start
@@ -199,7 +220,7 @@ def _train(
     if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
       results = run_evaluation(start)
       stopping = results is None
-    for done in () if stopping else range(start + 1, total_steps + 1):
+    for done in () if stopping or is_past_best() else range(start + 1, total_steps + 1):
       with clock.waiting(), keeping(done - 1, on_every_host=False):
         host_batch = next(batches)
       trace.begin(done, state)
@@ -253,6 +274,8 @@ def _train(
         results = run_evaluation(done)
         if results is None:
           stopping = True
+          break
+        if is_past_best():
           break
   if metrics:
     metrics.close()

@@ -25,8 +25,8 @@ def test_the_start_loads_only_what_it_needs():
 def test_pictures_are_drawn_in_a_fresh_process():
   """With nothing loaded but what the command line loads."""
   program = (
-    "import fpt_jax.main, numpy as np; from fpt_jax.tasks.segmentation import draw; "
-    "picture = draw.draw_confusion(np.ones((2, 2), int), ('a', 'b')); "
+    "import fpt_jax.main, numpy as np; from fpt_jax.tasks import pictures; "
+    "picture = pictures.draw_confusion(np.ones((2, 2), int), ('a', 'b'), 'pixels'); "
     "from fpt_jax.tasks import attention_pictures as drawn; axis = drawn.figures.Figure().subplots(); "
     "axis.add_patch(drawn.patches.Rectangle((0, 0), 1, 1)); print(picture.dtype, picture.ndim)"
   )

@@ -248,6 +248,32 @@ def test_scores_are_kept_if_their_file_cannot_be_written(finished, tmp_path, cap
   assert file.read_text().splitlines(keepends=True) == lines
 
 
+def test_the_best_checkpoint_stays_and_the_training_ends_early(
+  finished, tmp_path, monkeypatch, caplog
+):
+  """Six more steps would follow; evaluations with scores of our own, each after its checkpoint."""
+  shutil.copytree(finished[0], tmp_path / "run")
+  workdir, scores = str(tmp_path / "run"), iter((50.0, 40.0, 50.0))
+
+  def evaluate(config, structure, arrays, mesh, workdir):
+    return {"bbox/AP": 1.0, "segm/AP": next(scores)}
+
+  monkeypatch.setattr(detection, "evaluate", evaluate)
+  fields = dict(steps=20, data__flip=False, eval__every_steps=1, eval__patience=2)
+  fields |= dict(checkpoint__best_metric="segm/AP", checkpoint__keep=1)
+  with caplog.at_level(logging.INFO):
+    for _ in range(2):  # the second time, there is nothing to do
+      train(tiny_config(**fields), workdir)
+  assert caplog.text.count("segm/AP has not improved in 2 evaluations since step 7") == 2
+  kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+  assert kept == [7, 9]
+  assert fpt_jax.restore(workdir).step == 9
+  assert fpt_jax.restore(workdir, step="best").step == 7
+  fields["checkpoint__best_metric"] = "context/other"
+  with pytest.raises(UserError, match=r"'context/other' is not among the metrics .* at step 6"):
+    train(tiny_config(**fields), workdir)
+
+
 def test_one_compilation_per_input_shape(finished):
   _, _, records = finished
   compiled = [m for m in records if re.match(r"Finished XLA compilation of jit\(train_step\)", m)]

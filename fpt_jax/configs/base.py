@@ -31,12 +31,21 @@ def base() -> ConfigDict:
   evaluation = config.eval = ConfigDict()
   evaluation.every_steps = 10_000  # training steps between two evaluations
   evaluation.batch_size = 8  # images per evaluation step, on all devices together
+  # evaluations without a better checkpoint.best_metric after which the training ends; 0: it goes on to its
+  # last step
+  evaluation.patience = 0
   evaluation.flip = False  # also evaluate each image mirrored, and combine both results
   checkpoint = config.checkpoint = ConfigDict()
   checkpoint.every_steps = 1000  # training steps between two checkpoints
   # minutes after which a checkpoint is saved at the next line of losses, unless one was saved; 0: no limit
   checkpoint.every_minutes = 0.0
   checkpoint.keep = 3  # number of newest checkpoints to keep on disk
+  # metric of the evaluations, such as bbox/AP, by which the best checkpoint is kept as well and is that of
+  # --step=best; "": none
+  checkpoint.best_metric = ""
+  checkpoint.best_mode = (
+    "max"  # whether the best checkpoint.best_metric is the highest (max) or the lowest (min)
+  )
   return config
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,15 +51,43 @@ class Timer:
     return hosts.is_true_on_first_host(time.monotonic() - self._since >= self._seconds)
 
 
-def manager(workdir: str, keep: int | None = None, *, create: bool = True) -> ocp.CheckpointManager:
+class NewestAndBest:
+  """Says which checkpoints stay on disk, as a policy of Orbax.
+
+  Args:
+    keep: number of newest checkpoints to keep.
+    best: function from the steps that have a checkpoint to one to keep as well, or None. The steps' scores
+      come from evaluations, after the checkpoints are saved.
+  """
+
+  def __init__(self, keep: int, best: Callable[[Collection[int]], int | None]):
+    self._keep, self._best = keep, best
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Returns whether each checkpoint, in the order of the steps, stays on disk."""
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self._keep :], self._best(steps)}
+    return [step in kept for step in steps]
+
+
+def manager(
+  workdir: str,
+  keep: int | None = None,
+  *,
+  best: Callable[[Collection[int]], int | None] = lambda steps: None,
+  create: bool = True,
+) -> ocp.CheckpointManager:
   """Opens the checkpoints of a run.
 
   Args:
     workdir: folder of the run.
     keep: number of newest checkpoints to keep on disk; None for all.
+    best: see `NewestAndBest`.
     create: whether to make their folder if it does not exist.
   """
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
+  policy = None if keep is None else NewestAndBest(keep, best)
+  options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create)
   return ocp.CheckpointManager(
     run_folder(workdir) / "checkpoints",
     options=options,

@@ -122,6 +122,7 @@ TRAINING_RULES = {
   "optim.power": ABOVE_ZERO,
   "optim.clip_norm": NOT_NEGATIVE,
   "eval.every_steps": POSITIVE,
+  "eval.patience": NOT_NEGATIVE,
   "checkpoint.every_steps": POSITIVE,
   "checkpoint.every_minutes": NOT_NEGATIVE,
   "checkpoint.keep": POSITIVE,
@@ -142,6 +143,7 @@ RULES = {
   "model.fpt.grounding_parts": POSITIVE,
   "model.fpt.window": ODD,
   "eval.batch_size": POSITIVE,
+  "checkpoint.best_mode": one_of("max", "min"),
 }
 
 

@@ -6,9 +6,9 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from etils import epy
+from etils import epath, epy
 
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.folder import parse_json, run_folder, write_whole
@@ -38,13 +38,31 @@ class MetricsWriter:
       UserError: they cannot be written.
     """
     finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    try:
+    with self._reported(step):
       with tf.io.gfile.GFile(str(self._path), "a") as file:
         file.write(json.dumps({"step": step, **finite}) + "\n")
       with self._events.as_default():
         for name, value in finite.items():
           tf.summary.scalar(name, value, step=step)
       self._events.flush()
+
+  def write_pictures(self, step: int, folder: epath.Path) -> None:
+    """Adds the PNG files of a folder to TensorBoard, as eval/errors for eval/errors.png.
+
+    Raises:
+      UserError: they cannot be read or written.
+    """
+    with self._reported(step):
+      with self._events.as_default():
+        for path in sorted(folder.glob("*.png")):
+          picture_HWC = tf.io.decode_png(path.read_bytes(), channels=3)
+          tf.summary.image(f"{folder.name}/{path.stem}", picture_HWC[None], step=step)
+      self._events.flush()
+
+  @contextlib.contextmanager
+  def _reported(self, step: int) -> Iterator[None]:
+    try:
+      yield
     except (OSError, tf.errors.OpError) as error:
       raise UserError(
         f"{self._path}: step {step} cannot be written ({one_line(error, 200)}); free some space or check the "

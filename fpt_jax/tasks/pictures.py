@@ -1,4 +1,7 @@
-"""Colours, fonts and contact sheets for the pictures of both tasks; images are uint8 RGB."""
+"""Colours, fonts, contact sheets and confusion matrices for the pictures of both tasks; images are uint8 RGB.
+
+Shapes: H W C rows, columns and channels, T P true and predicted classes.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +107,34 @@ def pixels_of(figure: figures.Figure) -> np.ndarray:
   canvas = backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str], unit: str) -> np.ndarray:
+  """Draws a confusion matrix, one row per true class; cells are shaded by their share of the row.
+
+  Args:
+    counts_TP: number of those of true class T that are predicted as P, int [T, P].
+    class_names: name of class 0, 1, ...
+    unit: what is counted, such as "pixels".
+
+  Returns:
+    uint8 RGB.
+  """
+  truth_T1 = counts_TP.sum(axis=1, keepdims=True)
+  share_TP = 100 * counts_TP / np.maximum(truth_T1, 1)
+  edge = 2.5 + 0.34 * len(class_names)  # inches
+  figure = figures.Figure(figsize=(edge, edge), dpi=100, layout="constrained")
+  axes = figure.add_subplot()
+  axes.imshow(share_TP, cmap="Blues", vmin=0, vmax=100)
+  axes.set_xticks(range(len(class_names)), class_names, rotation=90)
+  axes.set_yticks(range(len(class_names)), class_names)
+  axes.set_xlabel("predicted")
+  axes.set_ylabel(f"true, % of its {unit}")
+  for t, p in zip(*np.nonzero(share_TP >= 0.5), strict=True):
+    color = "white" if share_TP[t, p] > 50 else "black"
+    text = axes.text(p, t, f"{share_TP[t, p]:.0f}", ha="center", va="center", color=color, size=8)
+    text.set_in_layout(False)  # the layout would measure each of them
+  return pixels_of(figure)
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ A task is a package with the attributes and functions of `Task`. `TASKS` has it 
 `config.model.name`, and `models.MODELS` has what builds the model under the same name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, get_args
 
@@ -48,6 +48,9 @@ class Task(Protocol):
 
   def check_config(self, config: ConfigDict) -> None:
     """Raises UserError if a field of the task has a value that is not possible."""
+
+  def metric_names(self, config: ConfigDict) -> tuple[str, ...]:
+    """Returns the names of metrics that an evaluation may have; one that ends in "/" stands for a group."""
 
   def adopt_classes(self, config: ConfigDict, dataset: DatasetInfo) -> None:
     """Writes the classes of the data set into a config that does not name its classes.
@@ -190,3 +193,17 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
   config_values.check(config, rules | (config_values.TRAINING_RULES if training else {}))
   config.model.dtype = DTYPES[config.model.dtype]
   task.check_config(config)
+  _check_best(config, task.metric_names(config))
+
+
+def _check_best(config: ConfigDict, names: Sequence[str]) -> None:
+  """Checks `checkpoint.best_metric` and the field that needs it, `eval.patience`."""
+  best = config.checkpoint.best_metric
+  known = any(best == name or (name.endswith("/") and best.startswith(name)) for name in names)
+  if best and not known:
+    shown = ", ".join(f"{name}..." if name.endswith("/") else name for name in names)
+    raise UserError(f"config.checkpoint.best_metric={best!r} must be one of {shown}")
+  if config.eval.patience and not best:
+    raise UserError(
+      f"config.eval.patience={config.eval.patience} needs config.checkpoint.best_metric, such as {names[0]}"
+    )

@@ -1,13 +1,40 @@
 """Metrics on disk survive a crash; measured speeds include training only."""
 
+import io
 import json
 import time
 
+import numpy as np
 import pytest
+import tensorflow as tf
+from etils import epath
+from PIL import Image
 
 from fpt_jax.errors import UserError
 from fpt_jax.run.metrics import MetricsWriter, read_metrics
 from fpt_jax.run.progress import Clock
+
+
+def test_pictures_of_a_folder_are_added_to_the_events(tmp_path, rng):
+  picture_HWC = rng.integers(0, 255, (4, 6, 3), np.uint8)
+  (tmp_path / "eval").mkdir()
+  Image.fromarray(picture_HWC).save(tmp_path / "eval" / "errors.png")
+  (tmp_path / "eval" / "results.json").write_text("[]")
+  writer = MetricsWriter(str(tmp_path), 0)
+  writer.write_pictures(7, epath.Path(tmp_path / "eval"))
+  writer.close()
+  (file,) = tmp_path.glob("events*")
+  events = [
+    event for event in tf.compat.v1.train.summary_iterator(str(file)) if event.summary.value
+  ]
+  assert [event.step for event in events] == [7]
+  (value,) = events[0].summary.value
+  written = tf.make_ndarray(value.tensor)
+  assert value.tag == "eval/errors" and [int(n) for n in written[:2]] == [6, 4]
+  np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(written[2]))), picture_HWC)
+  (tmp_path / "eval" / "errors.png").write_bytes(b"cut")
+  with pytest.raises(UserError, match="step 8 cannot be written"):
+    MetricsWriter(str(tmp_path), 0).write_pictures(8, epath.Path(tmp_path / "eval"))
 
 
 def test_lines_after_the_resumed_step_are_removed(tmp_path):

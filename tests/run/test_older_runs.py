@@ -58,8 +58,9 @@ def test_an_older_run_resumes(name, tmp_path):
     else:
       # metrics.jsonl leaves out what is not finite, such as the IoU of a class without pixels
       finite = {metric for metric, value in metrics.items() if math.isfinite(value)}
-      assert set(entry) == {"step", *finite}
-      for metric in finite:
+      measured = set(entry) - {"step"}
+      assert measured <= finite  # this version has more metrics
+      for metric in measured:
         # on another CPU, a pixel or a detection may fall on the other side of a threshold
         assert metrics[metric] == pytest.approx(entry[metric], abs=1.0), metric
   assert json.loads((tmp_path / "config.json").read_text())["train_images"]

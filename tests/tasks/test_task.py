@@ -31,6 +31,9 @@ def test_a_field_that_may_be_unset_is_no_wrong_type():
     ("checkpoint.every_steps", -5, "1 or more"),
     ("checkpoint.every_minutes", -1.0, "0 or more"),
     ("checkpoint.keep", 0, "1 or more"),
+    ("checkpoint.best_mode", "highest", "one of max, min"),
+    ("checkpoint.best_metric", "AP", "one of (bbox/AP|mIoU), "),
+    ("eval.patience", -1, "0 or more"),
     ("data.train_sizes", (0, 5), "positive"),
     ("data.train_sizes", (600, 400), "smaller one first"),
     ("data.canvas_multiple", 0, "1 or more"),
@@ -102,6 +105,7 @@ def test_wrong_types_in_config_json_are_reported(path, value, message, tmp_path)
     (coco_mask, "model.box_head.beta", 0.0, "more than 0"),
     (coco_mask, "model.rpn.anchor_sizes", ((8.0,), (16.0,)), "5 tuples of positive numbers"),
     (coco_mask, "eval.short_edges", (800, 0), "positive"),
+    (coco_mask, "eval.confusion_score", 1.5, "less than 1"),
     (coco_mask, "model.test.score_threshold", 1.5, "less than 1"),
     (coco_mask, "data.max_instances", 0, "1 or more"),
     (cityscapes, "model.hard_pixels", -1, "0 or more"),
@@ -118,6 +122,26 @@ def test_impossible_values_of_one_task_are_reported(module, field, value, needed
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
     check_config(config)
+
+
+def test_the_best_metric_is_one_of_the_model():
+  config = coco_mask.get_config()
+  for name in ("segm/AR@100", "bbox/dAP-Cls", "context/accuracy"):
+    config.checkpoint.best_metric = name
+    check_config(config)
+  config.model.mask_head.enabled = False
+  config.checkpoint.best_metric = "segm/AP"
+  with pytest.raises(UserError, match=r"'segm/AP' must be one of bbox/AP, .*bbox/APl, .*context/"):
+    check_config(config)
+  config.checkpoint.best_metric = ""
+  config.eval.patience = 2
+  with pytest.raises(
+    UserError, match=r"patience=2 needs config\.checkpoint\.best_metric, such as "
+  ):
+    check_config(config)
+  config = cityscapes.get_config()
+  config.checkpoint.best_metric = "IoU/road"
+  check_config(config)
 
 
 def test_a_model_that_does_not_exist_is_reported():

@@ -15,7 +15,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.rcnn import MASK_BLOCK
 from fpt_jax.run import config_values
 from fpt_jax.run.config_values import NOT_NEGATIVE, POSITIVE, SHARE
-from fpt_jax.tasks.detection import batches, queries
+from fpt_jax.tasks.detection import batches, coco_ap, queries, tide
 from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 from fpt_jax.tasks.detection.draw import draw_example, draw_prediction
 from fpt_jax.tasks.detection.evaluation import eval_program, evaluate
@@ -45,6 +45,7 @@ __all__ = [
   "eval_program",
   "evaluate",
   "forward",
+  "metric_names",
   "predictor",
   "to_entries",
   "to_result",
@@ -112,12 +113,15 @@ _RULES = {
   "model.test.detections_per_image": POSITIVE,
   "model.test.max_candidates": POSITIVE,
   "eval.short_edges": config_values.PIXELS,
+  "eval.confusion_score": SHARE,
+  "eval.matcher": config_values.one_of(*coco_ap.MATCHERS),
 }
 
 
 def check_config(config: ConfigDict) -> None:
   """See `tasks.task.Task.check_config`."""
   config_values.check(config, _RULES)
+  coco_ap.MATCHERS[config.eval.matcher]()  # an error if it is not installed
   data = config.data
   if data.short_edge > data.long_edge:
     raise UserError(
@@ -142,6 +146,13 @@ def check_config(config: ConfigDict) -> None:
     raise UserError(
       f"config.data.resize={data.resize!r} has no crops and no copy-paste; set it to 'torchvision'"
     )
+
+
+def metric_names(config: ConfigDict) -> tuple[str, ...]:
+  """See `tasks.task.Task.metric_names`."""
+  kinds = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
+  names = [*coco_ap.METRICS, *(f"dAP-{error}" for error in (*tide.MAIN, *tide.SPECIAL))]
+  return (*(f"{kind}/{name}" for kind in kinds for name in names), "context/")
 
 
 def train_batches(

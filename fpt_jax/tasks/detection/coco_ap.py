@@ -1,19 +1,50 @@
-"""COCO's average precision of boxes and masks by pycocotools, x100, with detectron2's names."""
+"""COCO's average precision and recall of boxes and masks by pycocotools, x100, with detectron2's names."""
 
+import collections
 import contextlib
+import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import rich.console
+import rich.table
+import rich.text
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpt_jax.errors import UserError
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the order of COCOeval.stats
+# both in the order of COCOeval.stats
+PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+RECALLS = ("AR@1", "AR@10", "AR@100", "ARs", "ARm", "ARl")
+METRICS = PRECISIONS + RECALLS
+OF_CATEGORIES = ("AP", "AP50", "AP75", "AR@100")
+
+
+def _pycocotools() -> tuple[type[COCO], type[COCOeval]]:
+  return COCO, COCOeval
+
+
+def _faster_coco_eval() -> tuple[type[COCO], type[COCOeval]]:
+  try:
+    import faster_coco_eval
+  except ImportError as error:
+    raise UserError(
+      "config.eval.matcher='faster_coco_eval' needs a package that is not installed: pip install "
+      "faster-coco-eval"
+    ) from error
+  return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+
+
+# functions that import a matcher and return its classes; both have the interface of pycocotools
+MATCHERS: dict[str, Callable[[], tuple[type[COCO], type[COCOeval]]]] = {
+  "pycocotools": _pycocotools,
+  "faster_coco_eval": _faster_coco_eval,
+}
 
 
 def to_coco_results(
@@ -64,60 +95,175 @@ def evaluate(
   ground_truth: Mapping[str, Any],
   results: Sequence[Mapping[str, Any]],
   iou_types: Sequence[str] = ("bbox", "segm"),
-  per_category: bool = False,
 ) -> dict[str, float]:
-  """Computes COCO's average precision over all images of the ground truth.
+  """Computes COCO's metrics over all images of the ground truth: `metrics_of` what `evaluations` returns."""
+  return metrics_of(evaluations(ground_truth, results, iou_types))
+
+
+def evaluations(
+  ground_truth: Mapping[str, Any],
+  results: Sequence[Mapping[str, Any]],
+  iou_types: Sequence[str] = ("bbox", "segm"),
+  matcher: str = "pycocotools",
+) -> dict[str, COCOeval]:
+  """Matches detections with the objects of all images of the ground truth.
 
   Args:
     ground_truth: images, annotations and categories in COCO's format; not changed. A missing `iscrowd`
       means 0; a missing `area` is computed from the mask or the box.
-    results: entries as `to_coco_results` returns them; not changed. At most 100 per image count.
+    results: entries as `to_coco_results` returns them; not changed. At most 100 per image and category
+      count.
     iou_types: "bbox", "segm" or both.
-    per_category: whether to add the AP of each category, as "bbox/AP-person".
+    matcher: one of `MATCHERS`; their results are the same.
 
   Returns:
-    "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl" and the same for "segm",
-    from 0 to 100. A metric without any ground truth (-1 in COCO) is left out.
+    The matcher's evaluation of each IoU type, accumulated and summarized. With "segm", the masks of its
+    annotations and detections are run-length encoded.
 
   Raises:
     UserError: a result has an image or a category that the ground truth does not have, a score that is
-      not finite, or, for "segm", no mask of the size of its image.
+      not finite, or, for "segm", no mask of the size of its image; or the matcher is not installed.
   """
+  coco, coco_eval = MATCHERS[matcher]()
   images = {image["id"]: image for image in ground_truth["images"]}
   category_ids = {category["id"] for category in ground_truth["categories"]}
   for i, result in enumerate(results):
     _check_result(i, result, images, category_ids, "segm" in iou_types)
-  metrics = {}
+  found_by_type = {}
   for iou_type in iou_types:
     if iou_type not in ("bbox", "segm"):
       raise ValueError(f"iou_types must be bbox or segm, got {iou_type!r}")
     with contextlib.redirect_stdout(io.StringIO()):
-      truth = _index(ground_truth, _annotations(ground_truth, images, iou_type))
-      found = _index(ground_truth, _detections(results, iou_type))
-      evaluation = COCOeval(truth, found, iou_type)
+      truth = _index(coco(), ground_truth, _annotations(ground_truth, images, iou_type))
+      found = _index(coco(), ground_truth, _detections(results, iou_type))
+      evaluation = coco_eval(truth, found, iou_type)
       evaluation.evaluate()
       evaluation.accumulate()
       evaluation.summarize()
-    scores = dict(zip(METRICS, evaluation.stats, strict=False))
-    if per_category:
-      names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-      # precision is [IoU thresholds, recalls, categories, area ranges, numbers of detections]
-      precision = evaluation.eval["precision"][:, :, :, 0, -1]
-      for k, category_id in enumerate(evaluation.params.catIds):
-        scores[f"AP-{names[category_id]}"] = precision[:, :, k].mean()
-    metrics |= {f"{iou_type}/{k}": 100 * float(v) for k, v in scores.items() if v >= 0}
-  return metrics
+    found_by_type[iou_type] = evaluation
+  return found_by_type
+
+
+def metrics_of(evaluations: Mapping[str, COCOeval]) -> dict[str, float]:
+  """Returns the metrics of `evaluations`.
+
+  Returns:
+    "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl", the average recall with at most
+    1, 10 and 100 detections per image and category, "bbox/AR@1", "bbox/AR@10" and "bbox/AR@100", that of
+    small, medium and large objects, "bbox/ARs", "bbox/ARm" and "bbox/ARl", and the same for "segm", from 0
+    to 100. A metric without any ground truth (-1 in COCO) is left out.
+  """
+  return {
+    f"{iou_type}/{name}": 100 * float(value)
+    for iou_type, evaluation in evaluations.items()
+    for name, value in zip(METRICS, evaluation.stats, strict=True)
+    if value >= 0
+  }
+
+
+def categories_of(evaluations: Mapping[str, COCOeval]) -> list[dict[str, Any]]:
+  """Returns the metrics of each category.
+
+  Returns:
+    One dictionary per category, in the order of the ids: "category_id", "category", its name, "objects", the
+    number of its annotations without crowds, and "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AR@100" and the
+    same for "segm", from 0 to 100; None without any ground truth.
+  """
+  truth = next(iter(evaluations.values())).cocoGt
+  objects = collections.Counter(
+    annotation["category_id"]
+    for annotation in truth.dataset["annotations"]
+    if not annotation["iscrowd"]
+  )
+  rows = [
+    {"category_id": i, "category": truth.cats[i]["name"], "objects": objects[i]}
+    for i in sorted(truth.cats)
+  ]
+  for iou_type, evaluation in evaluations.items():
+    thresholds = evaluation.params.iouThrs
+    # of all areas, and with the largest number of detections
+    precision_TRK = evaluation.eval["precision"][:, :, :, 0, -1]
+    recall_TK = evaluation.eval["recall"][:, :, 0, -1]
+    for k, row in enumerate(rows):
+      values = (
+        precision_TRK[:, :, k],
+        precision_TRK[np.isclose(thresholds, 0.5), :, k],
+        precision_TRK[np.isclose(thresholds, 0.75), :, k],
+        recall_TK[:, k],
+      )
+      for name, value in zip(OF_CATEGORIES, values, strict=True):
+        row[f"{iou_type}/{name}"] = None if value.min() < 0 else 100 * float(value.mean())
+  return rows
+
+
+def images_of(
+  evaluation: COCOeval,
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+  """Yields the annotations and the detections of each image of an evaluation, in the order of the ids."""
+  for image in sorted(evaluation.cocoGt.imgs):
+    yield evaluation.cocoGt.imgToAnns[image], evaluation.cocoDt.imgToAnns[image]
+
+
+def iou(
+  detections: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], iou_type: str
+) -> np.ndarray:
+  """Returns the IoU of detections and annotations, float64 [D, G]; with a crowd, the share that it covers.
+
+  Args:
+    detections, annotations: entries in COCO's format; each annotation has `iscrowd`.
+    iou_type: "bbox", or "segm" for run-length encoded masks.
+  """
+  if not detections or not annotations:
+    return np.zeros((len(detections), len(annotations)))
+  crowd_G = [int(annotation["iscrowd"]) for annotation in annotations]
+  if iou_type == "segm":
+    masks = ([entry["segmentation"] for entry in entries] for entries in (detections, annotations))
+    return np.asarray(coco_mask.iou(*masks, crowd_G), np.float64)
+  boxes = (
+    np.array([entry["bbox"] for entry in entries], np.float64)
+    for entries in (detections, annotations)
+  )
+  return np.asarray(coco_mask.iou(*boxes, crowd_G), np.float64)
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
-  """Formats COCO's metrics as a table, one row for boxes and one for masks; "-" for a missing metric."""
-  lines = ["      " + "".join(f"{name:>7}" for name in METRICS)]
+  """Formats the average precisions, one row for boxes and one for masks; "-" for a missing metric."""
+  lines = ["      " + "".join(f"{name:>7}" for name in PRECISIONS)]
   for iou_type in ("bbox", "segm"):
     if any(name.startswith(f"{iou_type}/") for name in metrics):
-      values = [metrics.get(f"{iou_type}/{name}") for name in METRICS]
+      values = [metrics.get(f"{iou_type}/{name}") for name in PRECISIONS]
       cells = ["-" if value is None else f"{value:.1f}" for value in values]
       lines.append(f"{iou_type:<6}" + "".join(f"{cell:>7}" for cell in cells))
   return "\n".join(lines)
+
+
+def format_categories(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Formats the rows of `categories_of` as a table for the log; "-" for a missing metric."""
+  table = rich.table.Table(rich.table.Column("category", no_wrap=True))
+  names = [name for name in rows[0] if name not in ("category_id", "category")]
+  for name in names:
+    table.add_column(name, justify="right", no_wrap=True)
+  for row in rows:
+    table.add_row(rich.text.Text(row["category"]), *(_cell(row[name]) for name in names))
+  console = rich.console.Console(file=io.StringIO(), width=160, color_system=None)
+  with console.capture() as text:
+    console.print(table)
+  return "\n".join(line.rstrip() for line in text.get().splitlines())
+
+
+def _cell(value: float | None) -> str:
+  if value is None:
+    return "-"
+  return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the rows of `categories_of` as CSV with a header; a missing metric is an empty field."""
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
 
 
 def _check_result(
@@ -155,8 +301,7 @@ def _check_result(
       )
 
 
-def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
-  coco = COCO()
+def _index(coco: COCO, ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> COCO:
   coco.dataset = {
     "images": ground_truth["images"],
     "categories": ground_truth["categories"],
@@ -179,8 +324,11 @@ def _annotations(
         f"annotation {number - 1} (image {annotation['image_id']}) of the ground truth has no "
         "segmentation; evaluate bbox only, or complete the annotations"
       )
+    image = images[annotation["image_id"]]
+    if iou_type == "segm":
+      annotation["segmentation"] = _rle(annotation["segmentation"], image)
     if "area" not in annotation:
-      annotation["area"] = _area(annotation, images[annotation["image_id"]])
+      annotation["area"] = _area(annotation, image)
     annotations.append(annotation)
   return annotations
 
@@ -189,11 +337,16 @@ def _area(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> float:
   segmentation = annotation.get("segmentation")
   if not segmentation:
     return annotation["bbox"][2] * annotation["bbox"][3]
+  return float(coco_mask.area(_rle(segmentation, image)))
+
+
+def _rle(segmentation: Any, image: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns polygons, or the run lengths of a mask, as a compressed mask."""
   if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
     segmentation = coco_mask.frPyObjects(segmentation, image["height"], image["width"])
   if isinstance(segmentation, list):
     segmentation = coco_mask.merge(segmentation)
-  return float(coco_mask.area(segmentation))
+  return segmentation
 
 
 def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> list[dict[str, Any]]:

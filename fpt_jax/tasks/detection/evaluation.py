@@ -19,7 +19,7 @@ from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import hosts, sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
-from fpt_jax.tasks.detection import batches, coco_ap, context_accuracy, views
+from fpt_jax.tasks.detection import analysis, batches, coco_ap, context_accuracy, views
 from fpt_jax.tasks.detection.categories import model_category_of, with_data_categories
 from fpt_jax.tasks.detection.prediction import to_original_image
 
@@ -35,8 +35,8 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a detector on `config.data.eval_split` with pycocotools.
 
-  Writes `eval/coco_instances_results.json` into the run's folder, with the category ids of the data set.
-  Its categories are matched with the model's by name.
+  Writes `eval/coco_instances_results.json` into the run's folder, with the category ids of the data set, and
+  the files of `analysis.analyse`. Its categories are matched with the model's by name.
 
   Args:
     config: config of the run.
@@ -46,14 +46,18 @@ def evaluate(
     workdir: folder of the run.
 
   Returns:
-    "bbox/AP", "segm/AP50", ..., x100; with annotations that ask questions also "context/accuracy", ..., see
-    `context_accuracy.evaluate`. They are the same on every host.
+    "bbox/AP", "segm/AR@100", ..., x100, see `coco_ap.metrics_of`; "bbox/dAP-Cls", ..., see `tide.errors`;
+    with annotations that ask questions also "context/accuracy", ..., see `context_accuracy.evaluate`. They
+    are the same on every host.
 
   Raises:
-    UserError: the data set has a category that the model does not have.
+    UserError: the data set has a category that the model does not have, or does not have one that
+      `config.eval.curves_of` names.
     ResultsNotWrittenError: the results could not be written after the evaluation.
   """
-  model_categories = model_category_of(config, info(config.data))
+  dataset = info(config.data)
+  analysis.check_curves(config, dataset.category_names)
+  model_categories = model_category_of(config, dataset)
   category_of_model = {ours: theirs for theirs, ours in model_categories.items()}
   detect = views.detector(config, structure, sharding.over_batch(mesh))
   split = config.data.eval_split
@@ -118,7 +122,7 @@ def eval_program(
 def score(
   config: ConfigDict, ground_truth: dict | None, results: list[dict], workdir: str
 ) -> dict[str, float]:
-  """Logs the metrics, writes the results file, and returns the metrics, on every host.
+  """Logs the metrics, writes the results and their analysis, and returns the metrics, on every host.
 
   Args:
     config: config of the run.
@@ -127,27 +131,33 @@ def score(
     workdir: folder of the run.
 
   Raises:
-    ResultsNotWrittenError: the file could not be written; on the first host only.
+    ResultsNotWrittenError: a file could not be written; on the first host only.
   """
+  files: dict[str, str | bytes] = {RESULTS_FILE: json.dumps(results)}
   iou_types = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
 
   def measure() -> dict[str, float]:
     assert ground_truth is not None
-    metrics = coco_ap.evaluate(ground_truth, results, iou_types)
+    evaluations = coco_ap.evaluations(ground_truth, results, iou_types, config.eval.matcher)
+    metrics = coco_ap.metrics_of(evaluations)
+    analysed = analysis.analyse(config, evaluations)
+    files.update(analysed.files)
     context = context_accuracy.evaluate(ground_truth, results)
     logging.info(
       "%s: %d detections in %d images\n%s",
       *(config.data.eval_split, len(results), len(ground_truth["images"])),
       coco_ap.format_table(metrics),
     )
+    logging.info("%s", analysed.text)
     if context:
       logging.info("%s", context_accuracy.format_line(context))
-    return metrics | context
+    return metrics | analysed.metrics | context
 
   metrics = hosts.from_first_host(measure)
   if jax.process_index() == 0:
     try:
-      write_whole(run_folder(workdir) / RESULTS_FILE, json.dumps(results))
+      for path, content in files.items():
+        write_whole(run_folder(workdir) / path, content)
     except UserError as error:
       raise ResultsNotWrittenError(error, metrics) from error
   return metrics

@@ -42,6 +42,7 @@ __all__ = [
   "eval_program",
   "evaluate",
   "forward",
+  "metric_names",
   "predictor",
   "to_entries",
   "to_result",
@@ -97,6 +98,12 @@ _RULES = {
 def check_config(config: ConfigDict) -> None:
   """See `tasks.task.Task.check_config`."""
   config_values.check(config, _RULES)
+
+
+def metric_names(config: ConfigDict) -> tuple[str, ...]:
+  """See `tasks.task.Task.metric_names`."""
+  del config
+  return "mIoU", "mAcc", "aAcc", "IoU/"
 
 
 def train_batches(

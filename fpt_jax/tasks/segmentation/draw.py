@@ -1,6 +1,6 @@
-"""Pictures of label maps, their legends and the confusion matrix; uint8 RGB.
+"""Pictures of label maps and their legends; uint8 RGB.
 
-Shapes: H W rows and columns, C classes, T P true and predicted classes.
+Shapes: H W rows and columns, C classes.
 """
 
 from __future__ import annotations
@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from etils import epy
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from fpt_jax.tasks import pictures
-
-with epy.lazy_imports():
-  from matplotlib import figure as figures
 
 BORDER = (255, 255, 255)  # colour of the line between two classes
 OPACITY = 0.65  # opacity of the colours over the image
@@ -97,32 +93,6 @@ def draw_legend(
       anchor="lm",
     )
   return np.asarray(legend)
-
-
-def draw_confusion(counts_TP: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-  """Draws a confusion matrix, one row per true class; cells are shaded by their share of the row.
-
-  Args:
-    counts_TP: number of pixels of true class T that are predicted as P, int [T, P].
-    class_names: name of class 0, 1, ...
-
-  Returns:
-    uint8 RGB.
-  """
-  truth_T1 = counts_TP.sum(axis=1, keepdims=True)
-  share_TP = 100 * counts_TP / np.maximum(truth_T1, 1)
-  edge = 2.5 + 0.34 * len(class_names)  # inches
-  figure = figures.Figure(figsize=(edge, edge), dpi=100, layout="constrained")
-  axes = figure.add_subplot()
-  axes.imshow(share_TP, cmap="Blues", vmin=0, vmax=100)
-  axes.set_xticks(range(len(class_names)), class_names, rotation=90)
-  axes.set_yticks(range(len(class_names)), class_names)
-  axes.set_xlabel("predicted")
-  axes.set_ylabel("true, % of its pixels")
-  for t, p in zip(*np.nonzero(share_TP >= 0.5), strict=True):
-    color = "white" if share_TP[t, p] > 50 else "black"
-    axes.text(p, t, f"{share_TP[t, p]:.0f}", ha="center", va="center", color=color, size=8)
-  return pictures.pixels_of(figure)
 
 
 def _borders(label_HW: np.ndarray) -> np.ndarray:

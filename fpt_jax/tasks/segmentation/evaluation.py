@@ -20,9 +20,9 @@ from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import hosts, sharding, stop
 from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
+from fpt_jax.tasks import pictures
 from fpt_jax.tasks.segmentation import batches, miou
 from fpt_jax.tasks.segmentation.classes import class_table
-from fpt_jax.tasks.segmentation.draw import draw_confusion
 from fpt_jax.tasks.segmentation.prediction import submission_writer
 from fpt_jax.tasks.segmentation.views import (
   labeller,
@@ -147,7 +147,8 @@ def score(config: ConfigDict, counts_TP: np.ndarray, images: int, workdir: str) 
     confusion = {"class_names": list(names), "counts": counts_TP.tolist()}
     try:
       write_whole(path, json.dumps(confusion))
-      write_whole(path.with_suffix(".png"), encode_png(draw_confusion(counts_TP, names)))
+      picture_HWC = pictures.draw_confusion(counts_TP, names, "pixels")
+      write_whole(path.with_suffix(".png"), encode_png(picture_HWC))
     except UserError as error:
       raise ResultsNotWrittenError(error, metrics) from error
   return metrics

@@ -1,20 +1,26 @@
-"""COCO's average precision, against pycocotools and against values computed by hand."""
+"""COCO's average precision and recall, against pycocotools and against values computed by hand."""
 
 import contextlib
 import copy
+import csv
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from fpt_jax.configs import coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
-from fpt_jax.tasks.detection import coco_ap
+from fpt_jax.tasks.detection import coco_ap, tide
+from fpt_jax.tasks.task import check_config
+from tests.conftest import GOLDEN
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+METRICS += ["AR@1", "AR@10", "AR@100", "ARs", "ARm", "ARl"]
 PERFECT = {f"{kind}/{name}": 100.0 for kind in ("bbox", "segm") for name in METRICS}
 
 
@@ -113,16 +119,24 @@ def test_average_precision_computed_by_hand(truth):
     + result(9, 3, 0.8, 60, 80, 20, 20, (120, 100))  # no cat there
     + result(9, 3, 0.7, 5, 5, 20, 16, (120, 100))  # the small cat at IoU 0.8
   )
-  metrics = coco_ap.evaluate(truth, results, per_category=True)
+  evaluations = coco_ap.evaluations(truth, results)
+  metrics = coco_ap.metrics_of(evaluations)
+  cat, dog, bird = coco_ap.categories_of(evaluations)
   # 51 of 101 recalls have precision 1, and 50 have 2/3; only the former if the IoU must exceed 0.8
   both, one = (51 + 50 * 2 / 3) / 101 * 100, 51 / 101 * 100
   for kind in ("bbox", "segm"):
-    assert metrics[f"{kind}/AP-cat"] == pytest.approx((7 * both + 3 * one) / 10)
-    assert metrics[f"{kind}/AP-dog"] == 0
-    assert f"{kind}/AP-bird" not in metrics
+    assert cat[f"{kind}/AP"] == pytest.approx((7 * both + 3 * one) / 10)
+    assert cat[f"{kind}/AP50"] == cat[f"{kind}/AP75"] == pytest.approx(both)
+    assert cat[f"{kind}/AR@100"] == pytest.approx((7 * 100 + 3 * 50) / 10)
+    assert dog[f"{kind}/AP"] == dog[f"{kind}/AR@100"] == 0
+    assert bird[f"{kind}/AP"] is None
     assert metrics[f"{kind}/AP50"] == pytest.approx(both / 2)
-    assert metrics[f"{kind}/AP"] == pytest.approx(metrics[f"{kind}/AP-cat"] / 2)
+    assert metrics[f"{kind}/AP"] == pytest.approx(cat[f"{kind}/AP"] / 2)
     assert metrics[f"{kind}/APl"] == pytest.approx(100)
+    # the small cat is the second detection in its image
+    assert metrics[f"{kind}/AR@1"] == pytest.approx(50 / 2)
+    assert metrics[f"{kind}/AR@10"] == metrics[f"{kind}/AR@100"] == cat[f"{kind}/AR@100"] / 2
+  assert [row["objects"] for row in (cat, dog, bird)] == [2, 1, 0]
 
 
 def test_metrics_are_zero_without_detections_and_absent_without_ground_truth(truth):
@@ -134,7 +148,8 @@ def test_metrics_are_zero_without_detections_and_absent_without_ground_truth(tru
     {"id": 1, "image_id": 7, "category_id": 18, **rectangle(150, 20, 50, 60)},
   ]
   metrics = coco_ap.evaluate(truth, [], iou_types=("bbox",))
-  assert metrics == {"bbox/AP": 0, "bbox/AP50": 0, "bbox/AP75": 0, "bbox/APm": 0}
+  names = ("AP", "AP50", "AP75", "APm", "AR@1", "AR@10", "AR@100", "ARm")
+  assert metrics == {f"bbox/{name}": 0 for name in names}
 
 
 def test_nothing_is_printed_and_nothing_is_changed(truth, capfd):
@@ -188,7 +203,8 @@ def disturbed(truth, rng):
 
 def test_metrics_equal_pycocotools_on_real_images(real_truth, rng):
   results = disturbed(real_truth, rng)
-  metrics = coco_ap.evaluate(real_truth, results, per_category=True)
+  evaluations = coco_ap.evaluations(real_truth, results)
+  metrics, rows = coco_ap.metrics_of(evaluations), coco_ap.categories_of(evaluations)
   for kind in ("bbox", "segm"):
     with contextlib.redirect_stdout(io.StringIO()):
       oracle = COCO()
@@ -202,15 +218,77 @@ def test_metrics_equal_pycocotools_on_real_images(real_truth, rng):
       evaluation.summarize()
     assert 5 < metrics[f"{kind}/AP"] < 95
     ours = [metrics[f"{kind}/{name}"] for name in METRICS]
-    np.testing.assert_allclose(ours, 100 * evaluation.stats[:6], rtol=1e-12)
-    per_category = [v for k, v in metrics.items() if k.startswith(f"{kind}/AP-")]
+    np.testing.assert_allclose(ours, 100 * evaluation.stats, rtol=1e-12)
+    per_category = [row[f"{kind}/AP"] for row in rows]
     assert len(per_category) == 80
     assert np.mean(per_category) == pytest.approx(metrics[f"{kind}/AP"])
 
 
+def assert_matchers_agree(truth, results):
+  """Equal to the last digits, so that every average is."""
+  pytest.importorskip("faster_coco_eval")
+  ours, theirs = (coco_ap.evaluations(truth, results, matcher=m) for m in coco_ap.MATCHERS)
+  assert coco_ap.metrics_of(theirs) == pytest.approx(coco_ap.metrics_of(ours), abs=1e-9)
+  for row, expected in zip(*map(coco_ap.categories_of, (theirs, ours)), strict=True):
+    assert row == pytest.approx(expected, abs=1e-9)
+  for kind, evaluation in ours.items():
+    for name in ("precision", "recall"):
+      np.testing.assert_allclose(theirs[kind].eval[name], evaluation.eval[name], atol=1e-11)
+    matched = (tide.match(coco_ap.images_of(e[kind]), kind) for e in (ours, theirs))
+    for values, others in zip(*matched, strict=True):
+      np.testing.assert_array_equal(values, others)
+
+
+def test_matchers_agree_on_real_images(real_truth, rng):
+  assert_matchers_agree(real_truth, disturbed(real_truth, rng))
+
+
+def test_matchers_agree_without_objects_or_detections(truth):
+  assert_matchers_agree(truth, [])
+  assert_matchers_agree(truth | {"annotations": []}, detect(truth, exact))
+  assert_matchers_agree(truth, detect(truth, exact))
+
+
+def test_a_matcher_that_is_not_installed_is_reported(monkeypatch):
+  monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+  config = coco_mask.get_config("demo")
+  config.eval.matcher = "faster_coco_eval"
+  with pytest.raises(UserError, match="not installed: pip install faster-coco-eval"):
+    check_config(config)
+  config.eval.matcher = "other"
+  with pytest.raises(UserError, match="must be one of pycocotools, faster_coco_eval"):
+    check_config(config)
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_a_category_alone_has_the_metrics_of_its_row(kind):
+  golden = json.loads((GOLDEN / "tide.json").read_text())
+  rows = coco_ap.categories_of(
+    coco_ap.evaluations(golden["ground_truth"], golden["detections"], (kind,))
+  )
+  read = list(csv.DictReader(io.StringIO(coco_ap.to_csv(rows))))
+  with contextlib.redirect_stdout(io.StringIO()):
+    oracle = COCO()
+    oracle.dataset = copy.deepcopy(golden["ground_truth"])
+    oracle.createIndex()
+    evaluation = COCOeval(oracle, oracle.loadRes(golden["detections"]), kind)
+    for row, line in zip(rows, read, strict=True):
+      evaluation.params.catIds = [row["category_id"]]
+      evaluation.evaluate()
+      evaluation.accumulate()
+      evaluation.summarize()
+      expected = dict(zip(METRICS, 100 * evaluation.stats, strict=True))
+      for name in ("AP", "AP50", "AP75", "AR@100"):
+        assert row[f"{kind}/{name}"] == pytest.approx(expected[name], rel=1e-12)
+        assert float(line[f"{kind}/{name}"]) == row[f"{kind}/{name}"]
+  assert [line["category"] for line in read] == ["c1", "c2", "c3"]
+  assert sum(row["objects"] for row in rows) == len(golden["ground_truth"]["annotations"])
+
+
 def test_real_ground_truth_as_detections_is_perfect(real_truth):
   metrics = coco_ap.evaluate(real_truth, detect(real_truth, exact))
-  assert metrics == pytest.approx(PERFECT)
+  of_few = {f"{kind}/AR@{most}" for kind in ("bbox", "segm") for most in (1, 10)}
+  assert all(metrics[name] == pytest.approx(100) for name in set(PERFECT) - of_few)
 
 
 @pytest.mark.parametrize(
@@ -259,3 +337,19 @@ def test_table_of_metrics():
     "segm        -      -      -      -      -    5.2",
   ]
   assert len(coco_ap.format_table({"bbox/AP": 1.0}).splitlines()) == 2
+
+
+def test_table_and_csv_of_categories():
+  rows = [
+    {"category_id": 7, "category": "cat, [red]", "objects": 12, "bbox/AP": 37.94, "bbox/AP50": 1.0},
+    {"category_id": 9, "category": "dog", "objects": 0, "bbox/AP": None, "bbox/AP50": None},
+  ]
+  lines = coco_ap.format_categories(rows).splitlines()
+  cells = [line.strip("│").split("│") for line in lines if line.startswith("│")]
+  assert [[cell.strip() for cell in row] for row in cells] == [
+    ["cat, [red]", "12", "37.9", "1.0"],
+    ["dog", "0", "-", "-"],
+  ]
+  assert coco_ap.to_csv(rows) == (
+    'category_id,category,objects,bbox/AP,bbox/AP50\n7,"cat, [red]",12,37.94,1.0\n9,dog,0,,\n'
+  )

@@ -1,8 +1,8 @@
 """The accuracy of questions, against values computed by hand."""
 
-import ml_collections
 import pytest
 
+from fpt_jax.configs import coco_box
 from fpt_jax.tasks.detection import batches, context_accuracy, evaluation
 
 OF_CIRCLE, OF_SQUARE, STRIPED, CHECKED, CIRCLE = 5, 6, 3, 4, 1
@@ -113,7 +113,8 @@ def test_evaluation_of_context_shapes_has_the_questions(shapes, tmp_path):
       category = annotation["category_id"]
       category = OF_SQUARE if category == OF_CIRCLE else category
       results.append(found(annotation["image_id"], category, 0.9, annotation["bbox"]))
-  config = ml_collections.ConfigDict({"model": {"mask_head": {"enabled": False}}, "data": shapes})
+  config = coco_box.get_config("demo")
+  config.data = shapes
   metrics = evaluation.score(config, truth, results, str(tmp_path))
   satellites = [
     annotation

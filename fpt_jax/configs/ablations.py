@@ -211,7 +211,7 @@ ABLATIONS = {
       Row("UFP", "configs/camvid.py:fpt=none"),
       *baselines("configs/camvid.py"),
       Row("UFP+FPT", "configs/camvid.py"),
-      Row("UFP+FPT, FPT at 3 times the rate", "configs/camvid.py", FASTER_FPT),
+      Row("UFP+FPT at 3 times the rate", "configs/camvid.py", FASTER_FPT),
     ),
     needs=real("camvid"),
   ),

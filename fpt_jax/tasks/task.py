@@ -193,7 +193,8 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
   config_values.check(config, rules | (config_values.TRAINING_RULES if training else {}))
   config.model.dtype = DTYPES[config.model.dtype]
   task.check_config(config)
-  _check_best(config, task.metric_names(config))
+  if training:
+    _check_best(config, task.metric_names(config))
 
 
 def _check_best(config: ConfigDict, names: Sequence[str]) -> None:

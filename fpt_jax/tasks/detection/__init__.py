@@ -121,7 +121,6 @@ _RULES = {
 def check_config(config: ConfigDict) -> None:
   """See `tasks.task.Task.check_config`."""
   config_values.check(config, _RULES)
-  coco_ap.MATCHERS[config.eval.matcher]()  # an error if it is not installed
   data = config.data
   if data.short_edge > data.long_edge:
     raise UserError(

@@ -1,6 +1,6 @@
 """What an evaluation of detection writes beside its results: categories, errors, curves, confusions.
 
-Shapes: T IoU thresholds, R recalls, K categories.
+Shapes: T IoU thresholds, R recalls, K categories; in confusion matrices T P true and predicted classes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ CURVES_PICTURE = "eval/precision_recall.png"
 ERRORS_PICTURE = "eval/errors.png"
 TITLES = {"bbox": "boxes", "segm": "masks"}
 CURVES_AT = (0.5, 0.75)  # IoU
+SHOWN = 80  # categories in the picture of the confusion matrix
 
 
 class Analysis(NamedTuple):
@@ -67,7 +68,7 @@ def analyse(config: ConfigDict, evaluations: Mapping[str, COCOeval]) -> Analysis
     "counts": counts_TP.tolist(),
   }
   drawn = {
-    CONFUSION_PICTURE: pictures.draw_confusion(counts_TP, class_names, "objects"),
+    CONFUSION_PICTURE: pictures.draw_confusion(*most_frequent(counts_TP, class_names), "objects"),
     CURVES_PICTURE: pictures.pixels_of(curves_figure(evaluations, names, config.eval.curves_of)),
     ERRORS_PICTURE: pictures.pixels_of(errors_figure(errors)),
   }
@@ -98,6 +99,28 @@ def check_curves(config: ConfigDict, names: Sequence[str]) -> None:
       f"config.eval.curves_of: the data set has no category {unknown[0]!r}; its categories are "
       f"{first_of(names, 20)}"
     )
+
+
+def most_frequent(
+  counts_TP: np.ndarray, class_names: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
+  """Returns a confusion matrix of at most `SHOWN` categories, those with the most objects, and its names.
+
+  The others are one category together. The last class, background, stays.
+
+  Args:
+    counts_TP: result of `confusion.count`.
+    class_names: names of its classes.
+  """
+  if len(class_names) - 1 <= SHOWN:
+    return counts_TP, list(class_names)
+  objects_T = counts_TP[:-1].sum(axis=1)
+  kept = np.sort(np.argsort(-objects_T, kind="stable")[:SHOWN])
+  place_T = np.full(len(class_names), SHOWN)
+  place_T[kept], place_T[-1] = np.arange(SHOWN), SHOWN + 1
+  shown_TP = np.zeros((SHOWN + 2,) * 2, counts_TP.dtype)
+  np.add.at(shown_TP, (place_T[:, None], place_T[None]), counts_TP)
+  return shown_TP, [*(class_names[k] for k in kept), "others", class_names[-1]]
 
 
 def format_errors(errors: Mapping[str, Mapping[str, float]]) -> str:

@@ -52,11 +52,12 @@ def evaluate(
 
   Raises:
     UserError: the data set has a category that the model does not have, or does not have one that
-      `config.eval.curves_of` names.
+      `config.eval.curves_of` names; or `config.eval.matcher` is not installed.
     ResultsNotWrittenError: the results could not be written after the evaluation.
   """
   dataset = info(config.data)
   analysis.check_curves(config, dataset.category_names)
+  coco_ap.MATCHERS[config.eval.matcher]()  # an error if it is not installed
   model_categories = model_category_of(config, dataset)
   category_of_model = {ours: theirs for theirs, ours in model_categories.items()}
   detect = views.detector(config, structure, sharding.over_batch(mesh))

@@ -68,6 +68,16 @@ def test_curves_show_the_precision():
     np.testing.assert_array_equal(line.get_ydata(), np.arange(101) <= 50)
 
 
+def test_many_categories_are_shown_as_the_most_frequent_ones_and_others(monkeypatch):
+  monkeypatch.setattr(analysis, "SHOWN", 2)
+  counts_TP = np.array([[5, 1, 0, 2], [0, 1, 1, 0], [0, 3, 4, 0], [1, 2, 0, 0]])
+  shown_TP, names = analysis.most_frequent(counts_TP, ["a", "b", "c", "background"])
+  assert names == ["a", "c", "others", "background"]
+  assert shown_TP.tolist() == [[5, 0, 1, 2], [0, 4, 3, 0], [0, 1, 1, 0], [1, 0, 2, 0]]
+  monkeypatch.undo()
+  assert analysis.most_frequent(counts_TP, ["a", "b", "c", "background"])[0] is counts_TP
+
+
 def test_an_unknown_category_of_curves_is_reported():
   config = coco_mask.get_config("demo")
   config.eval.curves_of = ("cat", "cats")

@@ -387,7 +387,10 @@ def wait_for_step(workdir, step, process, seconds=900):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-  file = config_file(tmp_path, steps=60, checkpoint__every_steps=3)
+  """With every augmentation."""
+  augmentation = dict(data__crop=(64, 64), data__scale=(0.5, 2.0), data__copy_paste=0.5)
+  augmentation |= dict(data__color_jitter=(0.4, 0.4, 0.4, 0.1))
+  file = config_file(tmp_path, steps=60, checkpoint__every_steps=3, **augmentation)
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   succeed(command(f"--config={file}", f"--workdir={whole}"))
   for step in (4, 25):

@@ -14,7 +14,7 @@ from fpt_jax import data, models, optim
 from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.state import initial_arrays, within
-from fpt_jax.run import checkpoints, hosts, sharding
+from fpt_jax.run import checkpoints, hosts, loggers, sharding
 from fpt_jax.run.best import Best, best_of_run
 from fpt_jax.run.config_file import (
   Changes,
@@ -78,6 +78,7 @@ def _train(
   # Data. Records are prepared by the first run.
   task = task_of(config)
   check_writable(run_folder(workdir) / "eval")
+  hosts.on_first_host(lambda: loggers.check_installed(config.loggers))
   data.prepare_for_all_hosts(config.data)
   before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
@@ -133,7 +134,9 @@ def _train(
     donate_argnums=0,
     out_shardings=(placement, replicated, replicated),
   )
-  metrics = hosts.on_first_host(lambda: MetricsWriter(workdir, start))
+  metrics = hosts.on_first_host(
+    lambda: MetricsWriter(workdir, start, loggers.open_loggers(config, workdir))
+  )
   rate = optim.schedule(config)
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
@@ -216,7 +219,13 @@ def _train(
   # The loop. Losses are fetched only when they are logged, so that the devices never wait.
   results: dict[str, float] | None = {}
   stopping, done = False, start
-  with checkpoints.closing(saved), task.train_batches(config, start) as batches, stop, trace:
+  with (
+    metrics or contextlib.nullcontext(),
+    checkpoints.closing(saved),
+    task.train_batches(config, start) as batches,
+    stop,
+    trace,
+  ):
     if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
       results = run_evaluation(start)
       stopping = results is None
@@ -277,10 +286,8 @@ def _train(
           break
         if is_past_best():
           break
-  if metrics:
-    metrics.close()
   if stopping:
-    logging.info("saved %.1f s after the signal", stop.seconds)
+    logging.info("saved and closed %.1f s after the signal", stop.seconds)
     raise RunAgainError(
       f"stopped by a signal; step {done} is saved, and the same command resumes from it"
     )

@@ -11,6 +11,7 @@ import signal
 import time
 
 import jax
+import mlflow
 import numpy as np
 import pytest
 
@@ -246,6 +247,25 @@ def test_scores_are_kept_if_their_file_cannot_be_written(finished, tmp_path, cap
     assert train(tiny_config(steps=6, data__flip=False), str(tmp_path / "run")) == metrics
   assert "coco_instances_results.json cannot be written" in caplog.text
   assert file.read_text().splitlines(keepends=True) == lines
+
+
+def test_other_loggers_get_what_metrics_jsonl_has(finished, tmp_path, monkeypatch):
+  """A run that began without a logger is resumed with one."""
+  shutil.copytree(finished[0], tmp_path / "run")
+  monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+  monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+  train(tiny_config(steps=8, data__flip=False, loggers=("mlflow",)), str(tmp_path / "run"))
+  (run_id,) = json.loads((tmp_path / "run" / "loggers.json").read_text()).values()
+  client = mlflow.MlflowClient()
+  run = client.get_run(run_id)
+  assert run.info.run_name == "run" and run.info.status == "FINISHED"
+  assert run.data.params["data.digest"]
+  losses = client.get_metric_history(run_id, "total_loss")
+  written = losses_by_step(tmp_path / "run")
+  assert {m.step: m.value for m in losses} == {s: written[s]["total_loss"] for s in (7, 8)}
+  assert [m.step for m in client.get_metric_history(run_id, "segm/AP")] == [8]
+  images = tmp_path.glob("mlruns/**/images/*.png")
+  assert any(re.match(r"eval#errors.step.8\D", image.name) for image in images)
 
 
 def test_the_best_checkpoint_stays_and_the_training_ends_early(

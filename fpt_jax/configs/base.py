@@ -13,6 +13,7 @@ from fpt_jax.models.preprocess import IMAGENET
 def base() -> ConfigDict:
   """Returns the shared fields with the defaults of detection, unlocked so that a task can add its own."""
   config = ConfigDict()
+  config.name = ""  # name of the run for its loggers; "": the name of its folder
   config.seed = 0  # seed of the initial weights, the image order, augmentation and sampling
   # workdir of a run whose newest weights a new run starts from; "": random weights
   config.init_from = ""
@@ -25,6 +26,9 @@ def base() -> ConfigDict:
   # fsdp: images, with the weights and the optimizer's state stored in shares; query: rows of an image
   mesh.shape = (-1, 1, 1)
   config.log_every = 20  # training steps between two lines of metrics in the log
+  # loggers that get all metrics and pictures beside TensorBoard: some of wandb and mlflow, whose packages are
+  # installed by themselves
+  config.loggers = ()
   add_data(config)
   add_model(config)
   add_optim(config)

@@ -31,12 +31,14 @@ FREE_TO_CHANGE = (
   "eval.",
   "init_from",
   "log_every",
+  "loggers",
   "mesh.",
   "model.fpt.implementation",
   "model.palette",
   "model.remat",
   "model.rpn.test.",
   "model.test.",
+  "name",
   "steps",
   "train_images",
 )
@@ -219,7 +221,7 @@ def check_same_model(
   Raises:
     UserError: other fields of `model` differ.
   """
-  old, new = (dict(_flatten(json.loads(c.model.to_json()))) for c in (saved, config))
+  old, new = (flattened(c.model) for c in (saved, config))
   differing = [
     name
     for name in sorted(old | new)
@@ -242,6 +244,11 @@ def _differences(
       yield from _differences(before, now, f"{prefix}{key}.")
     elif before != now:
       yield prefix + key, (before, now)
+
+
+def flattened(config: ConfigDict) -> dict[str, Any]:
+  """Returns the fields of a config by their full names, with the values that JSON has for them."""
+  return dict(_flatten(json.loads(config.to_json())))
 
 
 def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -23,6 +23,8 @@ RENAMED = {
   "model.test.flip": "eval.flip",
 }
 _BOTH = {
+  "name": "",
+  "loggers": (),
   "mesh": ConfigDict({"shape": (-1, 1, 1)}),
   "data.builder": ConfigDict(),
   # earlier versions ignored it in data sets and applied it to files

@@ -1,4 +1,4 @@
-"""The metrics of a run on disk: `metrics.jsonl` and TensorBoard events."""
+"""The metrics of a run: `metrics.jsonl`, TensorBoard events, and other loggers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 from etils import epath, epy
 
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.folder import parse_json, run_folder, write_whole
+from fpt_jax.run.loggers import Sender
 
 with epy.lazy_imports():
   import tensorflow as tf
@@ -22,14 +24,27 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
   """Writes `metrics.jsonl`, one object per line, and TensorBoard events of one run.
 
-  Lines after the step that a run resumes from are removed, since these steps run again.
+  Lines after the step that a run resumes from are removed, since these steps run again. As a context, it ends
+  with `close`.
+
+  Args:
+    workdir: folder of the run.
+    start_step: step that the run resumes from.
+    loggers: other loggers, which get the same; they are closed as well.
   """
 
-  def __init__(self, workdir: str, start_step: int):
+  def __init__(self, workdir: str, start_step: int, loggers: Sequence[Sender] = ()):
     self._path = run_folder(workdir) / METRICS_FILE
     entries = [entry for entry in read_metrics(workdir) if entry["step"] <= start_step]
     write_whole(self._path, "".join(json.dumps(entry) + "\n" for entry in entries))
     self._events = tf.summary.create_file_writer(str(run_folder(workdir)))
+    self._loggers = loggers
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    self.close(failed=error_type is not None)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Appends the metrics of a step; values that JSON cannot represent are left out.
@@ -45,19 +60,26 @@ class MetricsWriter:
         for name, value in finite.items():
           tf.summary.scalar(name, value, step=step)
       self._events.flush()
+    for sender in self._loggers:
+      sender.send(lambda logger: logger.log(step, finite))
 
   def write_pictures(self, step: int, folder: epath.Path) -> None:
-    """Adds the PNG files of a folder to TensorBoard, as eval/errors for eval/errors.png.
+    """Adds the PNG files of a folder to TensorBoard and the loggers, as eval/errors for eval/errors.png.
 
     Raises:
       UserError: they cannot be read or written.
     """
+    pictures = {}
     with self._reported(step):
       with self._events.as_default():
         for path in sorted(folder.glob("*.png")):
-          picture_HWC = tf.io.decode_png(path.read_bytes(), channels=3)
-          tf.summary.image(f"{folder.name}/{path.stem}", picture_HWC[None], step=step)
+          name = f"{folder.name}/{path.stem}"
+          pictures[name] = path.read_bytes()
+          picture_HWC = tf.io.decode_png(pictures[name], channels=3)
+          tf.summary.image(name, picture_HWC[None], step=step)
       self._events.flush()
+    for sender in self._loggers:
+      sender.send(lambda logger: logger.log_pictures(step, pictures))
 
   @contextlib.contextmanager
   def _reported(self, step: int) -> Iterator[None]:
@@ -69,8 +91,11 @@ class MetricsWriter:
         "disk, and run the same command again"
       ) from error
 
-  def close(self) -> None:
+  def close(self, *, failed: bool = False) -> None:
+    """Closes all files and loggers; `failed`: an error has ended the run."""
     self._events.close()
+    for logger in self._loggers:
+      logger.close(failed=failed)
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:

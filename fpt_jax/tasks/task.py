@@ -20,7 +20,7 @@ from fpt_jax.models import remat
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops import mos_attention
-from fpt_jax.run import config_values
+from fpt_jax.run import config_values, loggers
 from fpt_jax.tasks import detection, segmentation
 from fpt_jax.tasks.queries import Queries
 
@@ -185,6 +185,7 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
   task = task_of(config)
   check_types(config)
   rules = config_values.RULES | {
+    "loggers": config_values.some_of(*loggers.LOGGERS),
     "model.dtype": config_values.one_of(*DTYPES),
     "model.remat": config_values.one_of(*remat.POLICIES),
     "model.remat_parts": config_values.some_of(*remat.PARTS),

@@ -26,6 +26,7 @@ def test_a_field_that_may_be_unset_is_no_wrong_type():
     ("seed", -1, "0 or more"),
     ("steps", -1, "0 or more"),
     ("log_every", 0, "1 or more"),
+    ("loggers", ("tensorboard",), "some of wandb, mlflow"),
     ("eval.every_steps", 0, "1 or more"),
     ("eval.batch_size", 0, "1 or more"),
     ("checkpoint.every_steps", -5, "1 or more"),

@@ -116,7 +116,7 @@ class MLflow:
     self._mlflow = mlflow  # the active run belongs to the thread
     self.run_id = mlflow.start_run(run_id=run_id, run_name=name).info.run_id
     if run_id is None:
-      mlflow.log_params(fields)
+      mlflow.log_params(dict(fields))
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None:
     named = {_name_for_mlflow(name): value for name, value in metrics.items()}

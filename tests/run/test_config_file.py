@@ -37,7 +37,7 @@ def check(found, **options):
     {"checkpoint__every_steps": 7, "checkpoint__keep": 1},
     {"data__source": "/elsewhere", "data__data_dir": "/elsewhere", "data__eval_split": "val[:3]"},
     {"data__num_workers": 3, "data__prefetch": 9, "model__test__score_threshold": 0.5},
-    {"init_from": "/weights"},
+    {"init_from": "/weights", "name": "another", "loggers": ("wandb",)},
     {"data__annotations": "a.json", "data__images": "images"},
   ],
 )

@@ -106,7 +106,7 @@ def test_mlflow(workdir, tmp_path):
   history = client.get_metric_history(ids["mlflow"], "bbox/AR_100")
   assert sorted((m.step, m.value) for m in history) == [(s, s / 2) for s in (1, 2, 3, 3, 4)]
   pictures = sorted(tmp_path.glob("mlruns/**/images/*.png"))
-  assert [re.match(r"eval#errors.step.(\d+)", p.name)[1] for p in pictures] == ["3", "4"]
+  assert [re.match(r"eval.errors.step.(\d+)", p.name)[1] for p in pictures] == ["3", "4"]
   np.testing.assert_array_equal(np.asarray(Image.open(pictures[0])), np.full((4, 6, 3), 200))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from fpt_jax.data import transforms
 from fpt_jax.ops.mirror import mirror
+from fpt_jax.ops.resize import resized
 from fpt_jax.tasks.segmentation import views
 
 WEIGHT_CK = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
@@ -97,7 +98,7 @@ def test_resized_equals_the_data_pipeline(new, rng):
   canvas_HWC = np.full((32, 33, 5), np.inf, np.float32)  # values beyond the image are not used
   canvas_HWC[:21, :30] = image_HWC
   sizes = (np.array([size], np.int32) for size in ((21, 30), new))
-  (found,) = views.resized(canvas_HWC[None], *sizes, (35, 41))
+  (found,) = resized(canvas_HWC[None], *sizes, (35, 41))
   expected = transforms.resize_and_pad(image_HWC, new, new)
   np.testing.assert_allclose(found[: new[0], : new[1]], expected, atol=2e-5)
   if new == (21, 30):

@@ -18,7 +18,7 @@ from fpt_jax.errors import UserError, one_line
 from fpt_jax.models.state import Arrays
 from fpt_jax.ops import target
 from fpt_jax.restored import Restored
-from fpt_jax.run.folder import is_remote, make_folder, write_whole, writing
+from fpt_jax.run.folder import make_folder, write_whole, writing
 from fpt_jax.tasks.program import ImageProgram
 from fpt_jax.tasks.subjects import Subject
 from fpt_jax.tasks.task import task_of
@@ -80,9 +80,9 @@ def export(
   """Writes a model as a program for each platform, from an image of any size to a prediction.
 
   Writes `model_<platform>.jax_export`, a serialized `jax.export.Exported`, or the folder
-  `saved_model_<platform>`, and `export_<platform>.json`, which describes input and output. The program for this
-  machine's platform is read again and compared with `Restored.predict`. Its size and the times of both
-  are logged.
+  `saved_model_<platform>`, and `export_<platform>.json`, which describes input and output. The program
+  for this machine's platform is read again and compared with `Restored.predict`; one that differs is removed.
+  Its size and the times of both are logged.
 
   Args:
     restored: the model.
@@ -100,8 +100,15 @@ def export(
   """
   if format == "onnx":
     raise UserError(
-      "--format=onnx does not exist: no maintained converter reads JAX's programs; use --format=stablehlo, or "
-      "--format=saved_model for TensorFlow"
+      "--format=onnx does not exist: no maintained converter reads JAX's programs; use --format=stablehlo, "
+      "or --format=saved_model for TensorFlow"
+    )
+  here = {platform for platform in platforms if PLATFORMS[platform] == jax.default_backend()}
+  if format == "saved_model" and set(platforms) != here:
+    raise UserError(
+      f"--format=saved_model --platforms={','.join(platforms)} does not exist on this machine: "
+      "TensorFlow has to run a program before it is kept, since it may be older than JAX; use "
+      "--format=stablehlo"
     )
   if restored.config.mesh.shape[-1] != 1:
     raise UserError(
@@ -119,13 +126,17 @@ def export(
     write_whole(out / f"export_{platform}.json", json.dumps(description, indent=2) + "\n")
     size = size_of_files(path)
     logging.info("%s: %.1f MB, canvas %d x %d", path, size / 1e6, *program.canvas)
-    if PLATFORMS[platform] != jax.default_backend():
+    if platform not in here:
       logging.warning(
         "%s is not checked: this machine has no %s; run it on one image there", path, platform
       )
       continue
     chosen = subjects or iter([drawn(program.canvas)])
-    compare(restored, program, load(path, format), chosen, path)
+    try:
+      compare(restored, program, load(path, format), chosen, path)
+    except UserError:
+      path.rmtree() if path.is_dir() else path.unlink()
+      raise
 
 
 def exported_program(program: ImageProgram, arrays: Arrays, platform: str) -> jax_export.Exported:
@@ -242,7 +253,10 @@ def compare(
     try:
       outputs = call(image_HWC)
     except Exception as error:
-      raise UserError(f"{path} does not run: {one_line(error, 300)}") from error
+      advice = "use --format=stablehlo" if path.is_dir() else "set a smaller --canvas"
+      raise UserError(
+        f"{path} does not run and was removed; {advice}; the reason is {one_line(error, 300)}"
+      ) from error
     difference = program.difference(outputs, image_HWC, expected, min_score)
     logging.info(
       "%s: largest difference from restore(...).predict %.2g; %.0f ms, predict %.0f ms",
@@ -254,8 +268,8 @@ def compare(
     worst = max(worst, difference)
   if not worst <= limit:
     raise UserError(
-      f"{path} differs from restore(...).predict by {worst:.2g}, more than {limit:g}; "
-      "set --canvas to the canvas that the config lays such images on, or do not use the file"
+      f"{path} differs from restore(...).predict by {worst:.2g}, more than {limit:g}, and was removed; set "
+      "--canvas to the canvas that the config lays such images on"
     )
 
 

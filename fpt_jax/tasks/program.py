@@ -29,7 +29,8 @@ class Limit(NamedTuple):
   most: int
 
   def __str__(self) -> str:
-    return f"{self.rows}*h + {self.columns}*w <= {self.most}"
+    terms = ((self.rows, "h"), (self.columns, "w"))
+    return " + ".join(f"{n}*{edge}" for n, edge in terms if n) + f" <= {self.most}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,8 @@ def image_program(
     )
   if views.short_edges(config) != (data.short_edge,):
     raise UserError(
-      f"config.eval.short_edges={tuple(config.eval.short_edges)}: an exported program has images at one size, "
-      "config.data.short_edge; set --config.eval.short_edges='()'"
+      f"config.eval.short_edges={tuple(config.eval.short_edges)}: an exported program has images at one "
+      "size, config.data.short_edge; set --config.eval.short_edges='()'"
     )
   largest = (data.long_edge, data.long_edge)
   chosen = program.chosen_canvas(data, canvas, largest, multiple=canvases.multiple_of(data))

@@ -14,10 +14,10 @@ from fpt_jax.tasks import program
 def sizes():
   """Sizes of images: squares, where float64 cuts off a pixel, multiples of an edge, and random ones."""
   rng = np.random.default_rng(0)
-  edges = np.arange(1, 4000)
+  edges = np.arange(1, 1500)
   squares = np.stack([edges, edges], axis=1)
   multiples = np.stack([edges, edges * rng.integers(1, 5, len(edges))], axis=1)
-  return np.concatenate([squares, multiples, multiples[:, ::-1], rng.integers(1, 6000, (20000, 2))])
+  return np.concatenate([squares, multiples, multiples[:, ::-1], rng.integers(1, 6000, (2000, 2))])
 
 
 @pytest.mark.parametrize(("short", "long"), [(800, 1333), (64, 64), (333, 5000), (1024, 1024)])
@@ -25,10 +25,8 @@ def test_sizes_of_detection_equal_the_data_pipeline(short, long, sizes):
   found_N2 = jax.jit(jax.vmap(program.Resize(short, long)))(jnp.asarray(sizes, jnp.int32))
   expected_N2 = [transforms.resized_size(*map(int, size), short, long) for size in sizes]
   np.testing.assert_array_equal(found_N2, expected_N2)
-  exact_N = np.minimum(short * sizes // sizes.min(axis=1)[:, None], long).min(axis=1)
-  assert (
-    long == 5000 or (np.min(expected_N2, axis=1) < exact_N).any()
-  )  # what integers alone get wrong
+  squares = np.array(expected_N2[:1499])
+  assert (squares == min(short, long) - 1).any()  # which exact integers would not give
 
 
 @pytest.mark.parametrize("short", [65, 512])

@@ -42,7 +42,7 @@ class ImageProgram:
       symbolic dimensions.
     canvas: (height, width) that images are laid on, pixels.
     limits: the sizes of images that fit.
-    classes: what the numbers in the result stand for, as JSON.
+    classes: what the numbers in the result stand for, as JSON; with masks, also how they are pasted.
     difference: function of the result of `run`, the image, the result of `Restored.predict` and a score: the
       largest difference. It counts detections of at least this score.
   """
@@ -50,7 +50,7 @@ class ImageProgram:
   run: Callable[[Arrays, jax.Array], dict[str, jax.Array]]
   canvas: tuple[int, int]
   limits: tuple[Limit, ...]
-  classes: dict[str, list[Any]]
+  classes: dict[str, Any]
   difference: Callable[[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray], float], float]
 
   def fits(self, size: tuple[int, int]) -> bool:

@@ -78,6 +78,7 @@ def image_program(
     {
       "category_ids": [int(i) for i in model.category_ids],
       "category_names": list(model.category_names),
+      "aligned": bool(model.aligned),
     },
     difference,
   )

@@ -262,8 +262,8 @@ def compare(
       "%s: largest difference from restore(...).predict %.2g; %.0f ms, predict %.0f ms",
       subject.name,
       difference,
-      milliseconds(lambda image_HWC=image_HWC: call(image_HWC)),
-      milliseconds(lambda image_HWC=image_HWC: restored.predict([image_HWC])),
+      milliseconds(call, image_HWC),
+      milliseconds(restored.predict, [image_HWC]),
     )
     worst = max(worst, difference)
   if not worst <= limit:
@@ -273,12 +273,12 @@ def compare(
     )
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
+def milliseconds(call: Callable[[Any], Any], argument: Any) -> float:
   """Returns the median time of some calls in milliseconds."""
   times = []
   for _ in range(TIMED_CALLS):
     start = time.perf_counter()
-    call()
+    call(argument)
     times.append(time.perf_counter() - start)
   return 1000 * statistics.median(times)
 

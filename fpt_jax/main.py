@@ -15,24 +15,24 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from fpt_jax import analyze, configs, data, explain, optim, predict
+from fpt_jax import analyze, configs, data, explain, export, optim, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
 from fpt_jax.restored import open_run
 from fpt_jax.run import best, cluster, command_line, hosts, profile, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
-from fpt_jax.run.folder import check_writable, run_folder
+from fpt_jax.run.folder import check_writable, folder_of, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
 from fpt_jax.tasks.task import check_config, check_types, task_of
 from fpt_jax.train import train
 
-MODES = ("prepare", "browse", "train", "eval", "predict", "explain", "analyze")
+MODES = ("prepare", "browse", "train", "eval", "predict", "explain", "analyze", "export")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "Config file, optionally followed by a colon and words. Without it, browse, eval, predict, explain "
-  "and analyze use the config of the run in --workdir.",
+  "Config file, optionally followed by a colon and words. Without it, browse, eval, predict, explain, "
+  "analyze and export use the config of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -45,7 +45,8 @@ _MODE = flags.DEFINE_enum(
   MODES,
   "prepare: write the records of the data set. browse: draw training images with their targets. "
   "train: train and evaluate. eval: evaluate a checkpoint. predict: draw predictions for images. "
-  "explain: draw what the transformers attend to. analyze: count parameters, multiply-adds and memory.",
+  "explain: draw what the transformers attend to. analyze: count parameters, multiply-adds and memory. "
+  "export: write prediction as a program that runs without this package.",
 )
 _ALLOW_CONFIG_CHANGES = flags.DEFINE_bool(
   "allow_config_changes",
@@ -69,13 +70,14 @@ flags.adopt_module_key_flags(command_line)
 _STEP = flags.DEFINE_string(
   "step",
   "",
-  "Step of the checkpoint for eval, predict and explain, or best: that of the best evaluation by "
+  "Step of the checkpoint for eval, predict, explain and export, or best: that of the best evaluation by "
   "config.checkpoint.best_metric. The newest by default.",
 )
 _IMAGES = flags.DEFINE_list(
   "images",
   [],
-  "Image files and folders for predict and explain; the images of config.data.eval_split by default.",
+  "Image files and folders for predict and explain, by default the images of config.data.eval_split; and for "
+  "the check of export, by default a drawn one.",
 )
 _POINTS = flags.DEFINE_string(
   "points",
@@ -92,6 +94,26 @@ _NUM_IMAGES = flags.DEFINE_integer(
 )
 _MIN_SCORE = flags.DEFINE_float(
   "min_score", 0.5, "Lowest score of a detection that predict draws and explain chooses."
+)
+_FORMAT = flags.DEFINE_enum(
+  "format",
+  "stablehlo",
+  export.FORMATS,
+  "For --mode=export. stablehlo: a file that jax.export reads. saved_model: TensorFlow's folder.",
+)
+_PLATFORMS = flags.DEFINE_list(
+  "platforms",
+  ["cpu"],
+  f"For --mode=export: where the program will run, some of {','.join(export.PLATFORMS)}; one file for each.",
+)
+_CANVAS = flags.DEFINE_list(
+  "canvas",
+  [],
+  "HEIGHT,WIDTH for --mode=export: the canvas that images are laid on, pixels; by default one that holds all "
+  "of config.data.buckets.",
+)
+_EXPORT_DIR = flags.DEFINE_string(
+  "export_dir", "", "Folder for --mode=export; the folder export of --workdir by default."
 )
 
 
@@ -137,8 +159,10 @@ def main() -> None:
     run_eval(config_to_use(workdir, config), workdir)
   elif mode == "predict":
     run_predict(config_to_use(workdir, config), workdir)
-  else:
+  elif mode == "explain":
     run_explain(config_to_use(workdir, config), workdir)
+  else:
+    run_export(config_to_use(workdir, config), workdir)
 
 
 def config_to_use(workdir: str, config: ConfigDict | None) -> ConfigDict:
@@ -193,6 +217,23 @@ def run_explain(config: ConfigDict, workdir: str) -> None:
   restored = open_run(workdir, config, best.parsed_step(_STEP.value))
   subjects = chosen_images(config)
   explain.explain(restored, *subjects, workdir, points=points, min_score=_MIN_SCORE.value)
+
+
+def run_export(config: ConfigDict, workdir: str) -> None:
+  """Runs --mode=export."""
+  platforms = export.checked_platforms(_PLATFORMS.value)
+  canvas = export.parsed_canvas(_CANVAS.value)
+  out = run_folder(workdir) / export.FOLDER
+  if _EXPORT_DIR.value:
+    out = folder_of("--export_dir", _EXPORT_DIR.value)
+  check_writable(out)
+  subjects = None
+  if _IMAGES.value:
+    subjects, _ = chosen_images(config)
+  restored = open_run(workdir, config, best.parsed_step(_STEP.value))
+  export.export(
+    restored, out, format=_FORMAT.value, platforms=platforms, canvas=canvas, subjects=subjects
+  )
 
 
 def chosen_images(config: ConfigDict) -> tuple[Iterator[Subject | UserError], int]:

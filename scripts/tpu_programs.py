@@ -5,7 +5,6 @@ They are those that `fpt_jax.train` and an evaluation run, and FPT alone.
 
 import dataclasses
 from collections.abc import Callable
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from fpt_jax.models.costs import Cost, count
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import build_fpt
 from fpt_jax.models.state import Skeleton, skeleton
+from fpt_jax.ops import target
 from fpt_jax.run import sharding
 from fpt_jax.tasks.task import task_of
 from fpt_jax.train_step import make_train_step, state_shapes
@@ -45,12 +45,12 @@ class Work:
 
   def lowered(self) -> jax.stages.Lowered:
     """The lowered program; code that depends on the backend chooses as on a TPU."""
-    with mock.patch("jax.default_backend", return_value="tpu"):
+    with target.tracing_for("tpu"):
       return self.lower()
 
   def flops(self) -> int:
     """Arithmetic operations of one device; a multiply-add is two."""
-    with mock.patch("jax.default_backend", return_value="tpu"):
+    with target.tracing_for("tpu"):
       cost = self.cost()
     return 2 * (cost.multiply_adds + cost.attention) // self.shares
 

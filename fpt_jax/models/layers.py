@@ -11,6 +11,7 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, downsample_valid
+from fpt_jax.ops import target
 from fpt_jax.ops.mesh import mesh_of
 from fpt_jax.run.sharding import image_groups
 
@@ -71,7 +72,7 @@ def conv_arguments(
   convolution = jax.lax.conv_general_dilated
   if sides == (1, 1):
     convolution = pointwise
-  elif in_control_flow and stride == dilation == 1 and jax.default_backend() == "cpu":
+  elif in_control_flow and stride == dilation == 1 and target.platform() == "cpu":
     convolution = unfolded
   return dict(
     in_features=in_channels,

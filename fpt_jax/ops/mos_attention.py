@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fpt_jax.ops import target
 from fpt_jax.ops.attention_blocks import (
   KeyGradients,
   Keys,
@@ -160,11 +161,11 @@ def _weight_sum(pi_BM, key_valid_BK):
 
 def _choose(scores: int) -> Implementation:
   choice: Implementation
-  if jax.default_backend() == "tpu":
+  if target.platform() == "tpu":
     choice = "pallas"
   else:
     choice = "naive" if scores <= _NAIVE_MAX_SCORES else "chunked"
-  _log_once(choice, jax.default_backend())
+  _log_once(choice, target.platform())
   return choice
 
 
@@ -249,7 +250,7 @@ def _as_biased_dot(q_BQMD, k_BKMD, similarity, scale, key_valid_BK):
 
 def _blocks(B: int) -> _Blocks:
   """How the attention of B images is cut; on a GPU they share the scores of a block."""
-  if jax.default_backend() != "gpu":
+  if target.platform() != "gpu":
     return _CPU_BLOCKS
   return _GPU_BLOCKS._replace(scores=_GPU_BLOCKS.scores // B)
 

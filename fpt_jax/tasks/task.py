@@ -22,6 +22,7 @@ from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops import mos_attention
 from fpt_jax.run import config_values, loggers
 from fpt_jax.tasks import detection, segmentation
+from fpt_jax.tasks.program import ImageProgram
 from fpt_jax.tasks.queries import Queries
 
 Found = dict[str, Any]
@@ -78,6 +79,20 @@ class Task(Protocol):
     self, config: ConfigDict, structure: Skeleton, arrays: Arrays
   ) -> Callable[[np.ndarray], Found]:
     """Returns the function from an image, uint8 RGB [H, W, 3], to what the model finds in it."""
+
+  def image_program(
+    self, config: ConfigDict, structure: Skeleton, canvas: tuple[int, int] | None
+  ) -> ImageProgram:
+    """Returns the function from an image that `--mode=export` writes.
+
+    Args:
+      config: complete config.
+      structure: skeleton of the model, built for the platform that the function will run on.
+      canvas: (height, width) that images are laid on, pixels; None for what the config says.
+
+    Raises:
+      UserError: the config has test-time views that one program does not compute, or no canvas.
+    """
 
   def to_result(self, found: Found, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
     """Converts what the predictor found to the form of `Restored.predict`."""

@@ -1,4 +1,4 @@
-"""Bilinear upsampling against a loop."""
+"""Bilinear upsampling against a loop, and resizes against the data pipeline."""
 
 import functools
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fpt_jax.data import transforms
 from fpt_jax.models.feature_map import valid_positions
-from fpt_jax.ops.resize import upsample_bilinear
+from fpt_jax.ops.resize import resized, upsample_bilinear
 
 
 def enlarged(x_hwC, factor, height, width, align_corners=False):
@@ -84,3 +85,16 @@ def test_aligned_corners_keep_the_place_of_positions():
 def test_a_map_that_is_too_small_is_refused():
   with pytest.raises(ValueError, match=r"a map of \(5, 3\) times 8 does not cover \(41, 24\)"):
     upsample_bilinear(jnp.ones((1, 5, 3, 2)), jnp.ones((1, 5, 3), bool), 8, 41, 24)
+
+
+@pytest.mark.parametrize("new", [(21, 30), (33, 17), (5, 40), (1, 1)])
+def test_resized_equals_the_data_pipeline(new, rng):
+  image_HWC = rng.normal(size=(21, 30, 5)).astype(np.float32)
+  canvas_HWC = np.full((32, 33, 5), np.inf, np.float32)  # values beyond the image are not used
+  canvas_HWC[:21, :30] = image_HWC
+  sizes = (np.array([size], np.int32) for size in ((21, 30), new))
+  (found,) = resized(canvas_HWC[None], *sizes, (35, 41))
+  expected = transforms.resize_and_pad(image_HWC, new, new)
+  np.testing.assert_allclose(found[: new[0], : new[1]], expected, atol=2e-5)
+  if new == (21, 30):
+    np.testing.assert_array_equal(found[:21, :30], image_HWC)

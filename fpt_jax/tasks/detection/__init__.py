@@ -26,6 +26,7 @@ from fpt_jax.tasks.detection.prediction import (
   to_result,
   write_prediction,
 )
+from fpt_jax.tasks.detection.program import image_program
 from fpt_jax.tasks.labels import model_batches
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
   "eval_program",
   "evaluate",
   "forward",
+  "image_program",
   "metric_names",
   "predictor",
   "to_entries",

@@ -24,6 +24,7 @@ from fpt_jax.tasks.segmentation.prediction import (
   to_result,
   write_prediction,
 )
+from fpt_jax.tasks.segmentation.program import image_program
 
 __all__ = [
   "BATCH_KEYS",
@@ -42,6 +43,7 @@ __all__ = [
   "eval_program",
   "evaluate",
   "forward",
+  "image_program",
   "metric_names",
   "predictor",
   "to_entries",

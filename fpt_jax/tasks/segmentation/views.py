@@ -19,6 +19,7 @@ from fpt_jax.data import canvases, crops, transforms
 from fpt_jax.models.feature_map import valid_positions
 from fpt_jax.models.state import Skeleton
 from fpt_jax.ops.mirror import mirror
+from fpt_jax.ops.resize import resized
 
 
 class Rounding(TypedDict):
@@ -88,39 +89,6 @@ def probabilities(
     :, : canvas[0], : canvas[1]
   ]
   return sums_BHWL[..., :-1] / jnp.maximum(sums_BHWL[..., -1:], 1)
-
-
-def resized(
-  x_BHWC: jax.Array, size_B2: jax.Array, new_size_B2: jax.Array, canvas: tuple[int, int]
-) -> jax.Array:
-  """Resizes images, or scores, each from its own size to its own new size.
-
-  Bilinear with half-pixel centres and no antialiasing, as `data.transforms.resize_and_pad`; values
-  beyond an image's edge are not used. The same size gives the same values.
-
-  Args:
-    x_BHWC: images or scores, float.
-    size_B2: sizes of the images, int32.
-    new_size_B2: sizes to resize to, int32.
-    canvas: size of the result, at least every new size.
-
-  Returns:
-    [B, *canvas, C]; beyond the new sizes, the values of the edges continue.
-  """
-
-  def one(x_HWC, size_2, new_size_2):
-    for axis in (0, 1):
-      last = size_2[axis] - 1
-      ratio = size_2[axis] / new_size_2[axis]
-      place_N = jnp.clip((jnp.arange(canvas[axis]) + 0.5) * ratio - 0.5, 0, last)
-      low_N = jnp.floor(place_N).astype(jnp.int32)
-      share_N = jnp.expand_dims(place_N - low_N, (1 - axis, 2))
-      low_HWC = jnp.take(x_HWC, low_N, axis=axis)
-      high_HWC = jnp.take(x_HWC, jnp.minimum(low_N + 1, last), axis=axis)
-      x_HWC = low_HWC * (1 - share_N) + high_HWC * share_N
-    return x_HWC
-
-  return jax.vmap(one)(x_BHWC, size_B2, new_size_B2)
 
 
 def scorer_at_one_scale(

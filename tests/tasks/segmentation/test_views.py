@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpt_jax.data import transforms
 from fpt_jax.ops.mirror import mirror
 from fpt_jax.tasks.segmentation import views
 
@@ -89,16 +88,3 @@ def test_mirror_images_stay_at_the_left(rng):
   mirrored = mirror(jnp.asarray(image_BHWC), jnp.asarray(size_B2))
   np.testing.assert_array_equal(mirrored, expected)
   np.testing.assert_array_equal(mirror(mirrored, jnp.asarray(size_B2)), image_BHWC)
-
-
-@pytest.mark.parametrize("new", [(21, 30), (33, 17), (5, 40), (1, 1)])
-def test_resized_equals_the_data_pipeline(new, rng):
-  image_HWC = rng.normal(size=(21, 30, 5)).astype(np.float32)
-  canvas_HWC = np.full((32, 33, 5), np.inf, np.float32)  # values beyond the image are not used
-  canvas_HWC[:21, :30] = image_HWC
-  sizes = (np.array([size], np.int32) for size in ((21, 30), new))
-  (found,) = views.resized(canvas_HWC[None], *sizes, (35, 41))
-  expected = transforms.resize_and_pad(image_HWC, new, new)
-  np.testing.assert_allclose(found[: new[0], : new[1]], expected, atol=2e-5)
-  if new == (21, 30):
-    np.testing.assert_array_equal(found[:21, :30], image_HWC)

@@ -1,0 +1,290 @@
+"""Prediction as a program in a file, which runs without this package."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath, epy
+from jax import export as jax_export
+
+from fpt_jax import models
+from fpt_jax.errors import UserError, one_line
+from fpt_jax.models.state import Arrays
+from fpt_jax.ops import target
+from fpt_jax.restored import Restored
+from fpt_jax.run.folder import make_folder, write_whole, writing
+from fpt_jax.tasks.program import ImageProgram
+from fpt_jax.tasks.subjects import Subject
+from fpt_jax.tasks.task import task_of
+
+with epy.lazy_imports():
+  import tensorflow as tf
+  from jax.experimental import jax2tf
+
+FOLDER = "export"
+FORMATS = ("stablehlo", "saved_model", "onnx")
+PLATFORMS = {
+  "cpu": "cpu",
+  "tpu": "tpu",
+  "cuda": "gpu",
+}  # of jax.export, and the name of the backend
+# largest difference from `Restored.predict`, and the lowest score of a detection that counts, by dtype
+TOLERANCES = {"float32": (1e-4, 0.0), "bfloat16": (5e-2, 0.5)}
+TIMED_CALLS = 5
+
+Call = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def checked_platforms(names: Sequence[str]) -> tuple[str, ...]:
+  """Returns what --platforms names.
+
+  Raises:
+    UserError: a platform is not one of `PLATFORMS`, or there is none.
+  """
+  if not names or not set(names) <= set(PLATFORMS):
+    raise UserError(f"--platforms={','.join(names)} must be some of {','.join(PLATFORMS)}")
+  return tuple(dict.fromkeys(names))
+
+
+def parsed_canvas(edges: Sequence[str]) -> tuple[int, int] | None:
+  """Returns the (height, width) that --canvas names, or None if it is not set.
+
+  Raises:
+    UserError: it is not two positive numbers.
+  """
+  if not edges:
+    return None
+  if len(edges) != 2 or not all(edge.isdecimal() and int(edge) for edge in edges):
+    raise UserError(
+      f"--canvas={','.join(edges)} must be HEIGHT,WIDTH, two positive numbers of pixels"
+    )
+  height, width = map(int, edges)
+  return height, width
+
+
+def export(
+  restored: Restored,
+  out: epath.Path,
+  *,
+  format: str = "stablehlo",
+  platforms: Sequence[str] = ("cpu",),
+  canvas: tuple[int, int] | None = None,
+  subjects: Iterator[Subject | UserError] | None = None,
+) -> None:
+  """Writes a model as a program for each platform, from an image of any size to a prediction.
+
+  Writes `model_<platform>.jax_export`, a serialized `jax.export.Exported`, or the folder
+  `saved_model_<platform>`, and `export_<platform>.json`, which describes input and output. The program
+  for this machine's platform is read again and compared with `Restored.predict`; one that differs is removed.
+  Its size and the times of both are logged.
+
+  Args:
+    restored: the model.
+    out: folder for the files.
+    format: one of `FORMATS`.
+    platforms: some of `PLATFORMS`.
+    canvas: (height, width) that images are laid on, pixels; None for what the config says, see
+      `tasks.task.Task.image_program`.
+    subjects: images to compare predictions for; None for a drawn one. An image that cannot be read is an
+      error in its place.
+
+  Raises:
+    UserError: the format does not exist, the config cannot be exported, a file cannot be written, or the
+      predictions differ.
+  """
+  if format == "onnx":
+    raise UserError(
+      "--format=onnx does not exist: no maintained converter reads JAX's programs; use --format=stablehlo, "
+      "or --format=saved_model for TensorFlow"
+    )
+  here = {platform for platform in platforms if PLATFORMS[platform] == jax.default_backend()}
+  if format == "saved_model" and set(platforms) != here:
+    raise UserError(
+      f"--format=saved_model --platforms={','.join(platforms)} does not exist on this machine: "
+      "TensorFlow has to run a program before it is kept, since it may be older than JAX; use "
+      "--format=stablehlo"
+    )
+  if restored.config.mesh.shape[-1] != 1:
+    raise UserError(
+      f"config.mesh.shape={tuple(restored.config.mesh.shape)}: an exported program runs on one device; set "
+      "--config.mesh.shape='(-1, 1)'"
+    )
+  make_folder(out)
+  for platform in platforms:
+    with target.tracing_for(PLATFORMS[platform]):
+      structure = models.structure_of(restored.config)
+      program = task_of(restored.config).image_program(restored.config, structure, canvas)
+      exported = exported_program(program, restored.arrays, platform)
+    path = write(exported, program, out, format, platform)
+    description = described(exported, program, restored, platform)
+    write_whole(out / f"export_{platform}.json", json.dumps(description, indent=2) + "\n")
+    size = size_of_files(path)
+    logging.info("%s: %.1f MB, canvas %d x %d", path, size / 1e6, *program.canvas)
+    if platform not in here:
+      logging.warning(
+        "%s is not checked: this machine has no %s; run it on one image there", path, platform
+      )
+      continue
+    chosen = subjects or iter([drawn(program.canvas)])
+    try:
+      compare(restored, program, load(path, format), chosen, path)
+    except UserError:
+      path.rmtree() if path.is_dir() else path.unlink()
+      raise
+
+
+def exported_program(program: ImageProgram, arrays: Arrays, platform: str) -> jax_export.Exported:
+  """Returns a program with the model's arrays inside, for images of symbolic height and width."""
+  arrays_inside = jax.device_get(arrays)
+  scope = jax_export.SymbolicScope([str(limit) for limit in program.limits])
+  shape = jax_export.symbolic_shape("h, w, 3", scope=scope)
+
+  @jax.jit
+  def predict(image_HWC):
+    return program.run(jax.tree.map(jnp.asarray, arrays_inside), image_HWC)
+
+  return jax_export.export(predict, platforms=[platform])(jax.ShapeDtypeStruct(shape, jnp.uint8))
+
+
+def write(
+  exported: jax_export.Exported, program: ImageProgram, out: epath.Path, format: str, platform: str
+) -> epath.Path:
+  """Writes a program in one of the formats that exist; returns its path."""
+  if format == "stablehlo":
+    path = out / f"model_{platform}.jax_export"
+    write_whole(path, bytes(exported.serialize()))
+    return path
+  path = out / f"saved_model_{platform}"
+  function = jax2tf.convert(
+    exported.call,
+    polymorphic_shapes=["h, w, 3"],
+    polymorphic_constraints=[str(limit) for limit in program.limits],
+    native_serialization_platforms=[platform],
+    with_gradient=False,
+  )
+  module = tf.Module()
+  module.__call__ = tf.function(
+    function,
+    autograph=False,
+    input_signature=[tf.TensorSpec((None, None, 3), tf.uint8, name="image")],
+  )
+  with writing(path):
+    tf.saved_model.save(module, str(path))
+  return path
+
+
+def load(path: epath.Path, format: str) -> Call:
+  """Returns the function that a file or folder of `write` has, compiled when it is called."""
+  if format == "stablehlo":
+    call = jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
+    return lambda image_HWC: jax.device_get(call(image_HWC))
+  module = tf.saved_model.load(str(path))
+  return lambda image_HWC: {name: x.numpy() for name, x in module(image_HWC).items()}
+
+
+def described(
+  exported: jax_export.Exported, program: ImageProgram, restored: Restored, platform: str
+) -> dict[str, Any]:
+  """Returns what a user of a program has to know, as JSON."""
+
+  def array(value: jax.core.ShapedArray) -> dict[str, Any]:
+    shape = [edge if isinstance(edge, int) else str(edge) for edge in value.shape]
+    return {"dtype": str(value.dtype), "shape": shape}
+
+  outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+  config = restored.config
+  return {
+    "platform": platform,
+    "input": {"image": array(exported.in_avals[0]) | {"values": "RGB, 0 to 255"}},
+    "sizes_that_fit": [str(limit) for limit in program.limits],
+    "output": {name: array(value) for name, value in outputs.items()},
+    "canvas": list(program.canvas),
+    "step": restored.step,
+    "model": config.model.name,
+    "data": config.data.name,
+    "jax": jax.__version__,
+    "calling_convention_version": exported.calling_convention_version,
+  } | program.classes
+
+
+def drawn(canvas: tuple[int, int]) -> Subject:
+  """Returns an image of rectangles in many colours, of the size of a canvas."""
+  rng = np.random.default_rng(0)
+  height, width = canvas
+  image_HWC = np.full((height, width, 3), 96, np.uint8)
+  for _ in range(24):
+    y, x = (int(rng.integers(edge)) for edge in canvas)
+    rows, columns = (int(rng.integers(edge // 16, edge // 2) + 1) for edge in canvas)
+    image_HWC[y : y + rows, x : x + columns] = rng.integers(0, 256, 3)
+  return Subject("a drawn image", image_HWC, None)
+
+
+def compare(
+  restored: Restored,
+  program: ImageProgram,
+  call: Call,
+  subjects: Iterator[Subject | UserError],
+  path: epath.Path,
+) -> None:
+  """Compares a program with `Restored.predict`, and logs their largest difference and their times.
+
+  Raises:
+    UserError: an image cannot be read or does not fit on the canvas, or the predictions differ.
+  """
+  limit, min_score = TOLERANCES[str(restored.config.model.dtype)]
+  worst = 0.0
+  for subject in subjects:
+    if isinstance(subject, UserError):
+      raise subject
+    image_HWC = subject.image_HWC
+    height, width = image_HWC.shape[:2]
+    if not program.fits((height, width)):
+      raise UserError(
+        f"--images: {subject.name} has {height} x {width} pixels and does not fit on the canvas of "
+        f"{program.canvas[0]} x {program.canvas[1]}; set a larger --canvas, or leave it out"
+      )
+    (expected,) = restored.predict([image_HWC])
+    try:
+      outputs = call(image_HWC)
+    except Exception as error:
+      advice = "use --format=stablehlo" if path.is_dir() else "set a smaller --canvas"
+      raise UserError(
+        f"{path} does not run and was removed; {advice}; the reason is {one_line(error, 300)}"
+      ) from error
+    difference = program.difference(outputs, image_HWC, expected, min_score)
+    logging.info(
+      "%s: largest difference from restore(...).predict %.2g; %.0f ms, predict %.0f ms",
+      subject.name,
+      difference,
+      milliseconds(call, image_HWC),
+      milliseconds(restored.predict, [image_HWC]),
+    )
+    worst = max(worst, difference)
+  if not worst <= limit:
+    raise UserError(
+      f"{path} differs from restore(...).predict by {worst:.2g}, more than {limit:g}, and was removed; set "
+      "--canvas to the canvas that the config lays such images on"
+    )
+
+
+def milliseconds(call: Callable[[Any], Any], argument: Any) -> float:
+  """Returns the median time of some calls in milliseconds."""
+  times = []
+  for _ in range(TIMED_CALLS):
+    start = time.perf_counter()
+    call(argument)
+    times.append(time.perf_counter() - start)
+  return 1000 * statistics.median(times)
+
+
+def size_of_files(path: epath.Path) -> int:
+  """Returns the size of a file, or of all files of a folder, in bytes."""
+  if not path.is_dir():
+    return path.stat().length
+  return sum(size_of_files(inside) for inside in path.iterdir())

@@ -200,13 +200,13 @@ def add_optim(config: ConfigDict) -> None:
   # factor of the learning rate of biases, except those of normalisations; 2 in Detectron, PANet and the code
   # of FPT
   optim.bias_rate = 1.0
-  # training steps in which the learning rate rises linearly; 0: no warm-up
   # factors of the learning rate and of the weight decay by regular expressions that are searched in the names
   # of parameters, such as (("^backbone", 0.1, 1.0),); the first that fits counts
   optim.groups = ()
   # share of the moving average of the weights that an update keeps, such as 0.999; evaluation, prediction and
   # runs with init_from take the average; 0: no average
   optim.ema_decay = 0.0
+  # training steps in which the learning rate rises linearly; 0: no warm-up
   optim.warmup_steps = 500
   optim.warmup_factor = 0.001  # factor of the learning rate at the first step of the warm-up
   optim.schedule = "step"  # schedule of the learning rate: step, cosine or poly

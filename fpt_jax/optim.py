@@ -108,18 +108,24 @@ def optimizer(config) -> optax.GradientTransformation:
     of = factors(config, parameters)
     return {n: u + optim.weight_decay * of[n].decay * parameters[n] for n, u in updates.items()}
 
-  def at_rate(updates, parameters):
-    of = factors(config, parameters)
-    return {n: u if of[n].rate == 1 else of[n].rate * u for n, u in updates.items()}
+  def at_rates(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    # without a state of its own: the states of earlier versions fit
+    def update(updates, state, parameters):
+      updates, state = transformation.update(updates, state, parameters)
+      of = factors(config, parameters)
+      return {n: u if of[n].rate == 1 else of[n].rate * u for n, u in updates.items()}, state
+
+    return optax.GradientTransformation(transformation.init, update)
 
   clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
   if optim.name == "sgd":
     sgd = optax.sgd(schedule(config), momentum=optim.momentum)
-    steps = [optax.stateless(decay), sgd]
+    steps = [optax.stateless(decay), at_rates(sgd)]
   else:
     adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
-    steps = [adam, optax.stateless(decay), optax.scale_by_learning_rate(schedule(config))]
-  chain = optax.chain(clip, *steps, optax.stateless(at_rate))
+    rate = optax.scale_by_learning_rate(schedule(config))
+    steps = [adam, optax.stateless(decay), at_rates(rate)]
+  chain = optax.chain(clip, *steps)
   if optim.accumulate_steps == 1:
     return chain
   return optax.MultiSteps(chain, optim.accumulate_steps).gradient_transformation()

@@ -109,8 +109,8 @@ _PLATFORMS = flags.DEFINE_list(
 _CANVAS = flags.DEFINE_list(
   "canvas",
   [],
-  "HEIGHT,WIDTH for --mode=export: the canvas that images are laid on, pixels; by default one that holds all "
-  "of config.data.buckets.",
+  "HEIGHT,WIDTH for --mode=export: the canvas that images are laid on, pixels; by default the first of "
+  "config.data.buckets.",
 )
 _EXPORT_DIR = flags.DEFINE_string(
   "export_dir", "", "Folder for --mode=export; the folder export of --workdir by default."

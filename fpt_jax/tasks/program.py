@@ -61,31 +61,28 @@ class ImageProgram:
 def chosen_canvas(
   data: ConfigDict,
   canvas: tuple[int, int] | None,
-  default: tuple[int, int] | None,
   *,
   multiple: int,
   remainder: int = 0,
 ) -> tuple[int, int]:
-  """Returns `canvas`, or one that holds every bucket of `config.data`, or `default`.
+  """Returns `canvas`, or the first bucket of `config.data`.
 
   Args:
     data: the config's `data`.
     canvas: (height, width), pixels, or None.
-    default: (height, width), pixels, or None.
-    multiple, remainder: how `canvas` and `default` are rounded up, see `data.transforms.round_up`.
+    multiple, remainder: how `canvas` is rounded up, see `data.transforms.round_up`.
 
   Raises:
     UserError: there is none of them.
   """
   if data.buckets and not canvas:
-    height, width = (max(edges) for edges in zip(*data.buckets, strict=True))
+    height, width = data.buckets[0]
     return height, width
-  given = canvas or default
-  if given is None:
+  if not canvas:
     raise UserError(
       "--canvas=HEIGHT,WIDTH is needed: config.data.buckets is (), so that nothing says how large images are"
     )
-  height, width = (round_up(edge, multiple, remainder) for edge in given)
+  height, width = (round_up(edge, multiple, remainder) for edge in canvas)
   return height, width
 
 

@@ -37,8 +37,7 @@ def image_program(
       f"config.eval.short_edges={tuple(config.eval.short_edges)}: an exported program has images at one "
       "size, config.data.short_edge; set --config.eval.short_edges='()'"
     )
-  largest = (data.long_edge, data.long_edge)
-  chosen = program.chosen_canvas(data, canvas, largest, multiple=canvases.multiple_of(data))
+  chosen = program.chosen_canvas(data, canvas, multiple=canvases.multiple_of(data))
   detect = views.detector(config, structure)
   resize = program.Resize(data.short_edge, data.long_edge)
   category_ids = np.array(model.category_ids, np.int32)

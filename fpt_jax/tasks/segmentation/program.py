@@ -25,7 +25,7 @@ def image_program(
       f"config.eval.scales={tuple(config.eval.scales)}: an exported program has images at one size; set "
       "--config.eval.scales='(1.0,)'"
     )
-  chosen = program.chosen_canvas(data, canvas, None, **views.rounding(config))
+  chosen = program.chosen_canvas(data, canvas, **views.rounding(config))
   scores = views.scorer_at_one_scale(config, structure)
   resize = program.Resize(data.short_edge, round_half_up=True)
 

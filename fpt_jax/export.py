@@ -29,11 +29,8 @@ with epy.lazy_imports():
 
 FOLDER = "export"
 FORMATS = ("stablehlo", "saved_model", "onnx")
-PLATFORMS = {
-  "cpu": "cpu",
-  "tpu": "tpu",
-  "cuda": "gpu",
-}  # of jax.export, and the name of the backend
+# of jax.export, and the name of the backend
+PLATFORMS = {"cpu": "cpu", "tpu": "tpu", "cuda": "gpu"}
 # largest difference from `Restored.predict`, and the lowest score of a detection that counts, by dtype
 TOLERANCES = {"float32": (1e-4, 0.0), "bfloat16": (5e-2, 0.5)}
 TIMED_CALLS = 5

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import data, models, optim
 from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
-from fpt_jax.models.backbones.context_blocks import in_context_block
-from fpt_jax.models.state import initial_arrays, within
+from fpt_jax.initial_weights import starting_arrays
 from fpt_jax.run import checkpoints, hosts, loggers, sharding
 from fpt_jax.run.best import Best, best_of_run
 from fpt_jax.run.config_file import (
@@ -34,8 +32,6 @@ from fpt_jax.run.progress import Clock
 from fpt_jax.run.stop import Stopped, StopSignal
 from fpt_jax.tasks.task import check_config, check_types, task_of
 from fpt_jax.train_step import arrays_to_use, make_train_step, state_shapes, training_state
-from fpt_jax.weights.families import preprocessing
-from fpt_jax.weights.imported import pretrained_shapes
 
 
 def train(
@@ -369,84 +365,6 @@ def adopt_classes(config: ConfigDict, workdir: str) -> ConfigDict | None:
   config.model.update({field: before.model[field] for field in unnamed if before.model[field]})
   task.adopt_classes(config, dataset)
   return before
-
-
-def starting_arrays(
-  config: ConfigDict, shapes: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-  """Returns random weights, replaced by those of `config.init_from` where its arrays fit the model.
-
-  Args:
-    config: config of the run.
-    shapes: shape, dtype and sharding of each array of the model by name.
-
-  Raises:
-    UserError: `config.init_from` has no array that fits, or its weights need other preprocessing.
-  """
-  arrays = initial_arrays(
-    lambda: models.build(config, nnx.Rngs(config.seed)), sharding.shardings(shapes)
-  )
-  if not config.init_from:
-    frozen_parts = [name for name in config.optim.frozen if within(name, "backbone")]
-    if config.model.backbone.frozen or frozen_parts:
-      logging.warning(
-        "%s at random weights; set --config.init_from to pretrained ones",
-        f"{frozen_parts[0]} is frozen" if frozen_parts else "the backbone is frozen",
-      )
-    return arrays
-  other_config = read_config(config.init_from)
-  check_config(other_config, training=False)
-  check_preprocessing(config, other_config)
-  other = checkpoints.manager(config.init_from, create=False)
-  wanted = pretrained_shapes(config.init_from, shapes)
-  loaded = checkpoints.restore_matching(other, wanted)
-  other.close()
-  fresh = sorted(set(arrays) - set(loaded))
-  if fresh:
-    logging.info(
-      "%d arrays are not in %s and start from random values, %s first",
-      *(len(fresh), config.init_from, fresh[0]),
-    )
-  missing = [n for n in fresh if within(n, "backbone") and not in_context_block(n)]
-  if config.model.backbone.frozen and missing:
-    logging.warning(
-      "the backbone is frozen, and %d of its arrays are not in %s, %s first; import weights with this "
-      "run's config, or train them with --config.model.backbone.frozen=False",
-      *(len(missing), config.init_from, missing[0]),
-    )
-  return arrays | loaded
-
-
-def check_preprocessing(config: ConfigDict, other: ConfigDict) -> None:
-  """Checks that a run preprocesses images as its initial weights need it.
-
-  Args:
-    config: config of the run.
-    other: config in the folder that `config.init_from` names.
-
-  Raises:
-    UserError: mean, standard deviation, channel order or strides differ.
-  """
-  theirs, ours = preprocessing(other.model), preprocessing(config.model)
-  different = [
-    field
-    for field, value in ours.items()
-    if (
-      value != theirs[field]
-      if isinstance(value, str)
-      else not np.allclose(value, theirs[field], atol=1e-4)
-    )
-  ]
-  if different:
-    wanted, found, flags = (
-      ", ".join(f"model.{field}={theirs[field]}" for field in different),
-      ", ".join(str(ours[field]) for field in different),
-      " ".join(f"'--config.model.{field}={theirs[field]}'" for field in different),
-    )
-    raise UserError(
-      f"--config.init_from={config.init_from} has weights for {wanted}, and this run has {found}; set "
-      f"{flags}"
-    )
 
 
 def finite_losses(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:

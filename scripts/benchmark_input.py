@@ -46,7 +46,7 @@ from fpt_jax.data.records.instances import Record
 from fpt_jax.data.records.label_map import LabelRecord
 from fpt_jax.errors import UserError
 from fpt_jax.run import command_line, sharding
-from fpt_jax.tasks.detection.batches import example_of, load_image
+from fpt_jax.tasks.detection.examples import example_of, load_image
 from fpt_jax.tasks.task import check_config, task_of
 from scripts.machine import allowed_cores, cpu
 from scripts.process_memory import peak_growth, private

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from fpt_jax import data
@@ -175,6 +177,16 @@ def error_lines(process: subprocess.Popen, timeout: float = 400) -> list[str]:
   return [line for line in text.splitlines() if line.startswith(("error:", "Traceback"))]
 
 
+def entries_of(workdir):
+  """Returns what training wrote into metrics.jsonl, by step."""
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return {entry["step"]: entry for entry in lines if "total_loss" in entry}
+
+
+def norm_of(arrays, names):
+  return np.sqrt(sum(np.sum(np.square(np.float64(arrays[name]))) for name in names))
+
+
 def losses_by_step(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
   """Returns the losses in metrics.jsonl by step; fails if a step is written twice."""
   losses = {}
@@ -184,3 +196,13 @@ def losses_by_step(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
       assert entry["step"] not in losses
       losses[entry["step"]] = {k: v for k, v in entry.items() if "loss" in k}
   return losses
+
+
+def wait_for_step(workdir, step, process, seconds=900):
+  """Waits until metrics.jsonl has reached a step."""
+  file, end = workdir / "metrics.jsonl", time.monotonic() + seconds
+  while time.monotonic() < end and process.poll() is None:
+    if file.exists() and any(f'"step": {n},' in file.read_text() for n in range(step, step + 20)):
+      return
+    time.sleep(0.05)
+  raise AssertionError(f"step {step} was not reached: {process.communicate()[1][-2000:]}")

@@ -26,8 +26,8 @@ from tests.runs import (
   losses_by_step,
   succeed,
   tiny_segmentation_config,
+  wait_for_step,
 )
-from tests.test_train import wait_for_step
 
 
 def start(count: int, *flags: str):

@@ -47,9 +47,8 @@ def base() -> ConfigDict:
   # metric of the evaluations, such as bbox/AP, by which the best checkpoint is kept as well and is that of
   # --step=best; "": none
   checkpoint.best_metric = ""
-  checkpoint.best_mode = (
-    "max"  # whether the best checkpoint.best_metric is the highest (max) or the lowest (min)
-  )
+  # whether the best checkpoint.best_metric is the highest (max) or the lowest (min)
+  checkpoint.best_mode = "max"
   return config
 
 

@@ -71,9 +71,8 @@ def segmentation() -> ConfigDict:
   edges.weight = 20.0  # weight of the loss of predicted edges (lambda 1 of GSCNN's paper)
   # weight of the loss of classes at pixels on predicted edges (lambda 4 of GSCNN's paper)
   edges.class_weight = 1.0
-  edges.threshold = (
-    0.8  # probability from which a pixel is on a predicted edge, as in GSCNN's paper
-  )
+  # probability from which a pixel is on a predicted edge, as in GSCNN's paper
+  edges.threshold = 0.8
   # weight of the loss that compares borders in the prediction and the labels (lambda 3 of GSCNN's paper)
   edges.gradient_weight = 1.0
   # temperature of the Gumbel-softmax in the comparison of borders; 0.5 in GSCNN's code

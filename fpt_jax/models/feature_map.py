@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fpt_jax.ops.resize import upsample_bilinear
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -93,6 +95,17 @@ def average_pool(x: FeatureMap) -> FeatureMap:
   return FeatureMap(
     mean_BHWC.astype(x.values_BHWC.dtype), downsample_valid(x.valid_BHW, 2), x.stride * 2
   )
+
+
+def upsampled_bilinear(x: FeatureMap, fine: FeatureMap) -> jax.Array:
+  """[B, H, W, C] of x's dtype: a map at the size of one with a smaller stride, with half-pixel centres.
+
+  The factor is the ratio of the strides, whatever the sizes are, so that positions keep their place in the
+  image. Padding is not read.
+  """
+  factor = x.stride // fine.stride
+  y_BHWC = upsample_bilinear(x.values_BHWC, x.valid_BHW, factor, *fine.size)
+  return y_BHWC.astype(x.values_BHWC.dtype)
 
 
 def mean_over_valid(level: FeatureMap) -> jax.Array:

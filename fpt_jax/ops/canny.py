@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from fpt_jax.ops.neighbours import shifted
 
 _BITS = 15  # of fixed-point numbers
-_TAN_22 = round(
-  0.4142135623730950488 * 2**_BITS
-)  # tan 22.5 degrees; tan 67.5 degrees is larger by 2
+# tan 22.5 degrees; tan 67.5 degrees is larger by 2
+_TAN_22 = round(0.4142135623730950488 * 2**_BITS)
 
 
 def canny(
@@ -19,10 +18,11 @@ def canny(
 ) -> jax.Array:
   """Finds the edges of images, as `cv2.Canny(image, low, high)` does for each image without its padding.
 
-  There is no smoothing. Gradients are those of Sobel's 3x3 filters, with the values at an image's border
-  repeated outside, and their magnitude is |x| + |y| in the colour where it is largest. A position is an edge
-  where the magnitude has a maximum along the gradient, in steps of 45 degrees, and is above `high`; or above
-  `low`, if it is connected to such an edge through others, diagonals included.
+  The image is not smoothed first. Gradients come from Sobel's 3x3 filters; outside the image, the values at
+  its border are repeated. The magnitude of a gradient is |x| + |y|, in the colour where this is largest. A
+  position is an edge if its magnitude is a maximum along the gradient, whose direction is rounded to 45
+  degrees, and is above `high`. It is also an edge if its magnitude is above `low` and other such positions
+  connect it to an edge, diagonally or not.
 
   Args:
     image_BHWC: [B, H, W, C] images in 0..255, in the upper left corner of the canvas; they are rounded.

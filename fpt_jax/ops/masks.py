@@ -188,6 +188,14 @@ def _cover(start: float, stop: float, pixels: int, cells: int) -> np.ndarray:
   return (np.maximum(overlap, 0) * cells / (stop - start)).astype(np.float32)
 
 
+def bounds(mask_HW: np.ndarray) -> tuple[int, int, int, int] | None:
+  """Returns the smallest box (x0, y0, x1, y1) around the pixels of a bitmap [H, W]; None without any."""
+  rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
+  if not len(rows):
+    return None
+  return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def encode_rle(mask_HW: np.ndarray) -> dict[str, Any]:
   """Compresses a bitmap [H, W] to COCO's RLE, with `counts` as a string for JSON."""
   rle = _coco_mask().encode(np.asfortranarray(mask_HW, dtype=np.uint8))

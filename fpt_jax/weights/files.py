@@ -51,7 +51,7 @@ def read_state_dict(path: str | os.PathLike, entry: str = "") -> dict[str, np.nd
   """
   path = pathlib.Path(os.path.expanduser(path))
   suffix = path.suffix.lower()
-  if path.name.lower().endswith(".pth.tar"):  # a usual name of checkpoints, which are no archives
+  if path.name.lower().endswith(".pth.tar"):  # many checkpoints are called so, but are not archives
     suffix = ".pth"
   if suffix not in (*_TORCH_SUFFIXES, ".pkl", ".safetensors", ".npz"):
     raise UserError(

@@ -63,9 +63,8 @@ def wandb_records_of(file):
     if 2**15 - position % 2**15 < 7:  # a header does not cross the border of a block
       position += 2**15 - position % 2**15
       continue
-    _, length, part = struct.unpack_from(
-      "<IHB", data, position
-    )  # checksum, bytes, whole/first/middle/last
+    # checksum, bytes, whole/first/middle/last
+    _, length, part = struct.unpack_from("<IHB", data, position)
     record += data[position + 7 : position + 7 + length]
     position += 7 + length
     if part in (1, 4):

@@ -10,10 +10,10 @@ import fpt_jax
 from fpt_jax import models
 from fpt_jax.configs import coco_mask
 from fpt_jax.errors import UserError
+from fpt_jax.initial_weights import check_preprocessing, starting_arrays
 from fpt_jax.models.preprocess import normalize
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.config_file import write_config
-from fpt_jax.train import check_preprocessing, starting_arrays
 from fpt_jax.weights.imported import write_imported
 from tests.runs import ROOT, importer
 from tests.weights.resnets import convert, resnet18, structure
@@ -129,7 +129,7 @@ def test_only_pretrained_arrays_that_are_missing_are_warned_about(tmp_path, capl
   ):
     arg = f"demo,backbone=resnet18_{suffix}"
     monkeypatch.setattr(
-      "fpt_jax.train.initial_arrays", lambda build, shardings, arg=arg: zeros(arg)
+      "fpt_jax.initial_weights.initial_arrays", lambda build, shardings, arg=arg: zeros(arg)
     )
     config = coco_mask.get_config(arg)
     config.model.backbone.frozen = True

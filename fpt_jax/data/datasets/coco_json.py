@@ -316,11 +316,10 @@ def check_segmentation(annotation: dict, size: tuple[int, int]) -> None:
     in_fractions = high_2.max() <= _FRACTIONS
   elif isinstance(segmentation, dict):
     _check_run_lengths(segmentation, size)
-    mask_HW = masks.rasterize(segmentation, *size)
-    columns, rows = (np.flatnonzero(mask_HW.any(axis)) for axis in (0, 1))
-    if not len(rows):
+    bounds = masks.bounds(masks.rasterize(segmentation, *size))
+    if bounds is None:
       raise BadRecordError("field segmentation has no pixel", "the mask of an object is empty")
-    low_2, high_2 = np.array([columns[0], rows[0]]), np.array([columns[-1], rows[-1]]) + 1
+    low_2, high_2 = np.array(bounds[:2]), np.array(bounds[2:])
     in_fractions = False
   else:
     raise BadRecordError(

@@ -13,11 +13,10 @@ from flax import nnx
 
 from fpt_jax.models.backbones.resnet import BasicBlock, Bottleneck, Context
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap, Pyramid, average_pool
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, average_pool, upsampled_bilinear
 from fpt_jax.models.layers import ConvNorm
 from fpt_jax.models.pixel_attention import concatenated
 from fpt_jax.models.remat import recomputed
-from fpt_jax.ops.resize import upsample_bilinear
 
 STEM_CHANNELS = 64
 FINEST_CHANNELS = {"hrnet_w48": 48}  # of the finest branch; each coarser one has twice as many
@@ -124,10 +123,9 @@ def upsampled(x: FeatureMap, fine: FeatureMap, upsampling: str) -> jax.Array:
   factor = x.stride // fine.stride
   if factor == 1:
     return x.values_BHWC
-  height, width = fine.size
   if upsampling == "bilinear":
-    y_BHWC = upsample_bilinear(x.values_BHWC, x.valid_BHW, factor, height, width)
-    return y_BHWC.astype(x.values_BHWC.dtype)
+    return upsampled_bilinear(x, fine)
+  height, width = fine.size
   rows_BHwC = jnp.repeat(x.values_BHWC, factor, axis=1)[:, :height]
   return jnp.repeat(rows_BHwC, factor, axis=2)[:, :, :width]
 

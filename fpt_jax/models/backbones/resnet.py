@@ -19,7 +19,7 @@ from fpt_jax.models.backbones.context_blocks import (
 )
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
-from fpt_jax.models.layers import Norm, conv
+from fpt_jax.models.layers import Norm, conv, max_pool
 from fpt_jax.models.remat import recomputed
 
 STAGE_BLOCKS = {
@@ -273,7 +273,7 @@ class ResNet(nnx.Module):
     def stem(conv1, bn1, image_BHWC):
       with jax.named_scope("conv1"):
         y = bn1(conv1(image_BHWC), valid_BHW=valid, train=train)
-      return nnx.max_pool(nnx.relu(y), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+      return max_pool(nnx.relu(y))
 
     run_block = recomputed(lambda block, x: block(x, train=train), policy)
     run_context = recomputed(lambda context, x: context(x, train=train_context), policy)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
-from fpt_jax.models.layers import Norm, conv, dropout
+from fpt_jax.models.layers import Norm, conv, dropout, max_pool
 from fpt_jax.models.remat import recomputed
 
 NAMES = ("wider_resnet38",)
@@ -199,5 +199,4 @@ class WiderResNet(nnx.Module):
 
 def pooled(x: FeatureMap) -> FeatureMap:
   """[B, ceil(H / 2), ceil(W / 2), C]: 3x3 maxima with stride 2."""
-  y_BHWC = nnx.max_pool(x.values_BHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-  return FeatureMap(y_BHWC, downsample_valid(x.valid_BHW, 2), x.stride * 2)
+  return FeatureMap(max_pool(x.values_BHWC), downsample_valid(x.valid_BHW, 2), x.stride * 2)

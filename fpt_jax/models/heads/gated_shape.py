@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fpt_jax.models.feature_map import FeatureMap, subsample
+from fpt_jax.models.feature_map import FeatureMap, subsample, upsampled_bilinear
 from fpt_jax.models.layers import ConvNorm, Norm, conv, dropout
 from fpt_jax.models.pixel_attention import concatenated, mean_everywhere
 from fpt_jax.models.pyramids.aspp import AtrousSpatialPyramid
-from fpt_jax.ops.resize import upsample_bilinear
 
 FINE_CHANNELS = (
   48  # of the fine map in the decoder, as in DeepLabv3+ (Chen et al. 2018, section 4.1)
@@ -116,7 +115,7 @@ class ShapeStream(nnx.Module):
     ):
       x = block(x, train=train)
       x = x.with_values(narrow(x.values_BHWC))
-      r_BHW1 = resized(level.with_values(squeeze(level.values_BHWC)), x)
+      r_BHW1 = upsampled_bilinear(level.with_values(squeeze(level.values_BHWC)), x)
       x = gate(x, r_BHW1, train=train)
     logits = x.with_values(self.classify(x.values_BHWC))
     edges_BHW1 = nnx.sigmoid(logits.values_BHWC)
@@ -195,15 +194,8 @@ class EdgeAwareHead(nnx.Module):
     x = concatenated(image, edge, *branches)
     x = x.with_values(self.project(x.values_BHWC))
     detail = fine.with_values(self.fine(fine.values_BHWC))
-    x = concatenated(detail, fine.with_values(resized(x, fine)))
+    x = concatenated(detail, fine.with_values(upsampled_bilinear(x, fine)))
     for layer in self.smooth:
       x = layer(x, train=train)
     x_BHWC = dropout(x.values_BHWC, key, self.dropout, of=self.dropout_of)
     return x.with_values(self.classify(x_BHWC))
-
-
-def resized(x: FeatureMap, fine: FeatureMap) -> jax.Array:
-  """[B, H, W, C] of x's dtype: a map, upsampled bilinearly to the size of one with a smaller stride."""
-  factor = x.stride // fine.stride
-  y_BHWC = upsample_bilinear(x.values_BHWC, x.valid_BHW, factor, *fine.size)
-  return y_BHWC.astype(x.values_BHWC.dtype)

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError, first_of
 from fpt_jax.tasks import pictures
-from fpt_jax.tasks.detection import coco_ap, confusion, tide
+from fpt_jax.tasks.detection import category_table, coco_ap, confusion, tide
 
 with epy.lazy_imports():
   from matplotlib import figure as figures
@@ -53,7 +53,7 @@ def analyse(config: ConfigDict, evaluations: Mapping[str, COCOeval]) -> Analysis
     config: config of the run; `eval` has the fields of the analysis.
     evaluations: result of `coco_ap.evaluations`.
   """
-  rows = coco_ap.categories_of(evaluations)
+  rows = category_table.categories_of(evaluations)
   names = {row["category_id"]: row["category"] for row in rows}
   errors = {
     iou_type: tide.errors(tide.match(coco_ap.images_of(evaluation), iou_type))
@@ -78,9 +78,9 @@ def analyse(config: ConfigDict, evaluations: Mapping[str, COCOeval]) -> Analysis
       for iou_type, values in errors.items()
       for name, value in values.items()
     },
-    text=f"{coco_ap.format_categories(rows)}\n{format_errors(errors)}",
+    text=f"{category_table.format_categories(rows)}\n{format_errors(errors)}",
     files={
-      CATEGORIES_FILE: coco_ap.to_csv(rows),
+      CATEGORIES_FILE: category_table.to_csv(rows),
       CONFUSION_FILE: json.dumps(confusions),
       **{path: encode_png(picture_HWC) for path, picture_HWC in drawn.items()},
     },

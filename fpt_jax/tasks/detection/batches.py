@@ -1,4 +1,4 @@
-"""Batches of detection from prepared records, and the ground truth in COCO's format.
+"""Batches of detection from prepared records.
 
 Shapes: B images of this host, G = `max_instances` ground truths, m side of an instance's bitmap in
 pixels, N images of a split, K canvases, V views.
@@ -6,11 +6,8 @@ pixels, N images of a split, K canvases, V views.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import cast
 
 import ml_collections
 import numpy as np
@@ -20,13 +17,11 @@ from etils import epy
 from fpt_jax.data import canvases, crops, order, transforms
 from fpt_jax.data.crops import Crop
 from fpt_jax.data.loader import Batches, assemble
-from fpt_jax.data.prepared import info
 from fpt_jax.data.reader import Reader
-from fpt_jax.data.records import instances
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.detection import copy_paste
-from fpt_jax.tasks.detection.copy_paste import Loaded
-from fpt_jax.tasks.detection.objects import objects_in
+from fpt_jax.tasks.detection.examples import Loaded, example_of, fields_of, load_image, read
+from fpt_jax.tasks.detection.objects import trainable
 
 with epy.lazy_imports():
   import tensorflow as tf
@@ -68,16 +63,7 @@ def train_batches(
   """
   reader = Reader(data, data.train_split)
   largest = at_largest_train_size(data)
-  if data.crop:
-    bucket_N, canvases_K2 = np.zeros(len(reader), int), np.array([data.crop])
-  else:
-    bucket_N, canvases_K2 = _assign(largest, reader)
-  if data.filter_empty:
-    bucket_N = np.where(_have_objects(reader), bucket_N, -1)  # -1: in no batch
-    if (bucket_N < 0).all():
-      raise UserError(
-        f"data.filter_empty: no image of data.train_split={data.train_split!r} has an object to train on"
-      )
+  bucket_N, canvases_K2 = _assign_training(largest, reader)
   plan = order.train_plan(
     bucket_N,
     seed=seed,
@@ -87,13 +73,20 @@ def train_batches(
     process_count=process_count,
   )
   sources = np.flatnonzero(bucket_N >= 0)
-  seed_of_sources = copy_paste.partner_seed(seed)
+  seed_of_sources = copy_paste.seed_of_sources(seed)
   overfull: set[int] = set()
   ranges = tuple(data.color_jitter)
+  with_window = bool(data.crop or data.copy_paste)
+  extra = _window_fields("own") if with_window else {}
+  if ranges:
+    extra["colors"] = (tf.float32, (4,))
+  if data.copy_paste:
+    extra |= _window_fields("source") | {
+      "source_image": (tf.uint8, (None, None, 3)),
+      "source_mask": (tf.bool, (None, None)),
+    }
 
   def load(position: int, index: int, valid: bool) -> dict[str, np.ndarray]:
-    loaded = load_image(reader, index, train_crop(largest, reader, index, seed, position))
-
     def load_source(i: int) -> Loaded:
       source = int(sources[i])
       crop = train_crop(largest, reader, source, seed_of_sources, position)
@@ -101,44 +94,58 @@ def train_batches(
       height, width = (min(edge, int(room)) for edge, room in zip(crop.valid, canvas, strict=True))
       return load_image(reader, source, dataclasses.replace(crop, valid=(height, width)))
 
-    pasted = copy_paste.paste(loaded, seed, position, data.copy_paste, len(sources), load_source)
+    loaded = load_image(reader, index, train_crop(largest, reader, index, seed, position))
+    pasted = None
+    if data.copy_paste:
+      chance = data.copy_paste
+      pasted = copy_paste.paste(loaded, seed, position, chance, len(sources), load_source)
     if pasted:
       loaded = loaded._replace(objects=pasted.objects)
     example = example_of(data, loaded, overfull) | {"valid_B": np.array(valid)}
-    example |= _window(loaded.crop, "own")
-    example["colors_B4"] = transforms.draw_colors(seed, position, ranges or (0, 0, 0, 0))
-    if data.copy_paste:
-      if pasted:
-        example["size_B2"] = np.array(pasted.size, np.int32)
-      source = pasted.source if pasted else loaded
-      example |= _window(source.crop, "source")
-      example["source_image"] = pasted.source.image_HWC if pasted else np.zeros((1, 1, 3), np.uint8)
-      example["source_mask"] = pasted.mask_hw if pasted else np.zeros((1, 1), bool)
+    if with_window:
+      example |= _window(loaded.crop, "own")
+    if ranges:
+      example["colors"] = transforms.draw_colors(seed, position, ranges)
+    if pasted:
+      example |= _window(pasted.source.crop, "source") | {
+        "size_B2": np.array(pasted.size, np.int32),
+        "source_image": pasted.source.image_HWC,
+        "source_mask": pasted.mask_hw,
+      }
+    elif data.copy_paste:
+      example |= _window(loaded.crop, "source") | {
+        "source_image": np.zeros((1, 1, 3), np.uint8),
+        "source_mask": np.zeros((1, 1), bool),
+      }
     return example
 
   def finish(example: dict[str, tf.Tensor], bucket: tf.Tensor) -> dict[str, tf.Tensor]:
     canvas = tf.gather(tf.constant(canvases_K2, tf.int32), bucket)
-    colors_4 = example.pop("colors_B4")
-    windows = {n: example.pop(n) for n in fields if n.startswith(("own_", "source_"))}
+    given = {name: example.pop(name) for name in extra}
 
-    def on_canvas(image_HWC: tf.Tensor, name: str) -> tf.Tensor:
-      resized, offset, valid = (windows[f"{name}_{part}"] for part in _WINDOW)
-      if ranges:
-        image_HWC = transforms.jitter_colors(image_HWC, colors_4, ranges)
-      if data.crop or name == "source":
-        return crops.cut_image(image_HWC, resized, offset, canvas)
-      return transforms.resize_and_pad(image_HWC, valid, canvas, data.resize)
+    def colored(image_HWC: tf.Tensor) -> tf.Tensor:
+      return transforms.jitter_colors(image_HWC, given["colors"], ranges) if ranges else image_HWC
 
-    image_HWC = on_canvas(example["image_BHWC"], "own")
+    def cut(image_HWC: tf.Tensor, name: str) -> tf.Tensor:
+      return crops.cut_image(
+        colored(image_HWC), given[f"{name}_resized"], given[f"{name}_offset"], canvas
+      )
+
+    if data.crop:
+      image_HWC = cut(example["image_BHWC"], "own")
+    else:
+      size = given["own_valid"] if data.copy_paste else example["size_B2"]
+      image_HWC = colored(example["image_BHWC"])
+      image_HWC = transforms.resize_and_pad(image_HWC, size, canvas, data.resize)
     if data.copy_paste:
-      mask_hw = windows["source_mask"]
+      mask_hw = given["source_mask"]
       mask_HW = tf.pad(mask_hw, [[0, n] for n in tf.unstack(canvas - tf.shape(mask_hw))])
       image_HWC = tf.cond(
         tf.reduce_any(mask_hw),
         lambda: copy_paste.compose(
           image_HWC,
-          windows["own_valid"],
-          on_canvas(windows["source_image"], "source"),
+          given["own_valid"],
+          cut(given["source_image"], "source"),
           mask_HW,
           example["size_B2"],
         ),
@@ -146,13 +153,27 @@ def train_batches(
       )
     return example | {"image_BHWC": image_HWC}
 
-  fields = _fields(data, bitmaps=True) | _window_fields("own")
-  fields["colors_B4"] = (tf.float32, (4,))
-  if data.copy_paste:
-    fields |= _window_fields("source")
-    fields["source_image"] = (tf.uint8, (None, None, 3))
-    fields["source_mask"] = (tf.bool, (None, None))
-  return assemble(data, reader, plan, fields, load, finish)
+  return assemble(data, reader, plan, fields_of(data, bitmaps=True) | extra, load, finish)
+
+
+def _assign_training(
+  data: ml_collections.ConfigDict, reader: Reader
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the canvases of training images as `_assign`, of `at_largest_train_size`; -1: in no batch."""
+  if data.crop:
+    bucket_N, canvases_K2 = np.zeros(len(reader), int), np.array([data.crop])
+  else:
+    bucket_N, canvases_K2 = _assign(data, reader)
+  if not data.filter_empty:
+    return bucket_N, canvases_K2
+  logging.info("data.filter_empty: looking for objects in %d records", len(reader))
+  is_empty_N = np.array([not len(trainable(read(reader, i))) for i in range(len(reader))])
+  logging.info("%d images without an object are left out", np.count_nonzero(is_empty_N))
+  if is_empty_N.all():
+    raise UserError(
+      f"data.filter_empty: no image of data.train_split={data.train_split!r} has an object to train on"
+    )
+  return np.where(is_empty_N, -1, bucket_N), canvases_K2
 
 
 def train_crop(
@@ -192,18 +213,6 @@ def _window(crop: Crop, name: str) -> dict[str, np.ndarray]:
 def _window_fields(name: str) -> dict[str, tuple[tf.DType, tuple[int | None, ...]]]:
   """Returns dtype and shape of each array of `_window`."""
   return {f"{name}_{part}": (tf.int32, (2,)) for part in _WINDOW}
-
-
-def _have_objects(reader: Reader) -> np.ndarray:
-  """bool [N]: whether each image has an object that can be trained on; it reads all records."""
-  logging.info("data.filter_empty: looking for objects in %d records", len(reader))
-  have_N = np.zeros(len(reader), bool)
-  for index in range(len(reader)):
-    record = _read(reader, index)
-    x0_G, y0_G, x1_G, y1_G = record.boxes.T
-    have_N[index] = (~record.crowd & ((x1_G - x0_G) * (y1_G - y0_G) > 0)).any()
-  logging.info("%d images without an object are left out", np.count_nonzero(~have_N))
-  return have_N
 
 
 def at_largest_train_size(data: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -295,7 +304,7 @@ def eval_batches(
       example["other_views"] = tuple(view(sizes_V2[v], v + 1) for v in range(len(others)))
     return example
 
-  fields = _fields(data, bitmaps=False)
+  fields = fields_of(data, bitmaps=False)
   if others:
     fields["other_sizes_V2"] = (tf.int32, (len(others), 2))
   return assemble(data, reader, plan, fields, load, finish)
@@ -314,165 +323,8 @@ def largest_canvas(data: ml_collections.ConfigDict) -> tuple[int, int]:
   return transforms.smallest_canvas(size, (), canvases.multiple_of(data))
 
 
-def coco_ground_truth(data: ml_collections.ConfigDict, split: str) -> dict:
-  """Rebuilds the annotation file of a split from its records, without decoding images.
-
-  Args:
-    data: the config's `data`.
-    split: split in TFDS syntax.
-
-  Returns:
-    COCO's `images`, `annotations` (segmentation, area, iscrowd, bbox as x, y, w, h, category_id as
-    in the data set's file, and any further fields of the record) and `categories`.
-
-  Raises:
-    UserError: the data are not prepared, or a record cannot be read.
-  """
-  dataset = info(data)
-  truth = {"images": [], "annotations": [], "categories": []}
-  for category_id, name in zip(dataset.category_ids, dataset.category_names, strict=True):
-    truth["categories"].append({"id": category_id, "name": name})
-  with contextlib.closing(Reader(data, split)) as reader:
-    for index in range(len(reader)):
-      record = _read(reader, index)
-      height, width = record.size
-      truth["images"].append(
-        {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
-      )
-      truth["annotations"] += _annotations(record, dataset.category_ids)
-  return truth
-
-
-def images(
-  data: ml_collections.ConfigDict, split: str
-) -> Iterator[tuple[str, np.ndarray, list[dict]]]:
-  """Reads the images of a split at the size of their files.
-
-  Args:
-    data: the config's `data`.
-    split: split in TFDS syntax.
-
-  Yields:
-    File name, uint8 RGB [H, W, 3], and the image's annotations as in `coco_ground_truth`.
-
-  Raises:
-    UserError: the data are not prepared, or a record or its image cannot be read.
-  """
-  category_ids = info(data).category_ids
-  with contextlib.closing(Reader(data, split)) as reader:
-    for index in range(len(reader)):
-      record = _read(reader, index)
-      image_HWC = reader.decode(index, record)
-      yield record.file_name, image_HWC, _annotations(record, category_ids)
-
-
-def _read(reader: Reader, index: int) -> instances.Record:
-  """Reads a record of a data set with instances."""
-  return cast(instances.Record, reader.read(index))
-
-
-def _annotations(record: instances.Record, category_ids: tuple[int, ...]) -> list[dict]:
-  """Returns the record's objects in the format of COCO's annotation file."""
-  return [
-    instances.decode_annotation(annotation)
-    | {
-      "id": int(record.annotation_ids[i]),
-      "image_id": record.image_id,
-      "category_id": category_ids[record.labels[i] - 1],
-      "iscrowd": int(record.crowd[i]),
-    }
-    for i, annotation in enumerate(record.annotations)
-  ]
-
-
 def _assign(data: ml_collections.ConfigDict, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
   """Returns the index of each image's canvas, int [N], and the canvases, int [K, 2]."""
   sizes_N2 = np.array([canvases.resized_size(data, *size) for size in reader.sizes_N2])
   canvases_K2 = canvases.canvases(data, sizes_N2)
   return order.assign_buckets(sizes_N2, canvases_K2), canvases_K2
-
-
-def _fields(
-  data: ml_collections.ConfigDict, *, bitmaps: bool
-) -> dict[str, tuple[tf.DType, tuple[int | None, ...]]]:
-  """Returns dtype and shape of each array of an example, see `example_of`."""
-  most = data.max_instances
-  fields = {
-    "image_BHWC": (tf.uint8, (None, None, 3)),
-    "size_B2": (tf.int32, (2,)),
-    "original_size_B2": (tf.int32, (2,)),
-    "image_id_B": (tf.int64, ()),
-    "valid_B": (tf.bool, ()),
-    "gt_boxes_BG4": (tf.float32, (most, 4)),
-    "gt_labels_BG": (tf.int32, (most,)),
-    "gt_valid_BG": (tf.bool, (most,)),
-  }
-  if bitmaps:
-    fields["gt_masks_BGmm"] = (tf.uint8, (most, instances.BITMAP, instances.BITMAP))
-  return fields
-
-
-def load_image(reader: Reader, index: int, crop: Crop, *, with_bitmaps: bool = True) -> Loaded:
-  """Reads an image, without resizing it, and its objects in a window.
-
-  Args:
-    reader: reader of the records.
-    index: the image in the reader's split.
-    crop: the window of the resized image.
-    with_bitmaps: whether to unpack the masks.
-  """
-  record = _read(reader, index)
-  image_HWC = reader.decode(index, record)
-  if crop.mirrored:
-    image_HWC = np.ascontiguousarray(image_HWC[:, ::-1])
-  return Loaded(record, image_HWC, crop, objects_in(record, crop, with_bitmaps))
-
-
-def example_of(
-  data: ml_collections.ConfigDict, loaded: Loaded, overfull: set[int]
-) -> dict[str, np.ndarray]:
-  """Returns an image and its padded ground truth.
-
-  Args:
-    data: the config's `data`.
-    loaded: the image.
-    overfull: ids of images with too many instances that the log has warned of; this one may be added.
-
-  Returns:
-    The image's part of the arrays of `train_batches` but valid_B; `image_BHWC` is uint8 at the size of the
-    file.
-  """
-  record, objects, most = loaded.record, loaded.objects, data.max_instances
-  count = len(objects.labels_G)
-  if count > most:
-    if record.image_id not in overfull:
-      overfull.add(record.image_id)
-      logging.warning(
-        "image id %d (%s) has %d instances; the largest %d are kept (data.max_instances); "
-        "%d such images so far",
-        record.image_id,
-        record.file_name,
-        count,
-        most,
-        len(overfull),
-      )
-    x0_G, y0_G, x1_G, y1_G = objects.boxes_G4.T
-    largest = np.argsort(-(x1_G - x0_G) * (y1_G - y0_G), kind="stable")[:most]
-    objects = objects.take(np.sort(largest))
-  return {
-    "image_BHWC": loaded.image_HWC,
-    "size_B2": np.array(loaded.crop.valid, np.int32),
-    "original_size_B2": np.array(record.size, np.int32),
-    "image_id_B": np.array(record.image_id, np.int64),
-    "gt_boxes_BG4": _pad(objects.boxes_G4, most),
-    "gt_labels_BG": _pad(objects.labels_G, most),
-    "gt_valid_BG": np.arange(most) < count,
-    "gt_masks_BGmm": _pad(objects.bitmaps_Gmm, most),
-  }
-
-
-def _pad(values_G: np.ndarray, count: int) -> np.ndarray:
-  """Pads values with zeros to a length of `count`."""
-  padded_G = np.zeros((count, *values_G.shape[1:]), values_G.dtype)
-  padded_G[: len(values_G)] = values_G
-  return padded_G

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epy
 
-from fpt_jax.data.crops import Crop
-from fpt_jax.data.records import instances
+from fpt_jax.ops import masks
+from fpt_jax.tasks.detection.examples import Loaded
 from fpt_jax.tasks.detection.objects import Objects, behind, joined, union
 
 with epy.lazy_imports():
@@ -20,22 +20,6 @@ with epy.lazy_imports():
 
 _PASTE = 0x9A57E  # separates these random numbers from others of the same seed
 _GRAY = 128.0  # of pixels between an image and what is pasted beside it
-
-
-class Loaded(NamedTuple):
-  """A training image before its resize.
-
-  Attributes:
-    record: its record.
-    image_HWC: uint8 RGB at the size of the file, mirrored if the window is.
-    crop: the window of the resized image that is trained on.
-    objects: the objects in this window.
-  """
-
-  record: instances.Record
-  image_HWC: np.ndarray
-  crop: Crop
-  objects: Objects
 
 
 class Pasted(NamedTuple):
@@ -54,7 +38,7 @@ class Pasted(NamedTuple):
   size: tuple[int, int]
 
 
-def partner_seed(seed: int) -> int:
+def seed_of_sources(seed: int) -> int:
   """Returns the seed of the windows of the images that objects are pasted from."""
   return int(np.random.SeedSequence((seed, _PASTE)).generate_state(1, np.uint64)[0])
 
@@ -88,13 +72,13 @@ def paste(
   chosen_G = random.random_raw(len(source.objects.labels_G)) >= np.uint64(2**63)
   objects = source.objects.take(np.flatnonzero(chosen_G))
   mask_hw = union(objects, source.record, source.crop)
-  if not mask_hw.any():
+  bounds = masks.bounds(mask_hw)
+  if bounds is None:
     return None
-  rows, columns = np.flatnonzero(mask_hw.any(1)), np.flatnonzero(mask_hw.any(0))
   # a box can be a part of a pixel larger than its mask
   right, bottom = np.ceil(objects.boxes_G4[:, 2:].max(0)).astype(int).tolist()
   height, width = loaded.crop.valid
-  size = max(height, bottom, int(rows[-1]) + 1), max(width, right, int(columns[-1]) + 1)
+  size = max(height, bottom, bounds[3]), max(width, right, bounds[2])
   visible = behind(loaded.objects, loaded.record, loaded.crop, mask_hw)
   return Pasted(source, mask_hw, joined(visible, objects), size)
 

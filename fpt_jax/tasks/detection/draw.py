@@ -214,10 +214,11 @@ def _tint(
   line: int,
 ) -> None:
   """Tints an object, with a contour inside its border; it replaces earlier tints."""
-  rows, cols = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-  if not rows.size:
+  bounds = mask_ops.bounds(mask_HW)
+  if bounds is None:
     return
-  window = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
+  x0, y0, x1, y1 = bounds
+  window = (slice(y0, y1), slice(x0, x1))
   inside = mask_HW[window]
   depth = scipy.ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1][inside][:, None]
   # a contour takes at most half of a thin object

@@ -21,6 +21,7 @@ from fpt_jax.run.folder import run_folder, write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import analysis, batches, coco_ap, context_accuracy, views
 from fpt_jax.tasks.detection.categories import model_category_of, with_data_categories
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from fpt_jax.tasks.detection.prediction import to_original_image
 
 RESULTS_FILE = "eval/coco_instances_results.json"
@@ -63,7 +64,7 @@ def evaluate(
   detect = views.detector(config, structure, sharding.over_batch(mesh))
   split = config.data.eval_split
   # read before the images are evaluated, so that a bad record is not found after them
-  ground_truth = hosts.on_first_host(lambda: batches.coco_ground_truth(config.data, split))
+  ground_truth = hosts.on_first_host(lambda: coco_ground_truth(config.data, split))
   by_batch: list[list[dict]] = []
   unscored = 0
   eval_batches = batches.eval_batches(
@@ -127,7 +128,7 @@ def score(
 
   Args:
     config: config of the run.
-    ground_truth: see `batches.coco_ground_truth`; only the first host needs it.
+    ground_truth: see `ground_truth.coco_ground_truth`; only the first host needs it.
     results: detections in all images, in the form of `coco_ap.to_coco_results`.
     workdir: folder of the run.
 

@@ -3,6 +3,7 @@
 Shapes: G objects, H W rows and columns of an image file, h w those of a window, m side of a bitmap in pixels.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,12 @@ class Objects(NamedTuple):
     )
 
 
+def trainable(record: instances.Record) -> np.ndarray:
+  """Returns the indices of a record's objects that can be trained on: no crowds and no empty boxes."""
+  x0_G, y0_G, x1_G, y1_G = record.boxes.T
+  return np.flatnonzero(~record.crowd & ((x1_G - x0_G) * (y1_G - y0_G) > 0))
+
+
 def objects_in(record: instances.Record, crop: Crop, with_bitmaps: bool) -> Objects:
   """Returns the objects of a record that lie in a window, without crowds.
 
@@ -47,8 +54,7 @@ def objects_in(record: instances.Record, crop: Crop, with_bitmaps: bool) -> Obje
     crop: the window.
     with_bitmaps: whether to unpack the masks; a window that cuts the image needs them.
   """
-  x0_G, y0_G, x1_G, y1_G = record.boxes.T
-  annotations_G = np.flatnonzero(~record.crowd & ((x1_G - x0_G) * (y1_G - y0_G) > 0))
+  annotations_G = trainable(record)
   boxes_G4 = record.boxes[annotations_G]
   bitmaps = [record.bitmaps[i] for i in annotations_G if with_bitmaps]
   bitmaps_Gmm = instances.unpack_bitmaps(bitmaps)
@@ -66,17 +72,32 @@ def _cut(objects: Objects, record: instances.Record, crop: Crop) -> Objects:
   (top, left), (height, width) = crop.offset, crop.valid
   boxes_G4 = objects.boxes_G4 - np.array([left, top, left, top], np.float32)
   inside_G4 = np.clip(boxes_G4, 0, np.array([width, height, width, height], np.float32))
-  bitmaps_Gmm = objects.bitmaps_Gmm.copy()
-  kept = []
-  for g, (box, inside) in enumerate(zip(boxes_G4, inside_G4, strict=True)):
-    if (box != inside).any():
-      mask_hw = mask_in(record, objects.annotations_G[g], crop)
-      visible = visible_part(mask_hw, inside)
+  is_cut_G = (boxes_G4 != inside_G4).any(axis=1)
+
+  def visible_pixels(g: int) -> np.ndarray | None:
+    return mask_in(record, objects.annotations_G[g], crop) if is_cut_G[g] else None
+
+  return _visible(objects._replace(boxes_G4=inside_G4), visible_pixels)
+
+
+def _visible(objects: Objects, visible_pixels: Callable[[int], np.ndarray | None]) -> Objects:
+  """Returns what is visible of objects.
+
+  Args:
+    objects: the objects.
+    visible_pixels: function from the index of an object to its visible pixels in the window, bool; None if it
+      is as it was.
+  """
+  boxes_G4, bitmaps_Gmm, kept = objects.boxes_G4.copy(), objects.bitmaps_Gmm.copy(), []
+  for g, box_4 in enumerate(objects.boxes_G4):
+    pixels_hw = visible_pixels(g)
+    if pixels_hw is not None:
+      visible = visible_part(pixels_hw, box_4)
       if visible is None:
         continue
-      inside_G4[g], bitmaps_Gmm[g] = visible
+      boxes_G4[g], bitmaps_Gmm[g] = visible
     kept.append(g)
-  return objects._replace(boxes_G4=inside_G4, bitmaps_Gmm=bitmaps_Gmm).take(np.array(kept, int))
+  return objects._replace(boxes_G4=boxes_G4, bitmaps_Gmm=bitmaps_Gmm).take(np.array(kept, int))
 
 
 def mask_in(record: instances.Record, annotation: int, crop: Crop) -> np.ndarray:
@@ -112,11 +133,10 @@ def visible_part(mask_hw: np.ndarray, box_4: np.ndarray) -> tuple[np.ndarray, np
     mask_hw: the object's visible pixels, bool.
     box_4: the object's box, which the new one lies in.
   """
-  rows, columns = np.flatnonzero(mask_hw.any(1)), np.flatnonzero(mask_hw.any(0))
-  if not rows.size:
+  bounds = masks.bounds(mask_hw)
+  if bounds is None:
     return None
-  low_2 = np.maximum(box_4[:2], [columns[0], rows[0]])
-  high_2 = np.minimum(box_4[2:], [columns[-1] + 1, rows[-1] + 1])
+  low_2, high_2 = np.maximum(box_4[:2], bounds[:2]), np.minimum(box_4[2:], bounds[2:])
   if (low_2 >= high_2).any():
     return None
   visible_4 = np.concatenate([low_2, high_2]).astype(np.float32)
@@ -139,18 +159,15 @@ def behind(
   over_hw = np.zeros(crop.valid, bool)
   part_hw = pasted_hw[: crop.valid[0], : crop.valid[1]]
   over_hw[: part_hw.shape[0], : part_hw.shape[1]] = part_hw
-  boxes_G4, bitmaps_Gmm, kept = objects.boxes_G4.copy(), objects.bitmaps_Gmm.copy(), []
-  for g, (x0, y0, x1, y1) in enumerate(boxes_G4):
-    around = slice(int(y0), int(np.ceil(y1))), slice(int(x0), int(np.ceil(x1)))
-    if over_hw[around].any():
-      mask_hw = mask_in(record, objects.annotations_G[g], crop)
-      if (mask_hw & over_hw).any():
-        visible = visible_part(mask_hw & ~over_hw, boxes_G4[g])
-        if visible is None:
-          continue
-        boxes_G4[g], bitmaps_Gmm[g] = visible
-    kept.append(g)
-  return objects._replace(boxes_G4=boxes_G4, bitmaps_Gmm=bitmaps_Gmm).take(np.array(kept, int))
+
+  def visible_pixels(g: int) -> np.ndarray | None:
+    x0, y0, x1, y1 = objects.boxes_G4[g]
+    if not over_hw[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any():
+      return None
+    mask_hw = mask_in(record, objects.annotations_G[g], crop)
+    return mask_hw & ~over_hw if (mask_hw & over_hw).any() else None
+
+  return _visible(objects, visible_pixels)
 
 
 def union(objects: Objects, record: instances.Record, crop: Crop) -> np.ndarray:

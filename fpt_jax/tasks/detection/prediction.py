@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from fpt_jax.data import canvases, info, transforms
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops.masks import paste_rle
-from fpt_jax.tasks.detection import batches, coco_ap, views
+from fpt_jax.tasks.detection import coco_ap, ground_truth, views
 from fpt_jax.tasks.detection.categories import model_category_of
 
 
@@ -94,7 +94,7 @@ def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
 def eval_images(config: ConfigDict) -> Iterator[tuple[str, np.ndarray, list[dict]]]:
   """See `tasks.task.Task.eval_images`: annotations in COCO's format, with the model's category ids."""
   category = model_category_of(config, info(config.data))
-  for name, image_HWC, annotations in batches.images(config.data, config.data.eval_split):
+  for name, image_HWC, annotations in ground_truth.images(config.data, config.data.eval_split):
     truth = [a | {"category_id": category[a["category_id"]]} for a in annotations]
     yield name, image_HWC, truth
 

@@ -23,8 +23,8 @@ def image_program(
 
   The program returns boxes_xyxy [D, 4] float32 in pixels of the image, scores [D] float32 in descending
   order, labels [D] int32, the data set's category ids, valid [D] bool and, with a mask head, masks
-  [D, m, m] float32, probabilities relative to the boxes. Where valid is false, there is no detection, and
-  everything is 0.
+  [D, m, m] float32, probabilities relative to the boxes. Entries that are not valid are no detections; they
+  are filled with zeros.
   """
   data, model = config.data, config.model
   if data.resize != "torchvision":

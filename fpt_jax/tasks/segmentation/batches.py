@@ -85,28 +85,30 @@ def train_batches(
     label_hw = crops.cut_label(label_HW, crop)
     if crop.mirrored:
       image_HWC, label_hw = np.ascontiguousarray(image_HWC[:, ::-1]), mirrored_class[label_hw]
-    return _names(record, valid) | {
+    example = _names(record, valid) | {
       "image_BHWC": image_HWC,
       "label_BHW": label_hw,
       "size_B2": np.array(crop.valid, np.int32),
       "resized_B2": np.array(crop.size, np.int32),
       "offset_B2": np.array(crop.offset, np.int32),
-      "colors_B4": transforms.draw_colors(seed, position, ranges or (0, 0, 0, 0)),
     }
+    if ranges:
+      example["colors"] = transforms.draw_colors(seed, position, ranges)
+    return example
 
   def finish(example: dict[str, tf.Tensor], _: tf.Tensor) -> dict[str, tf.Tensor]:
     image_HWC, label_hw = example["image_BHWC"], example["label_BHW"]
     resized, offset = example.pop("resized_B2"), example.pop("offset_B2")
-    colors_4 = example.pop("colors_B4")
     if ranges:
-      image_HWC = transforms.jitter_colors(image_HWC, colors_4, ranges)
+      image_HWC = transforms.jitter_colors(image_HWC, example.pop("colors"), ranges)
     return example | {
       "image_BHWC": crops.cut_image(image_HWC, resized, offset, tf.constant(canvas)),
       "label_BHW": tf.cast(crops.pad_label(label_hw, tf.constant(canvas)), tf.int32),
     }
 
   fields = _fields() | {"resized_B2": (tf.int32, (2,)), "offset_B2": (tf.int32, (2,))}
-  fields["colors_B4"] = (tf.float32, (4,))
+  if ranges:
+    fields["colors"] = (tf.float32, (4,))
   return assemble(data, reader, plan, fields, load, finish)
 
 

@@ -19,7 +19,8 @@ from fpt_jax.data.records.images import decode_image
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
 from fpt_jax.tasks import detection
-from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches
+from fpt_jax.tasks.detection.batches import eval_batches
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data_sets import HEIGHT, WIDTH, config, write_coco
 
 

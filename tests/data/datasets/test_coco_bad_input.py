@@ -10,7 +10,7 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import coco_ground_truth
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data_sets import HEIGHT, WIDTH, config, write_coco
 
 

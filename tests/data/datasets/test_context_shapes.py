@@ -23,7 +23,7 @@ from fpt_jax.data.datasets.context_shapes import (
 from fpt_jax.data.records import instances
 from fpt_jax.data.records.images import decode_image
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import coco_ground_truth
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data_sets import config
 
 TRAIN, TEST = 300, 150

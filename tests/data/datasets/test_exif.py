@@ -9,8 +9,9 @@ import pytest
 from fpt_jax import data
 from fpt_jax.data.reader import Reader
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches
-from fpt_jax.tasks.detection.batches import images as images_with_objects
+from fpt_jax.tasks.detection.batches import eval_batches, train_batches
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
+from fpt_jax.tasks.detection.ground_truth import images as images_with_objects
 from fpt_jax.tasks.segmentation.batches import images as images_with_labels
 from tests.data_sets import UPRIGHT, config, encode_tagged, label_config
 

@@ -119,6 +119,19 @@ def _serialized(features, example):
   return serializer.serialize_example(features.encode_example(example))
 
 
+def _records_of(builder, where):
+  """Returns the records that a builder makes, or None if it refuses its files; its message names `where`."""
+  try:
+    examples = [e for split in builder._split_generators(None).values() for _, e in split]
+  except UserError as error:
+    message = str(error)
+    assert "\n" not in message and str(where) in message and len(message) < 1000
+    message.encode()
+    return None
+  json.dumps(dict(builder.info.metadata))
+  return [instances.parse(_serialized(instances.features(), example)) for example in examples]
+
+
 def _read_annotations(folder, written, skip_bad):
   """Reads an annotation file as preparation does; returns its records, or None if it is refused."""
   file, images = folder / "a.json", folder / "images/train"
@@ -126,17 +139,7 @@ def _read_annotations(folder, written, skip_bad):
   builder = CocoInstances(
     data_dir=str(folder / "data"), annotations=str(file), images=str(images), skip_bad=skip_bad
   )
-  try:
-    examples = [
-      example for examples in builder._split_generators(None).values() for _, example in examples
-    ]
-  except UserError as error:
-    message = str(error)
-    assert "\n" not in message and str(file) in message and len(message) < 1000
-    message.encode()
-    return None
-  json.dumps(dict(builder.info.metadata))
-  return [instances.parse(_serialized(instances.features(), example)) for example in examples]
+  return _records_of(builder, file)
 
 
 def test_changed_annotations(folder):
@@ -278,15 +281,7 @@ def _read_format(folder, case, written, skip_bad):
     skip_bad=skip_bad,
     format=case.split()[0],
   )
-  try:
-    examples = [e for split in builder._split_generators(None).values() for _, e in split]
-  except UserError as error:
-    message = str(error)
-    assert "\n" not in message and str(folder) in message and len(message) < 1000
-    message.encode()
-    return None
-  json.dumps(dict(builder.info.metadata))
-  return [instances.parse(_serialized(instances.features(), example)) for example in examples]
+  return _records_of(builder, folder)
 
 
 @pytest.mark.parametrize("case", LABEL_FILES)

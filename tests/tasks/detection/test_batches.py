@@ -17,7 +17,8 @@ from fpt_jax.data import transforms
 from fpt_jax.data.reader import Reader
 from fpt_jax.data.records.images import Picture, decode_image
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches, train_batches
+from fpt_jax.tasks.detection.batches import eval_batches, train_batches
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from fpt_jax.tasks.detection.prediction import view_at
 from tests.data_sets import config, write_coco
 from tests.runs import ROOT

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from fpt_jax.configs import coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.ops import masks
-from fpt_jax.tasks.detection import coco_ap, tide
+from fpt_jax.tasks.detection import category_table, coco_ap, tide
 from fpt_jax.tasks.task import check_config
 from tests.conftest import GOLDEN
 
@@ -121,7 +121,7 @@ def test_average_precision_computed_by_hand(truth):
   )
   evaluations = coco_ap.evaluations(truth, results)
   metrics = coco_ap.metrics_of(evaluations)
-  cat, dog, bird = coco_ap.categories_of(evaluations)
+  cat, dog, bird = category_table.categories_of(evaluations)
   # 51 of 101 recalls have precision 1, and 50 have 2/3; only the former if the IoU must exceed 0.8
   both, one = (51 + 50 * 2 / 3) / 101 * 100, 51 / 101 * 100
   for kind in ("bbox", "segm"):
@@ -204,7 +204,7 @@ def disturbed(truth, rng):
 def test_metrics_equal_pycocotools_on_real_images(real_truth, rng):
   results = disturbed(real_truth, rng)
   evaluations = coco_ap.evaluations(real_truth, results)
-  metrics, rows = coco_ap.metrics_of(evaluations), coco_ap.categories_of(evaluations)
+  metrics, rows = coco_ap.metrics_of(evaluations), category_table.categories_of(evaluations)
   for kind in ("bbox", "segm"):
     with contextlib.redirect_stdout(io.StringIO()):
       oracle = COCO()
@@ -229,7 +229,7 @@ def assert_matchers_agree(truth, results):
   pytest.importorskip("faster_coco_eval")
   ours, theirs = (coco_ap.evaluations(truth, results, matcher=m) for m in coco_ap.MATCHERS)
   assert coco_ap.metrics_of(theirs) == pytest.approx(coco_ap.metrics_of(ours), abs=1e-9)
-  for row, expected in zip(*map(coco_ap.categories_of, (theirs, ours)), strict=True):
+  for row, expected in zip(*map(category_table.categories_of, (theirs, ours)), strict=True):
     assert row == pytest.approx(expected, abs=1e-9)
   for kind, evaluation in ours.items():
     for name in ("precision", "recall"):
@@ -262,10 +262,10 @@ def test_a_matcher_that_is_not_installed_is_reported(monkeypatch):
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_a_category_alone_has_the_metrics_of_its_row(kind):
   golden = json.loads((GOLDEN / "tide.json").read_text())
-  rows = coco_ap.categories_of(
+  rows = category_table.categories_of(
     coco_ap.evaluations(golden["ground_truth"], golden["detections"], (kind,))
   )
-  read = list(csv.DictReader(io.StringIO(coco_ap.to_csv(rows))))
+  read = list(csv.DictReader(io.StringIO(category_table.to_csv(rows))))
   with contextlib.redirect_stdout(io.StringIO()):
     oracle = COCO()
     oracle.dataset = copy.deepcopy(golden["ground_truth"])
@@ -343,12 +343,12 @@ def test_table_and_csv_of_categories():
     {"category_id": 7, "category": "cat, [red]", "objects": 12, "bbox/AP": 37.94, "bbox/AP50": 1.0},
     {"category_id": 9, "category": "dog", "objects": 0, "bbox/AP": None, "bbox/AP50": None},
   ]
-  lines = coco_ap.format_categories(rows).splitlines()
+  lines = category_table.format_categories(rows).splitlines()
   cells = [line.strip("│").split("│") for line in lines if line.startswith("│")]
   assert [[cell.strip() for cell in row] for row in cells] == [
     ["cat, [red]", "12", "37.9", "1.0"],
     ["dog", "0", "-", "-"],
   ]
-  assert coco_ap.to_csv(rows) == (
+  assert category_table.to_csv(rows) == (
     'category_id,category,objects,bbox/AP,bbox/AP50\n7,"cat, [red]",12,37.94,1.0\n9,dog,0,,\n'
   )

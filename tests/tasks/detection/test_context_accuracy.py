@@ -3,7 +3,7 @@
 import pytest
 
 from fpt_jax.configs import coco_box
-from fpt_jax.tasks.detection import batches, context_accuracy, evaluation
+from fpt_jax.tasks.detection import context_accuracy, evaluation, ground_truth
 
 OF_CIRCLE, OF_SQUARE, STRIPED, CHECKED, CIRCLE = 5, 6, 3, 4, 1
 BOX = [10.0, 20.0, 10.0, 10.0]
@@ -106,7 +106,7 @@ def test_line_for_the_log():
 
 def test_evaluation_of_context_shapes_has_the_questions(shapes, tmp_path):
   """Results that are right but for the satellites' kinds."""
-  truth = batches.coco_ground_truth(shapes, "train+val")
+  truth = ground_truth.coco_ground_truth(shapes, "train+val")
   results = []
   for annotation in truth["annotations"]:
     if not annotation["iscrowd"]:

@@ -249,9 +249,5 @@ def _bbox(segmentation: list | dict, size: Size) -> list[float]:
   if isinstance(segmentation, list):
     x, y = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation]).T.tolist()
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-  mask_HW = masks.rasterize(segmentation, *size)
-  columns, rows = (np.flatnonzero(mask_HW.any(axis)) for axis in (0, 1))
-  if not len(rows):
-    return [0.0, 0.0, 0.0, 0.0]
-  low, high = (columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)
-  return [float(v) for v in (*low, high[0] - low[0], high[1] - low[1])]
+  x0, y0, x1, y1 = masks.bounds(masks.rasterize(segmentation, *size)) or (0, 0, 0, 0)
+  return [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]

@@ -19,17 +19,17 @@ from fpt_jax.data.datasets.formats.shapes import (
   Shape,
   Size,
   box_outline,
+  check_inside,
   ellipse_outline,
   image_size,
   number,
+  placed_mask,
   rotated,
 )
 from fpt_jax.data.datasets.formats.xml_tree import Element
 from fpt_jax.errors import UserError
-from fpt_jax.ops import masks
 
 _FILE = "annotations.xml"
-_SUBSETS = {"train": ("train",), "val": ("val", "valid", "validation")}
 
 
 def _find(root: pathlib.Path, pairs: Pairs | None) -> Source:
@@ -110,7 +110,7 @@ def _by_subsets(part: Part, file: pathlib.Path) -> dict[str, Part]:
     return files.divide(part, file)
   parts = {
     split: Part([i for i, s in zip(part.items, subsets, strict=True) if s in known])
-    for split, known in _SUBSETS.items()
+    for split, known in files.SPLIT_NAMES.items()
   }
   rest = len(part.items) - sum(len(p.items) for p in parts.values())
   if rest:
@@ -189,10 +189,7 @@ def _mask(element: Element, size: Size) -> dict:
   if any(value != int(value) for value in sides.values()):
     raise BadRecordError("mask lies between pixels", quoted(sides))
   x, y, w, h = map(int, sides.values())
-  if min(x, y) < 0 or min(w, h) < 1 or y + h > size[0] or x + w > size[1]:
-    raise BadRecordError(
-      "mask lies outside the image", f"{w} x {h} pixels at {x}, {y} of {size[1]} x {size[0]}"
-    )
+  check_inside(x, y, w, h, size)  # before its pixels need memory
   text = element.attribute("rle")
   counts = [number(value, "run length") for value in text.split(",")]
   if any(c < 0 or c != int(c) for c in counts) or sum(counts) != w * h:
@@ -200,9 +197,8 @@ def _mask(element: Element, size: Size) -> dict:
       "attribute rle must be run lengths of all pixels of the mask", f"{quoted(text)} of {w} x {h}"
     )
   runs = [int(count) for count in counts]
-  mask_HW = np.zeros(size, bool)
-  mask_HW[y : y + h, x : x + w] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(h, w)
-  return masks.encode_rle(mask_HW)
+  inside_hw = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(h, w)
+  return placed_mask(inside_hw, x, y, size)
 
 
 FORMAT = Format(_find, _parse, boxes_are_masks=True)

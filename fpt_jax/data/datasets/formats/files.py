@@ -14,7 +14,8 @@ from fpt_jax.errors import UserError, one_line
 
 # values of data.builder.splits: label folder or file, and image folder or list of images, of each split
 Pairs = Mapping[str, tuple[str, str]]
-_TRAIN, _VAL = ("train",), ("val", "valid", "validation")
+# what folders and subsets of each split may be called
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +149,12 @@ def split_folders(root: pathlib.Path) -> dict[str, pathlib.Path] | None:
   Raises:
     UserError: there is `train`, but not the other.
   """
-  train, val = first_folder(root, _TRAIN), first_folder(root, _VAL)
+  train, val = (first_folder(root, names) for names in SPLIT_NAMES.values())
   if train is None:
     return None
   if val is None:
     raise UserError(
-      f"{root}: folder train, but none of {', '.join(_VAL)} beside it; add one, or set "
+      f"{root}: folder train, but none of {', '.join(SPLIT_NAMES['val'])} beside it; add one, or set "
       "data.builder.splits"
     )
   return {"train": train, "val": val}

@@ -22,10 +22,10 @@ from fpt_jax.data.datasets.formats.shapes import (
   ellipse_outline,
   image_size,
   number,
+  placed_mask,
 )
 from fpt_jax.data.records.images import decode_image, read_bytes
 from fpt_jax.errors import UserError
-from fpt_jax.ops import masks
 from fpt_jax.run.folder import parse_json
 
 _POINTS = {"rectangle": 2, "circle": 2, "mask": 2}  # of each type that has a fixed number
@@ -125,18 +125,11 @@ def _mask(value: object, points_P2: np.ndarray, size: Size) -> dict:
   """Returns a mask, a PNG of the rectangle whose first and last pixels the points are, as run lengths."""
   try:
     png = base64.b64decode(value, validate=True)  # type: ignore[arg-type]
-    inside_hw = decode_image(png, exif="ignore").any(-1)
+    inside_hw = np.any(decode_image(png, exif="ignore"), axis=-1)
   except (binascii.Error, TypeError, ValueError) as error:
     raise BadRecordError("field mask is not a PNG in base64", str(error)) from error
   x, y = np.round(points_P2[0]).astype(int).tolist()
-  h, w = inside_hw.shape
-  if x < 0 or y < 0 or y + h > size[0] or x + w > size[1]:
-    raise BadRecordError(
-      "mask lies outside the image", f"{w} x {h} pixels at {x}, {y} of {size[1]} x {size[0]}"
-    )
-  mask_HW = np.zeros(size, bool)
-  mask_HW[y : y + h, x : x + w] = inside_hw
-  return masks.encode_rle(mask_HW)
+  return placed_mask(inside_hw, x, y, size)
 
 
 FORMAT = Format(_find, _parse, boxes_are_masks=True)

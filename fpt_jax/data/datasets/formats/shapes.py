@@ -9,6 +9,7 @@ import numpy as np
 
 from fpt_jax.data.datasets.checks import BadRecordError, BadRecords, quoted
 from fpt_jax.data.datasets.formats.files import Item, Pairs, Source
+from fpt_jax.ops import masks
 
 Size = tuple[int, int]  # height and width of an image, pixels
 _MOST_PIXELS = 2**28  # Pillow refuses to decode larger images
@@ -71,6 +72,33 @@ class Format:
 def box_outline(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
   """Returns a box as one polygon."""
   return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def placed_mask(inside_hw: np.ndarray, x: int, y: int, size: Size) -> dict:
+  """Returns a mask that is given inside a rectangle as COCO's run lengths of the whole image.
+
+  Args:
+    inside_hw: the pixels in the rectangle, bool.
+    x, y: its first column and row.
+    size: (height, width) of the image.
+
+  Raises:
+    BadRecordError: the rectangle is empty or extends beyond the image.
+  """
+  h, w = inside_hw.shape
+  check_inside(x, y, w, h, size)
+  mask_HW = np.zeros(size, bool)
+  mask_HW[y : y + h, x : x + w] = inside_hw
+  return masks.encode_rle(mask_HW)
+
+
+def check_inside(x: int, y: int, width: int, height: int, size: Size) -> None:
+  """Raises BadRecordError if the rectangle of a mask is empty or extends beyond an image of `size`."""
+  if min(x, y) < 0 or min(width, height) < 1 or y + height > size[0] or x + width > size[1]:
+    raise BadRecordError(
+      "mask lies outside the image",
+      f"{width} x {height} pixels at {x}, {y} of {size[1]} x {size[0]}",
+    )
 
 
 def number(text: object, what: str, where: object = "") -> float:

@@ -9,7 +9,7 @@ from fpt_jax import data
 from fpt_jax.data.datasets.checks import ExifChoice
 from fpt_jax.data.datasets.formats import FORMATS, convert
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import coco_ground_truth
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data_sets import config, encode_tagged
 
 HEIGHT, WIDTH = 40, 80

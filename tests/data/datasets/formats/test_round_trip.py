@@ -7,7 +7,7 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.ops import masks
-from fpt_jax.tasks.detection.batches import coco_ground_truth
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data.datasets.formats.sets import objects_of, prepared, write_image, write_text
 from tests.data_sets import config
 

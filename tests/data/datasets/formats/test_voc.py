@@ -5,8 +5,9 @@ import pytest
 
 from fpt_jax import data
 from fpt_jax.errors import UserError
-from fpt_jax.tasks.detection.batches import coco_ground_truth, eval_batches
+from fpt_jax.tasks.detection.batches import eval_batches
 from fpt_jax.tasks.detection.coco_ap import evaluate
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data.datasets.formats.sets import (
   HEIGHT,
   WIDTH,
@@ -71,7 +72,7 @@ def test_difficult_objects_are_crowds(tmp_path):
   assert example["is_crowd"].tolist() == [True, False]
   with eval_batches(coco, "train", batch_size=1) as batches:
     assert sorted(batch["gt_valid_BG"].sum() for batch in batches) == [1, 1]
-  # a detection on the difficult object, with the highest score, is no false positive
+  # a detection of the difficult object is not a false positive, although it has the highest score
   truth = coco_ground_truth(coco, "train")
   results = [
     {

@@ -9,7 +9,8 @@ from fpt_jax import data
 from fpt_jax.configs import coco_box, coco_mask
 from fpt_jax.errors import UserError
 from fpt_jax.tasks import detection
-from fpt_jax.tasks.detection.batches import coco_ground_truth, train_batches
+from fpt_jax.tasks.detection.batches import train_batches
+from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from tests.data.datasets.formats.sets import (
   HEIGHT,
   WIDTH,

@@ -252,7 +252,7 @@ class RCNN(nnx.Module):
       )
       return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["valid_BR"])
 
-    totals = in_blocks(recomputed(total, policy_of(self.config, "heads")), rois, rois["valid_BR"])
+    totals = in_blocks(total, rois, rois["valid_BR"])
     return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 
   def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:
@@ -384,7 +384,8 @@ def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.A
   """Applies `function` to blocks of a few regions per image, and skips blocks without a valid region.
 
   Most images have far fewer positives and detections than the arrays have room for, and masks are the
-  most expensive part of a region. Blocks are skipped only if valid regions come first.
+  most expensive part of a region. Blocks are skipped only if valid regions come first. The backward pass
+  computes a block again: what it would keep has room for all blocks, with a copy of the weights for each.
 
   Args:
     function: function from a dict like `regions`, with R = `MASK_BLOCK`, to one array.
@@ -412,7 +413,8 @@ def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.A
     valid, block = block
     return jax.lax.cond(jnp.any(valid), function, nothing, block)
 
-  return jax.lax.map(one_block, (split(valid_BR), blocks_of))
+  recomputed_block = jax.checkpoint(one_block, prevent_cse=False)  # not needed in a loop
+  return jax.lax.map(recomputed_block, (split(valid_BR), blocks_of))
 
 
 def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:

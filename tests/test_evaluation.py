@@ -77,6 +77,12 @@ def ready(task, sets=(), **fields):
   return config
 
 
+def files_in(folder):
+  files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+  assert len(files) > 1
+  return files
+
+
 def of_set(metrics, name):
   return {m.removeprefix(f"{name}/"): v for m, v in metrics.items() if m.startswith(f"{name}/")}
 
@@ -84,28 +90,19 @@ def of_set(metrics, name):
 @pytest.mark.parametrize("task", MAKERS)
 def test_a_set_has_the_metrics_and_files_of_its_own_evaluation(task, tmp_path):
   other = elsewhere(tmp_path / "data")
-  sets = {"same": "val", "few-2": "val[:2]", "other": other}
-  config = ready(task, tuple(sets.items()))
+  config = ready(task, (("same", "val"), ("other", other)))
   metrics, compiled = evaluated(config, tmp_path / "run", times=2)
   plain, compiled_alone = evaluated(ready(task), tmp_path / "plain")
   assert compiled == compiled_alone
-  main = {m: v for m, v in metrics.items() if m in plain}
-  np.testing.assert_equal(main, plain)
-  parts = [of_set(metrics, name) for name in sets]
-  assert len(metrics) == len(plain) + sum(map(len, parts))
-  for (name, changes), found in zip(sets.items(), parts, strict=True):
-    alone = ready(task)
-    alone.data.update({"eval_split": changes} if isinstance(changes, str) else changes)
-    expected, _ = evaluated(alone, tmp_path / f"{name}_alone")
-    np.testing.assert_equal(found, expected)
-    folder = tmp_path / "run" / "eval" / name
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    assert len(files) > 1
-    assert files == {
-      p.name: p.read_bytes() for p in (tmp_path / f"{name}_alone" / "eval").iterdir()
-    }
-  np.testing.assert_equal(parts[0], plain)
-  assert str(parts[1]) != str(plain) and str(parts[2]) != str(plain)
+  alone = ready(task)
+  alone.data.update(other)
+  others, _ = evaluated(alone, tmp_path / "alone")
+  assert str(others) != str(plain)
+  expected = plain | {f"same/{m}": v for m, v in plain.items()}
+  np.testing.assert_equal(metrics, expected | {f"other/{m}": v for m, v in others.items()})
+  written = tmp_path / "run" / "eval"
+  assert files_in(written) == files_in(written / "same") == files_in(tmp_path / "plain" / "eval")
+  assert files_in(written / "other") == files_in(tmp_path / "alone" / "eval")
 
 
 def test_scores_of_all_sets_are_kept_if_a_file_cannot_be_written(tmp_path):
@@ -218,7 +215,7 @@ def test_sets_are_read_from_json_and_the_command_line(task, tmp_path):
     ((("few", "val"), ("Few", "val")), "two sets have the name 'Few'"),
     ((("few", {"flip": False}),), r"'few': a set has no field 'flip'; .* among .*buckets, "),
     ((("few", {"source": 3}),), r"'few': data\.source=3 must be of the type .*, ''"),
-    ((("few", {"builder": "x"}),), r"'few': data\.builder='x' must be of the type"),
+    ((("few", {"builder": "x"}),), r"'few': data\.builder=x must be of the type"),
     ((("few", {"buckets": ((0, 5),)}),), r"'few': config\.data\.buckets=.* must be pairs"),
     ((("few", {"exif": "no"}),), r"'few': config\.data\.exif='no' must be one of apply, ignore"),
   ],

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from etils import epath
 from ml_collections import ConfigDict
 
-from fpt_jax.errors import UserError
+from fpt_jax.errors import UserError, one_line
 from fpt_jax.run.folder import run_folder
 
 # Fields of `config.data` that a set may replace: where its images are, and the sizes at which they are seen.
@@ -53,8 +53,8 @@ def _config_of(
       of_set.data[field] = value
     except (TypeError, ValueError) as error:
       raise UserError(
-        f"config.eval.sets, {name!r}: data.{field}={value!r} must be of the type of config.data.{field}, "
-        f"{of_set.data[field]!r}"
+        f"config.eval.sets, {name!r}: data.{field}={one_line(value, 100)} must be of the type of "
+        f"config.data.{field}, {one_line(repr(of_set.data[field]), 100)}"
       ) from error
   return of_set
 

@@ -13,6 +13,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.state import initial_arrays, within
 from fpt_jax.run import checkpoints, sharding
+from fpt_jax.run.best import best_step, parsed_step
 from fpt_jax.run.config_file import read_config
 from fpt_jax.tasks.task import check_config
 from fpt_jax.weights.families import preprocessing
@@ -29,7 +30,8 @@ def starting_arrays(
     shapes: shape, dtype and sharding of each array of the model by name.
 
   Raises:
-    UserError: `config.init_from` has no array that fits, or its weights need other preprocessing.
+    UserError: `config.init_from` does not have the step of `config.init_from_step`, or no array that fits, or
+      its weights need other preprocessing.
   """
   arrays = initial_arrays(
     lambda: models.build(config, nnx.Rngs(config.seed)), sharding.shardings(shapes)
@@ -46,8 +48,14 @@ def starting_arrays(
   check_config(other_config, training=False)
   check_preprocessing(config, other_config)
   other = checkpoints.manager(config.init_from, create=False)
+  step = parsed_step(config.init_from_step)
+  if step == "best":
+    steps = other.all_steps()
+    step = best_step(config.init_from, other_config, steps, flag="--config.init_from_step")
+    logging.info("the best step of %s is %d", config.init_from, step)
+  step = checkpoints.choose_step(other, step)
   wanted = pretrained_shapes(config.init_from, shapes)
-  loaded = checkpoints.restore_matching(other, wanted)
+  loaded = checkpoints.restore_matching(other, step, wanted)
   other.close()
   fresh = sorted(set(arrays) - set(loaded))
   if fresh:

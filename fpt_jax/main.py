@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, config_flags
 from fpt_jax import analyze, configs, data, explain, export, optim, predict
 from fpt_jax.browse import browse
 from fpt_jax.errors import UserError
+from fpt_jax.evaluation import evaluator, prepare
 from fpt_jax.restored import open_run
-from fpt_jax.run import best, cluster, command_line, hosts, profile, sharding
+from fpt_jax.run import best, cluster, command_line, profile, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, folder_of, run_folder
 from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
@@ -129,7 +130,7 @@ def main() -> None:
   if config is not None:
     check_config(config, training=mode in ("train", "browse"))
   if mode == "prepare":
-    data.prepare(config.data)
+    prepare(config)
     return
   if mode == "analyze":
     run_analyze(config, workdir)
@@ -197,10 +198,10 @@ def run_eval(config: ConfigDict, workdir: str) -> None:
   """Runs --mode=eval."""
   check_writable(run_folder(workdir) / "eval")
   restored = open_run(workdir, config, best.parsed_step(_STEP.value))
-  hosts.on_every_host(lambda: data.info(config.data))  # which copies records from a bucket
   mesh = sharding.mesh(config.mesh.shape, batch_sizes=(config.eval.batch_size,))
+  evaluate = evaluator(config, restored.structure, mesh, workdir)
   arrays = sharding.place(restored.arrays, mesh)
-  task_of(config).evaluate(config, restored.structure, arrays, mesh, workdir)
+  evaluate(arrays)
 
 
 def run_predict(config: ConfigDict, workdir: str) -> None:

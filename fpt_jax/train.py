@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fpt_jax import data, models, optim
 from fpt_jax.errors import ResultsNotWrittenError, RunAgainError, UserError
+from fpt_jax.evaluation import evaluator, prepare
 from fpt_jax.initial_weights import starting_arrays
 from fpt_jax.run import checkpoints, hosts, loggers, sharding
 from fpt_jax.run.best import Best, best_of_run
@@ -24,9 +25,10 @@ from fpt_jax.run.config_file import (
   record_changes,
   write_config,
 )
+from fpt_jax.run.eval_sets import configs_of_sets, folder_of_set, in_set
 from fpt_jax.run.folder import check_writable, run_folder
 from fpt_jax.run.lock import TakenOverError, locked_by_first_host
-from fpt_jax.run.metrics import MetricsWriter, has_metric
+from fpt_jax.run.metrics import MetricsWriter, has_metrics
 from fpt_jax.run.profile import Steps, Trace
 from fpt_jax.run.progress import Clock
 from fpt_jax.run.stop import Stopped, StopSignal
@@ -75,7 +77,7 @@ def _train(
   task = task_of(config)
   check_writable(run_folder(workdir) / "eval")
   hosts.on_first_host(lambda: loggers.check_installed(config.loggers))
-  data.prepare_for_all_hosts(config.data)
+  prepare(config, data.prepare_for_all_hosts)
   before = adopt_classes(config, workdir)
   data.check_trainable(config.data)
   config.data.digest = data.digest(config.data)
@@ -91,6 +93,7 @@ def _train(
   check_parts(config, mesh)
   replicated = sharding.replicated(mesh)
   structure = models.structure_of(config)
+  evaluate = evaluator(config, structure, mesh, workdir)
   trained = optim.trainable(config, structure.parameters())
   optimizer = optim.optimizer(config)
   total_steps = optim.total_steps(config)
@@ -137,6 +140,7 @@ def _train(
   clock = Clock(start, total_steps, config.batch_size)
   stop = StopSignal()
   trace = Trace(workdir, profile_steps, start)
+  sets = tuple(configs_of_sets(config))
   pending: list[tuple[int, dict[str, jax.Array]]] = []
   last_saved = start
   save_timer = checkpoints.Timer(config.checkpoint.every_minutes)
@@ -170,7 +174,8 @@ def _train(
       if metrics:
         metrics.write(step, entries)
         if with_pictures:
-          metrics.write_pictures(step, run_folder(workdir) / "eval")
+          for name in sets:
+            metrics.write_pictures(step, folder_of_set(workdir, name))
 
     with keeping(step, on_every_host=True):
       hosts.on_first_host(write)
@@ -185,7 +190,7 @@ def _train(
         stop.during_evaluation(check_lock),
         keeping(step, on_every_host=False),
       ):
-        results = task.evaluate(config, structure, arrays, mesh, workdir)
+        results = evaluate(arrays)
     except ResultsNotWrittenError as error:
       logging.error("%s", error)
       results, written = error.metrics, False
@@ -222,7 +227,9 @@ def _train(
     stop,
     trace,
   ):
-    if start and evaluation_due(start) and not has_metric(workdir, start, task.MAIN_METRIC):
+    # one line has the metrics of all sets, so that it is missing if an evaluation was stopped between two
+    scored = has_metrics(workdir, start, [in_set(name, task.MAIN_METRIC) for name in sets])
+    if start and evaluation_due(start) and not scored:
       results = run_evaluation(start)
       stopping = results is None
     for done in () if stopping or is_past_best() else range(start + 1, total_steps + 1):

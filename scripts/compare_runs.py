@@ -44,7 +44,12 @@ def last_evaluation(workdir: str) -> dict[str, float]:
   _, evaluations = losses_and_evaluations(workdir)
   if not evaluations:
     raise SystemExit(f"error: {workdir}: metrics.jsonl has no evaluation; train the run to its end")
-  return {name: value for name, value in evaluations[-1].items() if name.startswith(SHOWN)}
+  return {
+    name: value
+    for name, value in evaluations[-1].items()
+    # of the set data.eval_split, and of those of config.eval.sets
+    if name.startswith(SHOWN) or name.partition("/")[2].startswith(SHOWN)
+  }
 
 
 def pictures(workdir: str) -> dict[str, epath.Path]:

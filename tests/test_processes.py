@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -76,7 +77,8 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
 @pytest.mark.slow
 def test_four_processes_evaluate_segmentation_as_one(tmp_path):
   # three images in a batch of four: the last process has none
-  config = tiny_segmentation_config("fpt=none", eval__batch_size=4, data__eval_split="val[:3]")
+  fields = dict(data__eval_split="val[:3]", eval__sets=(("few", "val[:1]"),))
+  config = tiny_segmentation_config("fpt=none", eval__batch_size=4, **fields)
   segmentation.adopt_classes(config, data.info(config.data))
   arrays = initial_arrays(lambda: models.build(config, nnx.Rngs(0)))
   with checkpoints.closing(checkpoints.manager(str(tmp_path))) as saved:
@@ -84,12 +86,13 @@ def test_four_processes_evaluate_segmentation_as_one(tmp_path):
   write_config(str(tmp_path), config)
   flags = ("--mode=eval", f"--workdir={tmp_path}")
   succeed(command(*flags, **host_devices(4)))
-  counts = tmp_path / "eval" / "confusion.json"
-  expected = counts.read_text()
-  counts.unlink()
+  files = [tmp_path / "eval" / name for name in ("confusion.json", "few/confusion.json")]
+  expected = [file.read_text() for file in files]
+  shutil.rmtree(tmp_path / "eval")
   for process in start(4, *flags):
     succeed(process)
-  assert np.sum(json.loads(expected)["counts"]) == 3 * 64 * 64 and counts.read_text() == expected
+  assert [np.sum(json.loads(text)["counts"]) for text in expected] == [3 * 64 * 64, 64 * 64]
+  assert [file.read_text() for file in files] == expected
 
 
 @pytest.mark.slow

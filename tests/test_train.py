@@ -13,8 +13,9 @@ import pytest
 import fpt_jax
 from fpt_jax import models, optim
 from fpt_jax.errors import UserError
+from fpt_jax.initial_weights import starting_arrays
 from fpt_jax.models.costs import INTERPOLATIONS
-from fpt_jax.run import checkpoints
+from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.profile import Steps
 from fpt_jax.tasks import detection
 from fpt_jax.tasks.task import task_of
@@ -182,10 +183,10 @@ def test_the_best_checkpoint_stays_and_the_training_ends_early(
   shutil.copytree(finished[0], tmp_path / "run")
   workdir, scores = str(tmp_path / "run"), iter((50.0, 40.0, 50.0))
 
-  def evaluate(config, structure, arrays, mesh, workdir):
+  def evaluate(config, arrays, folder):
     return {"bbox/AP": 1.0, "segm/AP": next(scores)}
 
-  monkeypatch.setattr(detection, "evaluate", evaluate)
+  monkeypatch.setattr(detection, "evaluator", lambda *_: evaluate)
   fields = dict(steps=20, data__flip=False, eval__every_steps=1, eval__patience=2)
   fields |= dict(checkpoint__best_metric="segm/AP", checkpoint__keep=1)
   with caplog.at_level(logging.INFO):
@@ -196,6 +197,12 @@ def test_the_best_checkpoint_stays_and_the_training_ends_early(
   assert kept == [7, 9]
   assert fpt_jax.restore(workdir).step == 9
   assert fpt_jax.restore(workdir, step="best").step == 7
+  shapes = fpt_jax.restore(workdir).structure.shapes
+  for text, step in (("best", 7), ("9", 9)):
+    config = tiny_config(init_from=workdir, init_from_step=text)
+    started = starting_arrays(config, sharding.on_one_device(shapes))
+    expected = fpt_jax.restore(workdir, step=step).arrays
+    assert all((started[name] == expected[name]).all() for name in expected), text
   fields["checkpoint__best_metric"] = "context/other"
   with pytest.raises(UserError, match=r"'context/other' is not among the metrics .* at step 6"):
     train(tiny_config(**fields), workdir)

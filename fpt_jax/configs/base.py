@@ -15,8 +15,10 @@ def base() -> ConfigDict:
   config = ConfigDict()
   config.name = ""  # name of the run for its loggers; "": the name of its folder
   config.seed = 0  # seed of the initial weights, the image order, augmentation and sampling
-  # workdir of a run whose newest weights a new run starts from; "": random weights
+  # workdir of a run whose weights a new run starts from; "": random weights
   config.init_from = ""
+  # step of the checkpoint of init_from: a number, or best, see checkpoint.best_metric; "": the newest
+  config.init_from_step = ""
   config.batch_size = 8  # images per training step (update), on all devices together
   # length of the training: number of images, counting each as often as it is used
   config.train_images = 160_000 * 8
@@ -35,6 +37,9 @@ def base() -> ConfigDict:
   evaluation = config.eval = ConfigDict()
   evaluation.every_steps = 10_000  # training steps between two evaluations
   evaluation.batch_size = 8  # images per evaluation step, on all devices together
+  # sets to evaluate on beside data.eval_split: pairs of a name and a split, or of a name and other values of
+  # fields of data, such as (("few", "val[:500]"), ("mine", {"source": "/data/mine", "data_dir": "/records"}))
+  evaluation.sets = ()
   # evaluations without a better checkpoint.best_metric after which the training ends; 0: it goes on to its
   # last step
   evaluation.patience = 0

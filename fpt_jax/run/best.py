@@ -88,26 +88,30 @@ def best_of_run(workdir: str, config: ConfigDict, last_step: int | None = None) 
   return best
 
 
-def best_step(workdir: str, config: ConfigDict, steps: Collection[int]) -> int:
+def best_step(
+  workdir: str, config: ConfigDict, steps: Collection[int], flag: str = "--step"
+) -> int:
   """Returns the best of the steps that have a checkpoint.
 
   Args:
     workdir: folder of the run.
     config: see `best_of_run`.
     steps: steps of the checkpoints.
+    flag: name of the flag that asks for the step, for messages.
 
   Raises:
     UserError: the config names no metric, or none of these steps has been evaluated in the training.
   """
   if not config.checkpoint.best_metric:
+    or_else = ", or set the field together with --config" if flag == "--step" else ""
     raise UserError(
-      f"--workdir={workdir}: the run has no config.checkpoint.best_metric to choose the best step by; give "
-      "--step as a number, or set the field together with --config"
+      f"{workdir}: the run has no config.checkpoint.best_metric to choose the best step by; give {flag} as a "
+      f"number{or_else}"
     )
   step = best_of_run(workdir, config).step(steps)
   if step is None:
     raise UserError(
-      f"--workdir={workdir}: no checkpoint has been evaluated in the training; give --step as a number, one "
-      f"of {sorted(steps)}"
+      f"{workdir}: no checkpoint has been evaluated in the training; give {flag} as a number, one of "
+      f"{sorted(steps)}"
     )
   return step

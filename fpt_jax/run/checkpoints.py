@@ -197,14 +197,13 @@ def restore_trained(
 
 
 def restore_matching(
-  checkpoints: ocp.CheckpointManager, shapes: Mapping[str, jax.ShapeDtypeStruct]
+  checkpoints: ocp.CheckpointManager, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-  """Restores those arrays of the newest checkpoint whose names and shapes the model has as well.
+  """Restores those arrays of a step whose names and shapes the model has as well.
 
   Raises:
-    UserError: there is no checkpoint, or it has nothing in common with the model.
+    UserError: the step has nothing in common with the model.
   """
-  step = choose_step(checkpoints)
   saved = _saved_shapes(checkpoints, step, "model")
   common = {n: s for n, s in shapes.items() if saved.get(n) == tuple(s.shape)}
   if not common:

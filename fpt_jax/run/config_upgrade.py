@@ -24,6 +24,7 @@ RENAMED = {
 }
 _BOTH = {
   "name": "",
+  "init_from_step": "",
   "loggers": (),
   "mesh": ConfigDict({"shape": (-1, 1, 1)}),
   "data.builder": ConfigDict(),
@@ -49,6 +50,7 @@ _BOTH = {
   "optim.groups": (),
   "optim.ema_decay": 0.0,
   "eval.flip": False,
+  "eval.sets": (),
   "model.remat": "none",
   "model.remat_parts": ("backbone", "pyramid", "fpt", "heads"),
   "checkpoint.every_minutes": 0.0,

@@ -90,7 +90,13 @@ ODD = Rule(
   "an odd number, or unset", lambda value: value is None or (value >= 1 and value % 2 == 1)
 )
 
+STEP = Rule(
+  "a number of training steps, best, or '' for the newest",
+  lambda step: bool(re.fullmatch("([0-9]{1,18}|best)?", step)),
+)
+
 TRAINING_RULES = {
+  "init_from_step": STEP,
   "batch_size": POSITIVE,
   "train_images": POSITIVE,
   "seed": NOT_NEGATIVE,

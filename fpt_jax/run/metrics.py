@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Self
 
 from etils import epath, epy
@@ -64,7 +64,9 @@ class MetricsWriter:
       sender.send(lambda logger: logger.log(step, finite))
 
   def write_pictures(self, step: int, folder: epath.Path) -> None:
-    """Adds the PNG files of a folder to TensorBoard and the loggers, as eval/errors for eval/errors.png.
+    """Adds the PNG files of a folder in that of the run to TensorBoard and the loggers.
+
+    The name of eval/errors.png is eval/errors.
 
     Raises:
       UserError: they cannot be read or written.
@@ -73,7 +75,7 @@ class MetricsWriter:
     with self._reported(step):
       with self._events.as_default():
         for path in sorted(folder.glob("*.png")):
-          name = f"{folder.name}/{path.stem}"
+          name = str(path.relative_to(self._path.parent).with_suffix(""))
           pictures[name] = path.read_bytes()
           picture_HWC = tf.io.decode_png(pictures[name], channels=3)
           tf.summary.image(name, picture_HWC[None], step=step)
@@ -143,6 +145,7 @@ def losses_and_evaluations(workdir: str) -> tuple[list[dict[str, float]], list[d
   return training, [entry for entry in entries if "total_loss" not in entry]
 
 
-def has_metric(workdir: str, step: int, name: str) -> bool:
-  """Whether `metrics.jsonl` has a metric at a step."""
-  return any(entry["step"] == step and name in entry for entry in read_metrics(workdir))
+def has_metrics(workdir: str, step: int, names: Collection[str]) -> bool:
+  """Whether a line of `metrics.jsonl` has all of these metrics at a step."""
+  wanted = set(names)
+  return any(entry["step"] == step and wanted <= entry.keys() for entry in read_metrics(workdir))

@@ -10,6 +10,7 @@ from typing import Any, Protocol, get_args
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -20,12 +21,13 @@ from fpt_jax.models import remat
 from fpt_jax.models.layers import DTYPES
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.ops import mos_attention
-from fpt_jax.run import config_values, loggers
+from fpt_jax.run import config_values, eval_sets, loggers
 from fpt_jax.tasks import detection, segmentation
 from fpt_jax.tasks.program import ImageProgram
 from fpt_jax.tasks.queries import Queries
 
 Found = dict[str, Any]
+Evaluate = Callable[[ConfigDict, Arrays, epath.Path], dict[str, float]]
 
 
 class Task(Protocol):
@@ -65,15 +67,21 @@ class Task(Protocol):
   ) -> AbstractContextManager[Iterator[dict[str, np.ndarray]]]:
     """Opens this host's training batches, beginning with those of `start_step`."""
 
-  def evaluate(
-    self,
-    config: ConfigDict,
-    structure: Skeleton,
-    arrays: Arrays,
-    mesh: jax.sharding.Mesh,
-    workdir: str,
-  ) -> dict[str, float]:
-    """Returns the metrics of `config.data.eval_split` and writes the results into the run's folder."""
+  def check_evaluation(self, config: ConfigDict, dataset: DatasetInfo) -> None:
+    """Checks, before work begins, that the model can be evaluated on a data set.
+
+    Raises:
+      UserError: the data set does not fit the config.
+    """
+
+  def evaluator(self, config: ConfigDict, structure: Skeleton, mesh: jax.sharding.Mesh) -> Evaluate:
+    """Returns the function that evaluates a model; it compiles once per canvas.
+
+    Returns:
+      A function of a config, the model's arrays and a folder, that returns the metrics of the config's
+      `data.eval_split` and writes the results into the folder. The config may have other `data` than that
+      of the run.
+    """
 
   def predictor(
     self, config: ConfigDict, structure: Skeleton, arrays: Arrays
@@ -209,17 +217,33 @@ def check_config(config: ConfigDict, *, training: bool = True) -> None:
   config_values.check(config, rules | (config_values.TRAINING_RULES if training else {}))
   config.model.dtype = DTYPES[config.model.dtype]
   task.check_config(config)
+  names = task.metric_names(config)
+  eval_sets.check(config, names)
+  sets = eval_sets.configs_of_sets(config)
+  for name, of_set in sets.items():
+    if name:
+      with eval_sets.errors_of_set(name):
+        check_config(of_set, training=False)
   if training:
-    _check_best(config, task.metric_names(config))
+    _check_best(config, names, tuple(sets))
+    if config.init_from_step and not config.init_from:
+      raise UserError(
+        f"config.init_from_step={config.init_from_step!r} needs config.init_from, the folder of a run"
+      )
 
 
-def _check_best(config: ConfigDict, names: Sequence[str]) -> None:
+def _check_best(config: ConfigDict, names: Sequence[str], sets: Sequence[str]) -> None:
   """Checks `checkpoint.best_metric` and the field that needs it, `eval.patience`."""
   best = config.checkpoint.best_metric
-  known = any(best == name or (name.endswith("/") and best.startswith(name)) for name in names)
+  possible = [eval_sets.in_set(of_set, name) for of_set in sets for name in names]
+  known = any(best == name or (name.endswith("/") and best.startswith(name)) for name in possible)
   if best and not known:
     shown = ", ".join(f"{name}..." if name.endswith("/") else name for name in names)
-    raise UserError(f"config.checkpoint.best_metric={best!r} must be one of {shown}")
+    of_sets = ", ".join(f"{of_set}/..." for of_set in sets if of_set)
+    raise UserError(
+      f"config.checkpoint.best_metric={best!r} must be one of {shown}"
+      + (f", or the same of a set, {of_sets}" if of_sets else "")
+    )
   if config.eval.patience and not best:
     raise UserError(
       f"config.eval.patience={config.eval.patience} needs config.checkpoint.best_metric, such as {names[0]}"

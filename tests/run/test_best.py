@@ -121,6 +121,11 @@ def test_a_best_step_that_cannot_be_told_is_reported(run, metric, steps, message
     best_step(run, config(metric), steps)
 
 
+def test_a_missing_metric_of_another_run_is_reported(run):
+  with pytest.raises(UserError, match=r"best_metric .* give --config\.init_from_step as a number$"):
+    best_step(run, config(""), [4], flag="--config.init_from_step")
+
+
 def test_steps_are_numbers_or_the_best():
   assert [parsed_step(text) for text in ("", "0", "120", "best")] == [None, 0, 120, "best"]
   for text in ("newest", "-1", "1.5", "9" * 30):

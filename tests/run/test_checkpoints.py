@@ -111,7 +111,7 @@ def test_changed_values_are_named_with_what_to_do(folder, tmp_path, monkeypatch)
   ):
     checkpoints.restore_model(saved, 3, shapes)
   with pytest.raises(UserError, match=r"there is no other checkpoint"):
-    checkpoints.restore_matching(saved, shapes)
+    checkpoints.restore_matching(saved, 3, shapes)
   saved.close()
 
 

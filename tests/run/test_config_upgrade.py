@@ -21,13 +21,14 @@ LATER = {
     "data.train_long_edge", "data.crop", "data.scale", "data.copy_paste", "data.filter_empty",
     "data.color_jitter", "model.backbone.upsampling", "model.rpn.convs", "model.box_head.convs",
     "model.box_head.linears", "model.box_head.norm", "model.mask_head.norm", "data.format", "name", "loggers",
+    "eval.sets", "init_from_step",
   ),
   cityscapes: (
     "data.exif", "data.cache_dir", "data.color_jitter", "model.swaps", "model.class_weights",
     "optim.frozen", "model.remat",
     "model.remat_parts", "model.hard_pixels", "model.hard_probability", "model.head.dropout_of",
     "optim.decay_biases_and_norms", "optim.bias_rate", "model.backbone.upsampling", "model.edges", "name",
-    "loggers",
+    "loggers", "eval.sets", "init_from_step",
   ),
 }  # fmt: skip
 

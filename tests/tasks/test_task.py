@@ -33,6 +33,7 @@ def test_a_field_that_may_be_unset_is_no_wrong_type():
     ("checkpoint.every_minutes", -1.0, "0 or more"),
     ("checkpoint.keep", 0, "1 or more"),
     ("checkpoint.best_mode", "highest", "one of max, min"),
+    ("init_from_step", "newest", "a number of training steps, best, or ''"),
     ("checkpoint.best_metric", "AP", "one of (bbox/AP|mIoU), "),
     ("eval.patience", -1, "0 or more"),
     ("data.train_sizes", (0, 5), "positive"),
@@ -123,6 +124,15 @@ def test_impossible_values_of_one_task_are_reported(module, field, value, needed
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=rf"config\.{field}=.* must be .*{needed}"):
     check_config(config)
+
+
+def test_a_step_to_start_from_needs_a_run():
+  config = coco_mask.get_config()
+  config.init_from_step = "best"
+  with pytest.raises(UserError, match=r"init_from_step='best' needs config\.init_from, the folder"):
+    check_config(config)
+  config.init_from = "/runs/other"
+  check_config(config)
 
 
 def test_the_best_metric_is_one_of_the_model():

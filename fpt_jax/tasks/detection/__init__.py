@@ -18,7 +18,7 @@ from fpt_jax.run.config_values import NOT_NEGATIVE, POSITIVE, SHARE
 from fpt_jax.tasks.detection import batches, coco_ap, queries, tide
 from fpt_jax.tasks.detection.categories import adopt_classes, label_table
 from fpt_jax.tasks.detection.draw import draw_example, draw_prediction
-from fpt_jax.tasks.detection.evaluation import eval_program, evaluate
+from fpt_jax.tasks.detection.evaluation import check_evaluation, eval_program, evaluator
 from fpt_jax.tasks.detection.prediction import (
   eval_images,
   predictor,
@@ -39,12 +39,13 @@ __all__ = [
   "batch_shapes",
   "canvas",
   "check_config",
+  "check_evaluation",
   "cost_notes",
   "draw_example",
   "draw_prediction",
   "eval_images",
   "eval_program",
-  "evaluate",
+  "evaluator",
   "forward",
   "image_program",
   "metric_names",

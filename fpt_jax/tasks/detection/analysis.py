@@ -22,11 +22,11 @@ from fpt_jax.tasks.detection import category_table, coco_ap, confusion, tide
 with epy.lazy_imports():
   from matplotlib import figure as figures
 
-CATEGORIES_FILE = "eval/categories.csv"
-CONFUSION_FILE = "eval/confusion.json"
-CONFUSION_PICTURE = "eval/confusion.png"
-CURVES_PICTURE = "eval/precision_recall.png"
-ERRORS_PICTURE = "eval/errors.png"
+CATEGORIES_FILE = "categories.csv"
+CONFUSION_FILE = "confusion.json"
+CONFUSION_PICTURE = "confusion.png"
+CURVES_PICTURE = "precision_recall.png"
+ERRORS_PICTURE = "errors.png"
 TITLES = {"bbox": "boxes", "segm": "masks"}
 CURVES_AT = (0.5, 0.75)  # IoU
 SHOWN = 80  # categories in the picture of the confusion matrix
@@ -38,7 +38,7 @@ class Analysis(NamedTuple):
   Attributes:
     metrics: "bbox/dAP-Cls" and so on, see `tide.errors`, and the same for "segm".
     text: tables for the log.
-    files: content of each file, by its path in the run's folder.
+    files: content of each file by its name.
   """
 
   metrics: dict[str, float]

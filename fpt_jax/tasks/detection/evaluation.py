@@ -6,45 +6,73 @@ all results, scores them, and sends the metrics to the others.
 Shapes: B images of this host's part of a batch, D detections.
 """
 
+import functools
 import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
-from fpt_jax.data import canvases, info, num_images
+from fpt_jax.data import DatasetInfo, canvases, info, num_images
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import hosts, sharding, stop
-from fpt_jax.run.folder import run_folder, write_whole
+from fpt_jax.run.folder import write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks.detection import analysis, batches, coco_ap, context_accuracy, views
-from fpt_jax.tasks.detection.categories import model_category_of, with_data_categories
+from fpt_jax.tasks.detection.categories import (
+  label_table,
+  model_category_of,
+  with_data_categories,
+)
 from fpt_jax.tasks.detection.ground_truth import coco_ground_truth
 from fpt_jax.tasks.detection.prediction import to_original_image
 
-RESULTS_FILE = "eval/coco_instances_results.json"
+RESULTS_FILE = "coco_instances_results.json"
+
+
+def check_evaluation(config: ConfigDict, dataset: DatasetInfo) -> None:
+  """See `tasks.task.Task.check_evaluation`.
+
+  Raises:
+    UserError: the data set has a category that the model does not have, or does not have one that
+      `config.eval.curves_of` names; or `config.eval.matcher` is not installed.
+  """
+  label_table(config, dataset)
+  analysis.check_curves(config, dataset.category_names)
+  coco_ap.MATCHERS[config.eval.matcher]()  # an error if it is not installed
+
+
+def evaluator(
+  config: ConfigDict, structure: Skeleton, mesh: jax.sharding.Mesh
+) -> Callable[[ConfigDict, Arrays, epath.Path], dict[str, float]]:
+  """See `tasks.task.Task.evaluator`: the function `evaluate`."""
+  detect = views.detector(config, structure, sharding.over_batch(mesh))
+  return functools.partial(evaluate, detect=detect, mesh=mesh)
 
 
 def evaluate(
   config: ConfigDict,
-  structure: Skeleton,
   arrays: Arrays,
+  folder: epath.Path,
+  *,
+  detect: views.Detect,
   mesh: jax.sharding.Mesh,
-  workdir: str,
 ) -> dict[str, float]:
   """Evaluates a detector on `config.data.eval_split` with pycocotools.
 
-  Writes `eval/coco_instances_results.json` into the run's folder, with the category ids of the data set, and
-  the files of `analysis.analyse`. Its categories are matched with the model's by name.
+  Writes `coco_instances_results.json`, with the category ids of the data set, and the files of
+  `analysis.analyse`. Its categories are matched with the model's by name.
 
   Args:
-    config: config of the run.
-    structure: skeleton of the model.
+    config: config of the run, with the data to evaluate on.
     arrays: arrays of the model, on `mesh`.
+    folder: folder of the results.
+    detect: result of `views.detector`.
     mesh: devices that share each batch.
-    workdir: folder of the run.
 
   Returns:
     "bbox/AP", "segm/AR@100", ..., x100, see `coco_ap.metrics_of`; "bbox/dAP-Cls", ..., see `tide.errors`;
@@ -52,16 +80,11 @@ def evaluate(
     are the same on every host.
 
   Raises:
-    UserError: the data set has a category that the model does not have, or does not have one that
-      `config.eval.curves_of` names; or `config.eval.matcher` is not installed.
+    UserError: the data set has a category that the model does not have, or a record cannot be read.
     ResultsNotWrittenError: the results could not be written after the evaluation.
   """
-  dataset = info(config.data)
-  analysis.check_curves(config, dataset.category_names)
-  coco_ap.MATCHERS[config.eval.matcher]()  # an error if it is not installed
-  model_categories = model_category_of(config, dataset)
+  model_categories = model_category_of(config, info(config.data))
   category_of_model = {ours: theirs for theirs, ours in model_categories.items()}
-  detect = views.detector(config, structure, sharding.over_batch(mesh))
   split = config.data.eval_split
   # read before the images are evaluated, so that a bad record is not found after them
   ground_truth = hosts.on_first_host(lambda: coco_ground_truth(config.data, split))
@@ -100,7 +123,7 @@ def evaluate(
   # as one host would have found them
   of_batches = zip(*(host["by_batch"] for host in of_hosts), strict=True)
   in_order = [result for parts in of_batches for part in parts for result in part]
-  return score(config, ground_truth, in_order, workdir)
+  return score(config, ground_truth, in_order, folder)
 
 
 def eval_program(
@@ -122,7 +145,7 @@ def eval_program(
 
 
 def score(
-  config: ConfigDict, ground_truth: dict | None, results: list[dict], workdir: str
+  config: ConfigDict, ground_truth: dict | None, results: list[dict], folder: epath.Path
 ) -> dict[str, float]:
   """Logs the metrics, writes the results and their analysis, and returns the metrics, on every host.
 
@@ -130,7 +153,7 @@ def score(
     config: config of the run.
     ground_truth: see `ground_truth.coco_ground_truth`; only the first host needs it.
     results: detections in all images, in the form of `coco_ap.to_coco_results`.
-    workdir: folder of the run.
+    folder: folder of the files.
 
   Raises:
     ResultsNotWrittenError: a file could not be written; on the first host only.
@@ -158,8 +181,8 @@ def score(
   metrics = hosts.from_first_host(measure)
   if jax.process_index() == 0:
     try:
-      for path, content in files.items():
-        write_whole(run_folder(workdir) / path, content)
+      for name, content in files.items():
+        write_whole(folder / name, content)
     except UserError as error:
       raise ResultsNotWrittenError(error, metrics) from error
   return metrics

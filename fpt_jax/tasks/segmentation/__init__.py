@@ -16,7 +16,7 @@ from fpt_jax.tasks.labels import model_batches
 from fpt_jax.tasks.segmentation import batches, queries
 from fpt_jax.tasks.segmentation.classes import adopt_classes, class_table
 from fpt_jax.tasks.segmentation.draw import draw_example, draw_prediction
-from fpt_jax.tasks.segmentation.evaluation import eval_program, evaluate
+from fpt_jax.tasks.segmentation.evaluation import check_evaluation, eval_program, evaluator
 from fpt_jax.tasks.segmentation.prediction import (
   eval_images,
   predictor,
@@ -36,12 +36,13 @@ __all__ = [
   "batch_shapes",
   "canvas",
   "check_config",
+  "check_evaluation",
   "cost_notes",
   "draw_example",
   "draw_prediction",
   "eval_images",
   "eval_program",
-  "evaluate",
+  "evaluator",
   "forward",
   "image_program",
   "metric_names",

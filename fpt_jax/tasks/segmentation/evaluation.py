@@ -6,24 +6,26 @@ Shapes: B images of a batch, H W rows and columns, T P true and predicted classe
 import functools
 import json
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from fpt_jax import data
-from fpt_jax.data import VOID
+from fpt_jax.data import VOID, DatasetInfo
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import ResultsNotWrittenError, UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import hosts, sharding, stop
-from fpt_jax.run.folder import run_folder, write_whole
+from fpt_jax.run.folder import write_whole
 from fpt_jax.run.progress import Progress
 from fpt_jax.tasks import pictures
 from fpt_jax.tasks.segmentation import batches, miou
 from fpt_jax.tasks.segmentation.classes import class_table
-from fpt_jax.tasks.segmentation.prediction import submission_writer
+from fpt_jax.tasks.segmentation.prediction import server_classes, submission_writer
 from fpt_jax.tasks.segmentation.views import (
   labeller,
   rounding,
@@ -31,27 +33,51 @@ from fpt_jax.tasks.segmentation.views import (
   scorer_at_one_scale,
 )
 
-CONFUSION_FILE = "eval/confusion.json"
+CONFUSION_FILE = "confusion.json"
+
+
+def check_evaluation(config: ConfigDict, dataset: DatasetInfo) -> None:
+  """See `tasks.task.Task.check_evaluation`.
+
+  Raises:
+    UserError: the data set has a class that the model does not have, or, with `config.eval.submission`, no
+      evaluation server.
+  """
+  class_table(config, dataset)
+  if config.eval.submission:
+    server_classes(config)
+
+
+def evaluator(
+  config: ConfigDict, structure: Skeleton, mesh: jax.sharding.Mesh
+) -> Callable[[ConfigDict, Arrays, epath.Path], dict[str, float]]:
+  """See `tasks.task.Task.evaluator`: the function `evaluate`."""
+  label_batch = labeller(
+    config,
+    structure,
+    place=functools.partial(sharding.to_devices, mesh=mesh),
+    out_shardings=sharding.over_batch(mesh),
+  )
+  return functools.partial(evaluate, label_batch=label_batch)
 
 
 def evaluate(
   config: ConfigDict,
-  structure: Skeleton,
   arrays: Arrays,
-  mesh: jax.sharding.Mesh,
-  workdir: str,
+  folder: epath.Path,
+  *,
+  label_batch: Callable[..., jax.Array],
 ) -> dict[str, float]:
   """Evaluates a segmenter on `config.data.eval_split`, at the sizes of the image files.
 
-  Writes `eval/confusion.json` and a picture of it into the run's folder and, with
-  `config.eval.submission`, the files for the data set's evaluation server into `eval/submission`.
+  Writes `confusion.json` and a picture of it and, with `config.eval.submission`, the files for the data
+  set's evaluation server into the folder `submission`.
 
   Args:
-    config: config of the run; `eval` has the windows, scales and mirror images.
-    structure: skeleton of the model.
-    arrays: arrays of the model, on `mesh`.
-    mesh: devices that share each batch.
-    workdir: folder of the run.
+    config: config of the run, with the data to evaluate on.
+    arrays: arrays of the model, on the devices.
+    folder: folder of the results.
+    label_batch: result of `views.labeller`.
 
   Returns:
     "mIoU", "mAcc", "aAcc" and "IoU/<class>", x100; the same on every host.
@@ -62,13 +88,7 @@ def evaluate(
   """
   split, model = config.data.eval_split, config.model
   to_class = class_table(config, data.info(config.data))
-  label_batch = labeller(
-    config,
-    structure,
-    place=functools.partial(sharding.to_devices, mesh=mesh),
-    out_shardings=sharding.over_batch(mesh),
-  )
-  write_submission = submission_writer(config, workdir) if config.eval.submission else None
+  write_submission = submission_writer(config, folder) if config.eval.submission else None
   not_written: UserError | None = None
   counts_TP = np.zeros((model.num_classes,) * 2, np.int64)
   total = data.num_images(config.data, split)
@@ -105,7 +125,7 @@ def evaluate(
       progress.advance(int(batch["valid_B"].sum()) * jax.process_count())
       stop.check()
   counts_TP = hosts.from_all_hosts({"counts": counts_TP[None]})["counts"].sum(axis=0)
-  metrics = score(config, counts_TP, total, workdir)
+  metrics = score(config, counts_TP, total, folder)
   if not_written:
     raise ResultsNotWrittenError(not_written, metrics) from not_written
   return metrics
@@ -133,7 +153,7 @@ def eval_program(
   return program, inputs, {"canvas": (height, width)}
 
 
-def score(config: ConfigDict, counts_TP: np.ndarray, images: int, workdir: str) -> dict:
+def score(config: ConfigDict, counts_TP: np.ndarray, images: int, folder: epath.Path) -> dict:
   """Logs the table, writes the confusion matrix and its picture, and returns the metrics.
 
   Raises:
@@ -143,7 +163,7 @@ def score(config: ConfigDict, counts_TP: np.ndarray, images: int, workdir: str) 
   metrics = miou.scores(counts_TP, names)
   if jax.process_index() == 0:
     logging.info("%s, %d images:\n%s", config.data.eval_split, images, miou.format_table(metrics))
-    path = run_folder(workdir) / CONFUSION_FILE
+    path = folder / CONFUSION_FILE
     confusion = {"class_names": list(names), "counts": counts_TP.tolist()}
     try:
       write_whole(path, json.dumps(confusion))

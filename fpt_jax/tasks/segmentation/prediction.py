@@ -20,13 +20,27 @@ from fpt_jax.tasks.segmentation import batches, submissions
 from fpt_jax.tasks.segmentation.classes import class_table
 from fpt_jax.tasks.segmentation.views import labeller, rounding
 
-SUBMISSION_FOLDER = "eval/submission"
 
-
-def submission_writer(config: ConfigDict, workdir: str) -> Callable[[str, np.ndarray], epath.Path]:
+def submission_writer(
+  config: ConfigDict, folder: epath.Path
+) -> Callable[[str, np.ndarray], epath.Path]:
   """Returns a function of file name and label map that writes the file for the evaluation server.
 
-  The model's classes are matched with those of the server by name.
+  Args:
+    config: config of the run.
+    folder: folder of an evaluation's results; the files are written into the folder `submission` in it.
+
+  Raises:
+    UserError: see `server_classes`.
+  """
+  server_class = server_classes(config)
+  return lambda file_name, label_HW: submissions.write(
+    config.data.name, folder / "submission", file_name, server_class[label_HW]
+  )
+
+
+def server_classes(config: ConfigDict) -> np.ndarray:
+  """Returns the class at the data set's evaluation server of each class of the model, int [K], by name.
 
   Raises:
     UserError: the data set has no server, or the model has other classes.
@@ -47,10 +61,7 @@ def submission_writer(config: ConfigDict, workdir: str) -> Callable[[str, np.nda
         f"config.eval.submission: the model's class {class_name!r} is not one class of the server of "
         f"data.name={name!r}; set --config.eval.submission=False"
       )
-  folder, server_class = run_folder(workdir) / SUBMISSION_FOLDER, np.array(places)
-  return lambda file_name, label_HW: submissions.write(
-    name, folder, file_name, server_class[label_HW]
-  )
+  return np.array(places)
 
 
 def predictor(
@@ -120,4 +131,4 @@ def write_prediction(config: ConfigDict, workdir: str, stem: str, name: str, fou
   path = run_folder(workdir) / "predictions" / f"{stem}_labels.png"
   write_whole(path, encode_png(found["label_map"]))
   if config.eval.submission:
-    submission_writer(config, workdir)(name, found["label_map"])
+    submission_writer(config, run_folder(workdir) / "eval")(name, found["label_map"])

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from fpt_jax.configs import coco_mask
@@ -25,12 +26,12 @@ def test_an_evaluation_writes_its_analysis(golden, tmp_path, caplog):
   config.eval.curves_of = ("c2",)
   caplog.set_level("INFO")
   truth, expected = golden["ground_truth"], golden["expected"]
-  metrics = evaluation.score(config, truth, golden["detections"], str(tmp_path))
+  metrics = evaluation.score(config, truth, golden["detections"], epath.Path(tmp_path))
   for kind in ("bbox", "segm"):
     for name, value in expected[kind]["errors"].items():
       assert metrics[f"{kind}/dAP-{name}"] == pytest.approx(value)
   assert "│ c3 " in caplog.text and "FalseNeg" in caplog.text
-  written = tmp_path / "eval"
+  written = tmp_path
   assert {path.name for path in written.iterdir()} == {
     "categories.csv", "coco_instances_results.json", "confusion.json", "confusion.png", "errors.png",
     "precision_recall.png",
@@ -48,8 +49,8 @@ def test_an_evaluation_writes_its_analysis(golden, tmp_path, caplog):
 def test_pictures_without_objects(golden, tmp_path):
   truth = golden["ground_truth"] | {"annotations": []}
   config = coco_mask.get_config("demo")
-  assert evaluation.score(config, truth, golden["detections"], str(tmp_path)) == {}
-  assert len(list((tmp_path / "eval").glob("*.png"))) == 3
+  assert evaluation.score(config, truth, golden["detections"], epath.Path(tmp_path)) == {}
+  assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_curves_show_the_precision():

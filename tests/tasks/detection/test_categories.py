@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 
 from fpt_jax import data
 from fpt_jax.configs import coco_box
@@ -93,7 +94,8 @@ def evaluated(monkeypatch, tmp_path, run, categories):
   }
   found = jax.tree.map(jnp.asarray, found)
   monkeypatch.setattr(views, "detector", lambda *_: lambda arrays, seen: found)
-  metrics = detection.evaluate(run, None, {}, sharding.mesh(), str(tmp_path))
+  evaluate = detection.evaluator(run, None, sharding.mesh())
+  metrics = evaluate(run, {}, epath.Path(tmp_path))
   results = json.loads((tmp_path / RESULTS_FILE).read_text())
   return metrics, [result["category_id"] for result in results]
 

@@ -1,6 +1,7 @@
 """The accuracy of questions, against values computed by hand."""
 
 import pytest
+from etils import epath
 
 from fpt_jax.configs import coco_box
 from fpt_jax.tasks.detection import context_accuracy, evaluation, ground_truth
@@ -115,7 +116,7 @@ def test_evaluation_of_context_shapes_has_the_questions(shapes, tmp_path):
       results.append(found(annotation["image_id"], category, 0.9, annotation["bbox"]))
   config = coco_box.get_config("demo")
   config.data = shapes
-  metrics = evaluation.score(config, truth, results, str(tmp_path))
+  metrics = evaluation.score(config, truth, results, epath.Path(tmp_path))
   satellites = [
     annotation
     for annotation in truth["annotations"]

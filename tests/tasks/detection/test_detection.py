@@ -97,7 +97,7 @@ def assert_same(boxes_xyxy, scores, labels, areas, golden, i):
 
 def evaluated(workdir):
   """Returns the detections of each image that evaluation wrote into a run's folder."""
-  results = json.loads((workdir / RESULTS_FILE).read_text())
+  results = json.loads((workdir / "eval" / RESULTS_FILE).read_text())
   found = []
   for i in range(4):
     of_image = [r for r in results if r["image_id"] == i]

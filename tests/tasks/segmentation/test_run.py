@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 
 import fpt_jax
 from fpt_jax.errors import UserError
+from fpt_jax.evaluation import evaluator
 from fpt_jax.predict import predict
 from fpt_jax.run import sharding
 from fpt_jax.tasks import segmentation
@@ -75,7 +77,7 @@ def test_canvases_with_aligned_corners_have_a_pixel_more(finished, tmp_path):
     return jnp.zeros((*image_BHWC.shape[:3], 7))
 
   structure = SimpleNamespace(fill=lambda _: SimpleNamespace(logits=logits))
-  segmentation.evaluate(config, structure, {}, sharding.mesh(), str(tmp_path))
+  segmentation.evaluator(config, structure, sharding.mesh())(config, {}, epath.Path(tmp_path))
   assert set(seen) == {(65, 33), (33, 33)}
   config.eval.window = ()
   seen.clear()
@@ -94,11 +96,11 @@ def test_a_window_of_the_images_size_changes_no_metric(finished):
   mesh = sharding.mesh()
   arrays = sharding.replicate(restored.arrays, mesh)
   restored.config.eval.update({"window": (64, 64), "overlap": 0.5})
-  arguments = (restored.config, restored.structure, arrays, mesh, str(workdir))
-  np.testing.assert_equal(segmentation.evaluate(*arguments), metrics)  # nan is nan
+  arguments = (restored.config, restored.structure, mesh, str(workdir))
+  np.testing.assert_equal(evaluator(*arguments)(arrays), metrics)  # nan is nan
   restored.config.eval.submission = True
   with pytest.raises(UserError, match=r"not for data\.name='context_shapes' with 7 classes"):
-    segmentation.evaluate(*arguments)
+    evaluator(*arguments)
 
 
 def test_pictures_of_predictions(finished, tmp_path):

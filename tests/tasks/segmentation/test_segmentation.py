@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 
 from fpt_jax import data
 from fpt_jax.browse import browse
@@ -195,7 +196,8 @@ def test_real_samples_are_browsed_and_evaluated(name, real_data, tmp_path):
   def logits(image_BHWC, size_B2):
     return (image_BHWC / 255 - 0.5) @ WEIGHT[:, :classes]
 
-  metrics = segmentation.evaluate(config, structure_of(logits), {}, sharding.mesh(), str(workdir))
+  evaluate = segmentation.evaluator(config, structure_of(logits), sharding.mesh())
+  metrics = evaluate(config, {}, epath.Path(workdir / "eval"))
   assert 0 <= metrics["mIoU"] <= 100
   written = json.loads((workdir / "eval" / "confusion.json").read_text())
   counts_TP = np.array(written["counts"])
@@ -228,7 +230,7 @@ def test_a_submission_needs_a_server(tmp_path):
   with pytest.raises(
     UserError, match=r"cityscapes \(19 classes\), ade20k .*not for data.name='camvid'"
   ):
-    submission_writer(config, str(tmp_path))
+    submission_writer(config, epath.Path(tmp_path))
 
 
 def test_predictions_for_a_server(tmp_path):
@@ -247,12 +249,12 @@ def test_classes_for_a_server_are_matched_by_name(tmp_path):
   config = run_config({"name": "cityscapes"}, **{"eval.submission": True})
   config.model.num_classes = 19
   config.model.class_names = tuple(reversed(submissions.CLASS_NAMES["cityscapes"]))
-  write = submission_writer(config, str(tmp_path))
+  write = submission_writer(config, epath.Path(tmp_path))
   ids_HW = label_map.decode_ids(write("a.png", np.array([[0, 18]], np.uint8)).read_bytes())
   assert ids_HW.tolist() == [[33, 7]]  # the first class is bicycle now, and the last one road
   config.model.class_names = ("street", *submissions.CLASS_NAMES["cityscapes"][1:])
   with pytest.raises(UserError, match="the model's class 'street' is not one class of the server"):
-    submission_writer(config, str(tmp_path))
+    submission_writer(config, epath.Path(tmp_path))
 
 
 def test_pictures_and_entries_of_an_image(rng, tmp_path):

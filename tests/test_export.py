@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 import fpt_jax
 from fpt_jax import data, export, models
+from fpt_jax import restored as restore
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import initial_arrays
 from fpt_jax.ops.masks import paste_rle
@@ -107,6 +109,55 @@ def test_the_json_describes_the_program(exported):
     assert (described["dtype"], shape) == (str(values.dtype), list(values.shape))
   names = restored.config.model["category_names" if task == "detection" else "class_names"]
   assert list(names) in [list(v) for v in description.values() if isinstance(v, list)]
+
+
+def test_a_batch_predicts_what_single_images_do(exported, tmp_path, caplog):
+  task, restored, images, results, _ = exported
+  export.export(restored, epath.Path(tmp_path), batch=2)
+  assert re.search(r"model_cpu.jax_export: .* images per call: 2", caplog.text)
+  assert re.search(r"largest difference from .*; per image \d+ ms, predict \d+ ms", caplog.text)
+  description = json.loads((tmp_path / "export_cpu.json").read_text())
+  assert description["input"]["image"]["shape"] == [2, "h", "w", 3]
+  call = export.load(tmp_path / "model_cpu.jax_export", "stablehlo")
+  other_HWC = images["wide"][::-1].copy()
+  found = call(np.stack([other_HWC, images["wide"]]))
+  for name, values in results["wide"].items():
+    shape = [{"h": 72, "w": 120}.get(n, n) for n in description["output"][name]["shape"]]
+    assert shape == list(found[name].shape) == [2, *values.shape]
+    np.testing.assert_allclose(np.float64(found[name][1]), np.float64(values), atol=1e-4, rtol=1e-4)
+  (expected,) = restored.predict([other_HWC])
+  if task == "segmentation":
+    np.testing.assert_array_equal(found["label_map"][0], expected["label_map"])
+  else:
+    np.testing.assert_allclose(found["scores"][0][found["valid"][0]], expected["scores"], atol=1e-4)
+
+
+def in_bfloat16(restored):
+  """Returns a model that computes in bfloat16, with the same weights."""
+  config = restored.config.copy_and_resolve_references()
+  config.model.dtype = "bfloat16"
+  return restore.Restored(config, 3, models.structure_of(config), restored.arrays)
+
+
+def test_bfloat16_is_compared_by_matches(exported, tmp_path, monkeypatch, caplog):
+  task, restored, *_ = exported
+  low = in_bfloat16(restored)
+  export.export(low, epath.Path(tmp_path))
+  assert "share of what does not match from restore(...).predict" in caplog.text
+  assert (tmp_path / "model_cpu.jax_export").exists()
+  loaded = export.load(tmp_path / "model_cpu.jax_export", "stablehlo")
+
+  def other(image_HWC):
+    found = loaded(image_HWC)
+    if task == "segmentation":
+      found["label_map"][:8] = found["label_map"][:8] + 1  # an eighth of the pixels
+      return found
+    return found | {"scores": found["scores"] * 0.9}
+
+  monkeypatch.setattr(export, "load", lambda path, format: other)
+  with pytest.raises(UserError, match=r"does not match: .*, more than 0\.01, and was removed"):
+    export.export(low, epath.Path(tmp_path))
+  assert not (tmp_path / "model_cpu.jax_export").exists()
 
 
 @pytest.mark.parametrize("exported", ["detection"], indirect=True)

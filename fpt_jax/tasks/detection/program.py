@@ -1,6 +1,6 @@
 """A detector as one function of an image, see `tasks.program`.
 
-Shapes: B images, D detections, m side of a mask; N and M detections of two sets, X pixels.
+Shapes: B images, D detections, m side of a mask; N and M detections of two sets.
 """
 
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ def _difference(
       worst.append(float(costs[i, j]))
       if "masks" in one:
         worst.append(float((one["masks"][i] != other["masks"][j]).mean()))
-  return max(worst)
+  return float(np.max(worst))
 
 
 def unmatched_share(
@@ -138,9 +138,10 @@ def unmatched_share(
 ) -> float:
   """Returns the share of detections without a match in the other set.
 
-  A match has the same category, a score that differs by at most `MATCH_SCORE` and a box, and a mask, whose
-  IoU is at least `MATCH_IOU`. Detections whose score is not `MATCH_SCORE` above the lowest that the other set
-  keeps are not counted: it may have another one in their place.
+  A match has the same category, a score that differs by at most `MATCH_SCORE`, a box whose IoU is at least
+  `MATCH_IOU`, and a mask that differs in at most 1 - `MATCH_IOU` of the box. Detections whose score is not
+  `MATCH_SCORE` above the lowest that the other set keeps are not counted: it may have another one in their
+  place.
 
   Args:
     found, expected: detections as of `Restored.predict`.
@@ -166,11 +167,10 @@ def _matches(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> np.nda
     np.float64(np.hstack([b[:, :2], b[:, 2:] - b[:, :2]]))
     for b in (one["boxes_xyxy"], other["boxes_xyxy"])
   )
-  iou_NM = coco_mask.iou(*xywh, [0] * len(other["scores"]))
+  matches_NM = near_NM & same_NM & (coco_mask.iou(*xywh, [0] * len(other["scores"])) >= MATCH_IOU)
   if "masks" in one:
-    masks_NX, masks_MX = (np.float32(s["masks"].reshape(len(s["masks"]), -1)) for s in (one, other))
-    both_NM = masks_NX @ masks_MX.T
-    either_NM = masks_NX.sum(axis=1)[:, None] + masks_MX.sum(axis=1)[None] - both_NM
-    ratio_NM = np.divide(both_NM, either_NM, out=np.ones_like(both_NM), where=either_NM > 0)
-    iou_NM = np.minimum(iou_NM, ratio_NM)
-  return near_NM & same_NM & (iou_NM >= MATCH_IOU)
+    for i, j in np.argwhere(matches_NM):
+      left, top, right, bottom = one["boxes_xyxy"][i]
+      differing = (one["masks"][i] != other["masks"][j]).sum()
+      matches_NM[i, j] = differing <= (1 - MATCH_IOU) * (right - left) * (bottom - top)
+  return matches_NM

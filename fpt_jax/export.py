@@ -294,7 +294,7 @@ def compare(
       )
     image_BHWC = np.stack([np.roll(image_HWC, i * width // images, axis=1) for i in range(images)])
     given = image_HWC if batch is None else image_BHWC
-    expected = restored.predict(image_BHWC)
+    expected = restored.predict(list(image_BHWC))
     try:
       found = call(given)
     except Exception as error:

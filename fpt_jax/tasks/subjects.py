@@ -156,7 +156,7 @@ def image_files(
     UserError: a path does not exist, a folder has no images, or there is a video and PyAV is not installed.
   """
   files = []
-  for given in map(os.fspath, paths):
+  for given in [os.fspath(path) for path in paths]:
     if "://" in given:
       raise UserError(f"{argument}: {given} is not in a file system; copy the images to a disk")
     path = pathlib.Path(os.path.expanduser(given))

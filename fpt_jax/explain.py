@@ -5,7 +5,6 @@ Shapes: B = 1 image, S positions, h w rows and columns of a level, H W those of 
 
 import collections
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,10 +80,10 @@ def explain(
       queries = task.queries(config, image_HWC, restored.infer(image_HWC), size, min_score)
     rows = rows_of(view, image_HWC, queries)
     if rows:
-      path = unused_path(out, pathlib.Path(subject.name).stem, taken)
+      path = unused_path(out, subject.stem, taken)
       write_whole(path, encode_png(draw(image_HWC, size, rows, task.level_name)))
     described = [entry(row, image_HWC, size, task.level_name) for row in rows]
-    lines.write([{"file_name": subject.name, "rows": described}])
+    lines.write([{"file_name": subject.name} | subject.place | {"rows": described}])
     if subject.truth is not None:
       questions = task.questions(config, image_HWC, subject.truth, size)
       answer_of = {question.query: question.answer_HW for question in questions}

@@ -23,7 +23,13 @@ from fpt_jax.restored import open_run
 from fpt_jax.run import best, cluster, command_line, profile, sharding
 from fpt_jax.run.config_file import config_of_run, read_config
 from fpt_jax.run.folder import check_writable, folder_of, run_folder
-from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files, subjects_of_split
+from fpt_jax.tasks.subjects import (
+  Subject,
+  image_files,
+  num_subjects,
+  subjects_of_files,
+  subjects_of_split,
+)
 from fpt_jax.tasks.task import check_config, check_types, task_of
 from fpt_jax.train import train
 
@@ -77,8 +83,8 @@ _STEP = flags.DEFINE_string(
 _IMAGES = flags.DEFINE_list(
   "images",
   [],
-  "Image files and folders for predict and explain, by default the images of config.data.eval_split; and for "
-  "the check of export, by default a drawn one.",
+  "Image files, videos and folders of images for predict and explain, by default the images of "
+  "config.data.eval_split; and for the check of export, by default a drawn one.",
 )
 _POINTS = flags.DEFINE_string(
   "points",
@@ -112,6 +118,13 @@ _CANVAS = flags.DEFINE_list(
   [],
   "HEIGHT,WIDTH for --mode=export: the canvas that images are laid on, pixels; by default the first of "
   "config.data.buckets.",
+)
+_BATCH = flags.DEFINE_integer(
+  "batch",
+  None,
+  "For --mode=export: number of images of one size that a call of the program takes; by default one, without "
+  "a dimension for it.",
+  lower_bound=1,
 )
 _EXPORT_DIR = flags.DEFINE_string(
   "export_dir", "", "Folder for --mode=export; the folder export of --workdir by default."
@@ -233,7 +246,13 @@ def run_export(config: ConfigDict, workdir: str) -> None:
     subjects, _ = chosen_images(config)
   restored = open_run(workdir, config, best.parsed_step(_STEP.value))
   export.export(
-    restored, out, format=_FORMAT.value, platforms=platforms, canvas=canvas, subjects=subjects
+    restored,
+    out,
+    format=_FORMAT.value,
+    platforms=platforms,
+    canvas=canvas,
+    batch=_BATCH.value,
+    subjects=subjects,
   )
 
 
@@ -242,7 +261,7 @@ def chosen_images(config: ConfigDict) -> tuple[Iterator[Subject | UserError], in
   if _IMAGES.value:
     files = image_files(_IMAGES.value)
     subjects = subjects_of_files(files, exif=config.data.exif, skip_bad=config.data.skip_bad)
-    return subjects, len(files)
+    return subjects, num_subjects(files)
   return subjects_of_split(config), data.num_images(config.data, config.data.eval_split)
 
 

@@ -1,6 +1,5 @@
 """Predictions for images: pictures and JSON."""
 
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,10 +62,11 @@ def predict(
         else:
           found = restored.infer(subject.image_HWC)
           picture = task.draw_prediction(config, subject.image_HWC, found, subject.truth, min_score)
-          path = unused_path(out, pathlib.Path(subject.name).stem, taken)
+          path = unused_path(out, subject.stem, taken)
           write_whole(path, encode_png(picture))
           task.write_prediction(config, workdir, path.stem, subject.name, found)
-          lines.write(task.to_entries(config, subject.name, found))
+          entries = task.to_entries(config, subject.name, found)
+          lines.write([entry | subject.place for entry in entries])
           if len(sheet) < SHEET_PICTURES:
             sheet.append(picture)
           done += 1

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Literal
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -11,11 +12,31 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from fpt_jax import models
+from fpt_jax.errors import UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.best import best_step
 from fpt_jax.run.config_file import read_config
+from fpt_jax.tasks import subjects
 from fpt_jax.tasks.task import Found, check_config, task_of
+
+
+class FilePrediction(NamedTuple):
+  """A prediction for an image of a file.
+
+  Attributes:
+    name: path of the file.
+    frame: number of the frame in a video, from 0; None for an image file.
+    seconds: when the video shows it, after the first frame; None for an image file.
+    image_HWC: the image, uint8 RGB.
+    result: what `Restored.predict` returns for it.
+  """
+
+  name: str
+  frame: int | None
+  seconds: float | None
+  image_HWC: np.ndarray
+  result: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +81,36 @@ class Restored:
       ValueError: an image is not uint8 [H, W, 3].
     """
     return [self._predict_one(i, image) for i, image in enumerate(images)]
+
+  def predict_files(
+    self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+  ) -> Iterator[FilePrediction]:
+    """Makes a prediction for each image of files and folders, and for each frame of videos, one at a time.
+
+    A thread reads the next image while a prediction is made. Images are read as `--images` reads them, by the
+    fields `exif` and `skip_bad` of `config.data`. Videos need the package `av`.
+
+    Args:
+      paths: one or several files of images and videos, and folders of images.
+
+    Returns:
+      An iterator, which reads and predicts when it is asked for the next one.
+
+    Raises:
+      UserError: a path does not exist, a folder has no images, or `av` is not installed. The iterator raises
+        it in the place of a file that cannot be read, and behind the frames of a video that ends early,
+        unless `config.data.skip_bad` is set; asked again, it goes on with the next file.
+    """
+    several = [paths] if isinstance(paths, str | os.PathLike) else paths
+    files, data = subjects.image_files(several, "paths"), self.config.data
+    found = subjects.subjects_of_files(files, exif=data.exif, skip_bad=data.skip_bad)
+    return map(self._predict_subject, subjects.read_ahead(found))
+
+  def _predict_subject(self, subject: subjects.Subject | UserError) -> FilePrediction:
+    if isinstance(subject, UserError):
+      raise subject
+    (result,) = self.predict([subject.image_HWC])
+    return FilePrediction(subject.name, subject.frame, subject.seconds, subject.image_HWC, result)
 
   def _predict_one(self, i: int, image_HWC: np.ndarray) -> dict[str, np.ndarray]:
     if (

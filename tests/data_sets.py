@@ -44,6 +44,23 @@ def encode_tagged(pixels: np.ndarray, orientation: int, name: str, **options: ob
   return file.getvalue()
 
 
+def write_clip(path: pathlib.Path, codec: str = "mpeg4", frames: int = 30) -> None:
+  """Writes a video of 64 x 48 pixels and 10 frames per second; skips the test if PyAV is not installed.
+
+  Frame i is grey, 8 i in 0..255, and white in the 16 x 16 pixels at the top left.
+  """
+  av = pytest.importorskip("av")
+  with av.open(f"file:{path}", "w") as container:
+    stream = container.add_stream(codec, rate=10)
+    stream.width, stream.height, stream.bit_rate = 64, 48, 4_000_000
+    stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    for i in range(frames):
+      pixels = np.full((48, 64, 3), 8 * i, np.uint8)
+      pixels[:16, :16] = 255
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    container.mux(stream.encode())
+
+
 def png(array: np.ndarray) -> bytes:
   file = io.BytesIO()
   PIL.Image.fromarray(array).save(file, "PNG")

@@ -1,7 +1,9 @@
 """Exported programs run without the package and equal `restore(...).predict`."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import types
@@ -109,6 +111,63 @@ def test_the_json_describes_the_program(exported):
   assert list(names) in [list(v) for v in description.values() if isinstance(v, list)]
 
 
+def test_a_batch_predicts_what_single_images_do(exported, tmp_path, caplog):
+  task, restored, *_ = exported
+  with caplog.at_level(logging.INFO, logger="absl"):
+    export.export(restored, epath.Path(tmp_path), batch=2)
+  assert re.search(r"model_cpu.jax_export: .* images per call: 2", caplog.text)
+  assert re.search(r"largest difference from .*; per image \d+ ms, predict \d+ ms", caplog.text)
+  description = json.loads((tmp_path / "export_cpu.json").read_text())
+  assert description["input"]["image"]["shape"] == [2, "h", "w", 3]
+  rng = np.random.default_rng(1)
+  image_BHWC = np.kron(rng.integers(0, 256, (2, 8, 8, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
+  outputs = export.load(epath.Path(tmp_path / "model_cpu.jax_export"), "stablehlo")(image_BHWC)
+  assert {name: [2, *values.shape[1:]] for name, values in outputs.items()} == {
+    name: [64 if edge in ("h", "w") else edge for edge in array["shape"]]
+    for name, array in description["output"].items()
+  }
+  expected = restored.predict(image_BHWC)
+  for i in range(2):
+    found = {name: values[i] for name, values in outputs.items()}
+    if task == "segmentation":
+      np.testing.assert_array_equal(found["label_map"], expected[i]["label_map"])
+      continue
+    valid_D = found["valid"]
+    assert valid_D.sum() > 2
+    np.testing.assert_allclose(found["scores"][valid_D], expected[i]["scores"], atol=1e-4)
+    np.testing.assert_allclose(found["boxes_xyxy"][valid_D], expected[i]["boxes_xyxy"], atol=64e-4)
+    np.testing.assert_array_equal(found["labels"][valid_D], expected[i]["labels"])
+
+
+def in_bfloat16(restored):
+  """Returns a model that computes in bfloat16, with the same weights."""
+  config = restored.config.copy_and_resolve_references()
+  config.model.dtype = "bfloat16"
+  return fpt_jax.Restored(config, 3, models.structure_of(config), restored.arrays)
+
+
+def test_bfloat16_is_compared_by_matches(exported, tmp_path, caplog):
+  task, restored, *_ = exported
+  low = in_bfloat16(restored)
+  with caplog.at_level(logging.INFO, logger="absl"):
+    export.export(low, epath.Path(tmp_path))
+  assert "mean share without a match from restore(...).predict" in caplog.text
+  path = epath.Path(tmp_path / "model_cpu.jax_export")
+  call = export.load(path, "stablehlo")
+
+  def other(image_HWC):
+    found = call(image_HWC)
+    if task == "segmentation":
+      in_first_columns = np.arange(image_HWC.shape[1]) < 4  # 3 % of the pixels
+      return {"label_map": np.where(in_first_columns, 255, found["label_map"])}
+    return found | {"scores": found["scores"] * 0.9}
+
+  program = task_of(low.config).image_program(low.config, low.structure, None)
+  image = export.drawn(program.canvas)
+  with pytest.raises(UserError, match=r"without a match: .*, more than 0\.02, and was removed"):
+    export.compare(low, program, other, iter([image]), path)
+
+
 @pytest.mark.parametrize("exported", ["detection"], indirect=True)
 def test_the_target_decides_and_not_this_machine(exported, tmp_path):
   restored = exported[1]
@@ -124,7 +183,7 @@ def test_a_program_that_differs_is_an_error_and_removed(exported, tmp_path, monk
   restored = exported[1]
   nothing = lambda image_HWC: {"label_map": np.full(image_HWC.shape[:2], 255, np.uint8)}
   monkeypatch.setattr(export, "load", lambda path, format: nothing)
-  with pytest.raises(UserError, match=r"differs from restore\(\.\.\.\)\.predict by .*was removed"):
+  with pytest.raises(UserError, match=r"differs from restore\(\.\.\.\)\.predict, .*was removed"):
     export.export(restored, epath.Path(tmp_path))
   assert not (tmp_path / "model_cpu.jax_export").exists()
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pathlib
+import sys
 import types
 
 import numpy as np
@@ -13,7 +15,10 @@ from fpt_jax.configs import cityscapes
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
 from fpt_jax.predict import predict
-from fpt_jax.tasks.subjects import Subject, image_files, subjects_of_files
+from fpt_jax.restored import Restored
+from fpt_jax.tasks import subjects
+from fpt_jax.tasks.subjects import Subject, image_files, num_subjects, subjects_of_files
+from tests.data_sets import write_clip
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def folder(tmp_path):
 def run(restored, folder, workdir, *, skip_bad=False):
   files = image_files([str(folder)])
   subjects = subjects_of_files(files, exif=restored.config.data.exif, skip_bad=skip_bad)
-  predict(restored, subjects, len(files), str(workdir), min_score=0.5)
+  predict(restored, subjects, num_subjects(files), str(workdir), min_score=0.5)
 
 
 def entries(out):
@@ -86,6 +91,71 @@ def test_bad_files_can_be_skipped_unless_all_are_bad(restored, folder, tmp_path,
     run(restored, folder, tmp_path)
   assert (tmp_path / "predictions" / "predictions.json").read_bytes() == before
   assert len(entries(tmp_path / "predictions")) == 3
+
+
+def test_frames_of_a_video(restored, folder, tmp_path, caplog):
+  write_clip(tmp_path / "clip.mp4", frames=3)
+  write_clip(tmp_path / "cut.mp4")
+  (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:2000])
+  files = [str(tmp_path / "clip.mp4"), str(folder / "a.png"), str(tmp_path / "cut.mp4")]
+  assert num_subjects(image_files(files)) == 5
+  found = subjects_of_files(image_files(files), exif="apply", skip_bad=False)
+  with pytest.raises(UserError, match=r"^bad images: 1 of 5; .*cut\.mp4 is not a readable video"):
+    predict(restored, found, 5, str(tmp_path), min_score=0.5)
+  out = tmp_path / "predictions"
+  found = [(e["file_name"], e.get("frame"), e.get("seconds")) for e in entries(out)]
+  assert found == [(files[0], i, pytest.approx(i / 10)) for i in range(3)] + [
+    (files[1], None, None)
+  ]
+  names = ("a", "clip_000000", "clip_000001", "clip_000002")
+  assert {p.name for p in out.glob("*.png")} == {"contact_sheet.png"} | {
+    f"{name}{end}.png" for name in names for end in ("", "_labels")
+  }
+
+
+def test_files_in_a_users_own_code(restored, folder, monkeypatch):
+  read = []
+
+  def infer(image_HWC):
+    return {"label_map": np.full(image_HWC.shape[:2], len(read), np.uint8)}
+
+  own = Restored(restored.config, 3, None, {})
+  monkeypatch.setitem(vars(own), "infer", infer)
+  original = subjects.read_image
+  monkeypatch.setattr(
+    subjects, "read_image", lambda path, **exif: read.append(path.name) or original(path, **exif)
+  )
+  found = own.predict_files(folder)
+  assert read == []  # nothing is read before it is asked for
+  first = next(found)
+  assert (first.name, first.frame, first.seconds) == (str(folder / "a.png"), None, None)
+  assert first.image_HWC.shape == (6, 8, 3) and first.result["label_map"].shape == (6, 8)
+  assert len(read) <= 2  # the next image, and no other
+  assert [pathlib.Path(next(found).name).name for _ in range(2)] == ["b.png", "c.png"]
+  with pytest.raises(UserError, match=r"d\.png is not a readable image"):
+    next(found)
+  with pytest.raises(StopIteration):
+    next(found)
+  own.config.data.skip_bad = True
+  assert len(list(own.predict_files([folder / "a.png", folder]))) == 4
+  with pytest.raises(UserError, match=r"^paths: .*nowhere does not exist"):
+    own.predict_files(str(folder / "nowhere"))
+
+
+def test_videos_in_a_users_own_code(restored, tmp_path, monkeypatch):
+  write_clip(tmp_path / "clip.mp4", frames=3)
+  own = Restored(restored.config, 3, None, {})
+  monkeypatch.setitem(vars(own), "infer", restored.infer)
+  found = list(own.predict_files(tmp_path / "clip.mp4"))
+  assert [(one.frame, one.seconds) for one in found] == [
+    (i, pytest.approx(i / 10)) for i in range(3)
+  ]
+  for i, one in enumerate(found):
+    assert abs(one.image_HWC[24:].mean() - 8 * i) < 3
+    assert one.result["label_map"].shape == (48, 64)
+  monkeypatch.setitem(sys.modules, "av", None)
+  with pytest.raises(UserError, match="not installed: pip install av"):
+    own.predict_files(tmp_path / "clip.mp4")
 
 
 def test_results_are_on_disk_when_the_next_image_is_read(restored, folder, tmp_path):

@@ -61,11 +61,11 @@ class Progress:
       self._bar.update(self._task, completed=self._done)
       return
     now = time.monotonic()
-    if now - self._logged < LOG_SECONDS and self._done < self._total:
+    if now - self._logged < LOG_SECONDS and self._done != self._total:
       return
     self._logged = now
     rate = self._done / max(now - self._start, 1e-9)
-    left = round((self._total - self._done) / max(rate, 1e-9))
+    left = round(max(self._total - self._done, 0) / max(rate, 1e-9))
     logging.info(
       "%s: %d of %d %s, %.3g per second, %s left",
       *(self._title, self._done, self._total, self._unit, rate, duration(left)),

@@ -1,6 +1,6 @@
 """A model as one function of an image file's pixels, see `fpt_jax.export`.
 
-Shapes: H W rows and columns of an image.
+Shapes: B images, H W rows and columns of an image.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ from fpt_jax.ops.resize import resized, rounding_limits, scaled_edge
 
 LONGEST_EDGE = 16384  # pixels of an image
 
+Difference = Callable[[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]], float]
+
 
 class Limit(NamedTuple):
   """A limit of the sizes of images: rows * height + columns * width <= most, in pixels."""
@@ -35,23 +37,27 @@ class Limit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ImageProgram:
-  """What a model computes from an image of any size that fits on a canvas.
+  """What a model computes from images of any size that fits on a canvas.
+
+  The functions that compare take what `run` returns for one image, the image, and the result of
+  `Restored.predict`.
 
   Attributes:
-    run: function of a model's arrays and an image, uint8 RGB [H, W, 3], to arrays by name. H and W may be
-      symbolic dimensions.
+    run: function of a model's arrays and images of one size, uint8 RGB [B, H, W, 3], to arrays by name, which
+      begin with B. H and W may be symbolic dimensions.
     canvas: (height, width) that images are laid on, pixels.
     limits: the sizes of images that fit.
     classes: what the numbers in the result stand for, as JSON; with masks, also how they are pasted.
-    difference: function of the result of `run`, the image, the result of `Restored.predict` and a score: the
-      largest difference. It counts detections of at least this score.
+    difference: the largest difference of a number.
+    mismatch: the share of detections that have no match, or of pixels of another class.
   """
 
   run: Callable[[Arrays, jax.Array], dict[str, jax.Array]]
   canvas: tuple[int, int]
   limits: tuple[Limit, ...]
   classes: dict[str, Any]
-  difference: Callable[[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray], float], float]
+  difference: Difference
+  mismatch: Difference
 
   def fits(self, size: tuple[int, int]) -> bool:
     """Returns whether an image of (height, width) pixels fits on the canvas."""
@@ -114,9 +120,14 @@ def limits_of_sizes(
   return tuple(limits)
 
 
-def size_of(image_HWC: jax.Array) -> jax.Array:
-  """Returns int32 [2], height and width of an image; they may be symbolic dimensions."""
-  return jnp.stack([jnp.asarray(edge, jnp.int32) for edge in image_HWC.shape[:2]])
+def size_of(image_BHWC: jax.Array) -> jax.Array:
+  """Returns int32 [2], height and width of images of one size; they may be symbolic dimensions."""
+  return jnp.stack([jnp.asarray(edge, jnp.int32) for edge in image_BHWC.shape[1:3]])
+
+
+def repeated(size_2: jax.Array, images: int) -> jax.Array:
+  """Returns a size for each of a number of images, [images, 2]."""
+  return jnp.broadcast_to(size_2, (images, 2))
 
 
 class Resize:
@@ -150,17 +161,18 @@ class Resize:
     return jnp.maximum(jnp.stack([scale(size_2[0]), scale(size_2[1])]), 1)
 
 
-def on_canvas(image_HWC: jax.Array, size_2: jax.Array, canvas: tuple[int, int]) -> jax.Array:
-  """Resizes an image and lays it on a black canvas, as `data.transforms.resize_and_pad`.
+def on_canvas(image_BHWC: jax.Array, size_2: jax.Array, canvas: tuple[int, int]) -> jax.Array:
+  """Resizes images of one size and lays each on a black canvas, as `data.transforms.resize_and_pad`.
 
   Args:
-    image_HWC: uint8 or float; height and width may be symbolic dimensions.
+    image_BHWC: uint8 or float; height and width may be symbolic dimensions.
     size_2: int32, height and width after the resize.
     canvas: (height, width), pixels.
 
   Returns:
-    float32 [1, *canvas, 3].
+    float32 [B, *canvas, 3].
   """
-  old_12 = size_of(image_HWC)[None]
-  image_BHWC = resized(image_HWC[None].astype(jnp.float32), old_12, size_2[None], canvas)
-  return jnp.where(valid_positions(size_2[None], *canvas)[..., None], image_BHWC, 0)
+  images = image_BHWC.shape[0]
+  old_B2, size_B2 = repeated(size_of(image_BHWC), images), repeated(size_2, images)
+  resized_BHWC = resized(image_BHWC.astype(jnp.float32), old_B2, size_B2, canvas)
+  return jnp.where(valid_positions(size_B2, *canvas)[..., None], resized_BHWC, 0)

@@ -1,8 +1,10 @@
 """The images that predictions and explanations are made for, and the names of their pictures."""
 
+import concurrent.futures
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +12,13 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from fpt_jax.data.records import videos
 from fpt_jax.data.records.images import FORMATS, list_images, read_image
 from fpt_jax.errors import UserError
 from fpt_jax.tasks.task import task_of
 
 MAX_STEM_BYTES = 220  # of at most 255 of a file's name
+FRAME_BYTES = 200  # which leaves room for the number of a frame
 
 
 class Subject(NamedTuple):
@@ -24,42 +28,86 @@ class Subject(NamedTuple):
     name: name of its file.
     image_HWC: uint8 RGB.
     truth: its ground truth as `Task.eval_images` yields it, or None.
+    frame: its number in the video `name`, from 0, or None for the image of a file.
+    seconds: when the video shows it, after the first frame.
   """
 
   name: str
   image_HWC: np.ndarray
   truth: Any
+  frame: int | None = None
+  seconds: float | None = None
+
+  @property
+  def stem(self) -> str:
+    """The name of its pictures without their ending, see `unused_path`."""
+    stem = pathlib.Path(self.name).stem
+    return stem if self.frame is None else f"{_shortened(stem, FRAME_BYTES)}_{self.frame:06d}"
+
+  @property
+  def place(self) -> dict[str, Any]:
+    """What an entry in JSON has besides the file's name."""
+    return {} if self.frame is None else {"frame": self.frame, "seconds": self.seconds}
 
 
 def subjects_of_files(
   files: list[pathlib.Path], *, exif: str, skip_bad: bool
 ) -> Iterator[Subject | UserError]:
-  """Yields the images in files; in the place of a file that cannot be read, the error.
+  """Yields the images and the frames of videos in files; where a file cannot be read, the error.
 
   Args:
-    files: image files.
-    exif: `config.data.exif`.
+    files: files of images and videos.
+    exif: `config.data.exif`; it decides too whether frames are turned upright.
     skip_bad: whether to log and skip files that cannot be read instead.
 
   Raises:
     UserError: all files were skipped.
   """
-  bad = 0
+  bad = good = 0
   for file in files:
-    try:
-      image = read_image(file, exif=exif)
-    except UserError as error:
-      if not skip_bad:
-        yield error
-        continue
-      bad += 1
-      logging.warning("skipped: %s", error)
-      continue
-    yield Subject(str(file), image, None)
+    for subject in _subjects_of_file(file, exif):
+      if skip_bad and isinstance(subject, UserError):
+        bad += 1
+        logging.warning("skipped: %s", subject)
+      else:
+        good += 1
+        yield subject
   if bad:
     logging.warning("%d of %d files skipped", bad, len(files))
-    if bad == len(files):
-      raise UserError(f"--images: none of the {bad} files is a readable image")
+    if not good:
+      raise UserError(f"none of the {bad} files is a readable image")
+
+
+def _subjects_of_file(file: pathlib.Path, exif: str) -> Iterator[Subject | UserError]:
+  try:
+    if videos.is_video(file):
+      for frame in videos.frames(file, upright=exif == "apply"):
+        yield Subject(str(file), frame.pixels_HWC, None, frame.number, frame.seconds)
+    else:
+      yield Subject(str(file), read_image(file, exif=exif), None)
+  except UserError as error:
+    yield error
+
+
+def num_subjects(files: list[pathlib.Path]) -> int:
+  """Returns the number of images and frames in files; a video that cannot be read counts as one."""
+
+  def count(file: pathlib.Path) -> int:
+    try:
+      return videos.num_frames(file) if videos.is_video(file) else 1
+    except UserError:
+      return 1
+
+  return sum(map(count, files))
+
+
+def read_ahead(subjects: Iterator[Subject | UserError]) -> Iterator[Subject | UserError]:
+  """Yields the same while a thread reads the next one."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    following = pool.submit(next, subjects, None)
+    while (subject := following.result()) is not None:
+      following = pool.submit(next, subjects, None)
+      yield subject
 
 
 class LeftOut:
@@ -92,29 +140,37 @@ class LeftOut:
 
 def subjects_of_split(config: ConfigDict) -> Iterator[Subject]:
   """Yields the images of `config.data.eval_split` with their ground truth."""
-  yield from map(Subject._make, task_of(config).eval_images(config))
+  yield from itertools.starmap(Subject, task_of(config).eval_images(config))
 
 
-def image_files(paths: list[str]) -> list[pathlib.Path]:
+def image_files(
+  paths: Sequence[str | os.PathLike[str]], argument: str = "--images"
+) -> list[pathlib.Path]:
   """Returns the files among `paths`, and the images in the folders among them, see `list_images`.
 
+  Args:
+    paths: images, videos and folders of images.
+    argument: what messages call the paths.
+
   Raises:
-    UserError: a path does not exist, or a folder has no images.
+    UserError: a path does not exist, a folder has no images, or there is a video and PyAV is not installed.
   """
   files = []
-  for given in paths:
+  for given in [os.fspath(path) for path in paths]:
     if "://" in given:
-      raise UserError(f"--images: {given} is not in a file system; copy the images to a disk")
+      raise UserError(f"{argument}: {given} is not in a file system; copy the images to a disk")
     path = pathlib.Path(os.path.expanduser(given))
     if path.is_dir():
       inside = list_images(path)
       if not inside:
-        raise UserError(f"--images: {path} has no images ({', '.join(FORMATS)})")
+        raise UserError(f"{argument}: {path} has no images ({', '.join(FORMATS)})")
       files += inside
     elif path.exists():
       files.append(path)
     else:
-      raise UserError(f"--images: {path} does not exist")
+      raise UserError(f"{argument}: {path} does not exist")
+  if any(map(videos.is_video, files)):
+    videos.pyav()
   return files
 
 
@@ -127,12 +183,17 @@ def unused_path(folder: epath.Path, stem: str, taken: set[str]) -> epath.Path:
     taken: names that are in use. The chosen name is added, together with that of its label map;
       `contact_sheet` is never chosen.
   """
-  # file systems limit a name in bytes: the cut may leave a part of a character. Bytes of a name that are not
-  # UTF-8 are surrogates in `stem`, which few file systems take.
-  stem = stem.encode(errors="ignore")[:MAX_STEM_BYTES].decode(errors="ignore") or "image"
+  stem = _shortened(stem, MAX_STEM_BYTES) or "image"
   candidate, number = stem, 1
   while not taken.isdisjoint((candidate, f"{candidate}_labels")) or candidate == "contact_sheet":
     number += 1
     candidate = f"{stem}_{number}"
   taken.update((candidate, f"{candidate}_labels"))
   return folder / f"{candidate}.png"
+
+
+def _shortened(stem: str, most: int) -> str:
+  """Returns the beginning of a name, at most a number of bytes of UTF-8."""
+  # file systems limit a name in bytes: the cut may leave a part of a character. Bytes of a name that are not
+  # UTF-8 are surrogates in `stem`, which few file systems take.
+  return stem.encode(errors="ignore")[:most].decode(errors="ignore")

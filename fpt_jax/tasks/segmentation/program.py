@@ -1,6 +1,6 @@
 """A segmentation network as one function of an image, see `tasks.program`.
 
-Shapes: H W rows and columns of an image.
+Shapes: B images, H W rows and columns of an image, K classes.
 """
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def image_program(
 ) -> program.ImageProgram:
   """See `tasks.task.Task.image_program`.
 
-  The program returns label_map, uint8 [H, W] of classes 0, 1, ... at the size of the image.
+  The program returns label_map, uint8 [B, H, W] of classes 0, 1, ... at the size of the images.
   """
   data = config.data
   if tuple(config.eval.scales) != (1,):
@@ -29,15 +29,16 @@ def image_program(
   scores = views.scorer_at_one_scale(config, structure)
   resize = program.Resize(data.short_edge, round_half_up=True)
 
-  def run(arrays, image_HWC):
-    old_2 = program.size_of(image_HWC)
+  def run(arrays, image_BHWC):
+    old_2 = program.size_of(image_BHWC)
     size_2 = resize(old_2)
-    image_BHWC = program.on_canvas(image_HWC, size_2, chosen)
-    scores_BHWK = scores(arrays, image_BHWC, size_2[None], old_2[None], canvas=image_HWC.shape[:2])
-    return {"label_map": jnp.argmax(scores_BHWK[0], axis=-1).astype(jnp.uint8)}
+    old_B2, size_B2 = (program.repeated(size, image_BHWC.shape[0]) for size in (old_2, size_2))
+    seen_BHWC = program.on_canvas(image_BHWC, size_2, chosen)
+    scores_BHWK = scores(arrays, seen_BHWC, size_B2, old_B2, canvas=image_BHWC.shape[1:3])
+    return {"label_map": jnp.argmax(scores_BHWK, axis=-1).astype(jnp.uint8)}
 
-  def difference(outputs, image_HWC, expected, min_score):
-    del image_HWC, min_score
+  def difference(outputs, image_HWC, expected):
+    del image_HWC
     return float((outputs["label_map"] != expected["label_map"]).mean())
 
   return program.ImageProgram(
@@ -46,4 +47,5 @@ def image_program(
     program.limits_of_sizes(chosen, data.short_edge),
     {"class_names": list(config.model.class_names)},
     difference,
+    mismatch=difference,
   )

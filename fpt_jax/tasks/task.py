@@ -91,7 +91,7 @@ class Task(Protocol):
   def image_program(
     self, config: ConfigDict, structure: Skeleton, canvas: tuple[int, int] | None
   ) -> ImageProgram:
-    """Returns the function from an image that `--mode=export` writes.
+    """Returns the function from images of one size that `--mode=export` writes.
 
     Args:
       config: complete config.

@@ -83,6 +83,10 @@ def add_data(config: ConfigDict) -> None:
   # if data.buckets is (), canvas sizes are rounded up to multiples of this number of pixels, in segmentation
   # plus one with model.align_corners
   data.canvas_multiple = 32
+  # prediction of images that fit none of data.buckets: edges of canvases are rounded up to few sizes, such as
+  # 256, 320, 384, 448, 512, 640 and 768 pixels, so that the model is compiled for few canvases; False: to
+  # multiples of data.canvas_multiple, as in evaluation
+  data.few_canvases = True
   data.num_workers = 0  # number of threads that read images; 0: one per core
   data.prefetch = 2  # number of batches that are read ahead
   builder = data.builder = ConfigDict()

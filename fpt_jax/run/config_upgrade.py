@@ -72,6 +72,7 @@ _LATER_FIELDS = {  # by model
     "data.annotations": "",
     "data.images": "",
     "data.canvas_multiple": 32,
+    "data.few_canvases": False,
     "data.resize": "torchvision",
     "data.train_long_edge": 0,
     "data.crop": (),
@@ -105,6 +106,7 @@ _LATER_FIELDS = {  # by model
     "eval.curves_of": (),
   },
   "segmenter": {
+    "data.few_canvases": True,
     "model.swaps": (),
     "model.backbone.upsampling": "bilinear",
     "model.class_weights": (),

@@ -137,6 +137,9 @@ def add_model(config: ConfigDict) -> None:
   backbone.upsampling = "nearest"
   # normalisation in the backbone: frozen_bn, sync_bn, bn (statistics per device), group_norm or none
   backbone.norm = "frozen_bn"
+  # convolutions of the backbone see zeros on the padding of an image, as at the edge of a canvas, so that its
+  # features do not depend on the canvas; False: what the layers before put there, as in torchvision
+  backbone.masks_padding = False
   # keep the pretrained weights of the backbone as they are; its context blocks are trained nevertheless
   backbone.frozen = True
   pyramid = model.pyramid = ConfigDict()

@@ -174,7 +174,8 @@ def rounding(config: ConfigDict) -> Rounding:
 
   They are multiples of `data.canvas_multiple`, and one pixel more with `model.align_corners`: then the last
   pixel of a canvas lies on the last position of a level, as with the crops. Where devices share the rows of
-  an image, they stay multiples. The canvas of an image does not affect its result.
+  an image, they stay multiples. With `model.backbone.masks_padding`, the canvas of an image does not affect
+  its result.
   """
   whole_images = config.mesh.shape[-1] == 1
   return {

@@ -140,7 +140,7 @@ def report_neck(options) -> None:
     if size == options.neck_sizes[0] and torch:
       pairs = zip(runs["fpt_jax forward"](), runs["torch forward"](), strict=True)
       most = max(float(np.abs(a - b.transpose(0, 2, 3, 1)).max()) for a, b in pairs)
-      difference = f"\nLargest difference between the levels at {size} pixels: {most:.1e}"
+      difference = f"\n\nLargest difference between the levels at {size} pixels: {most:.1e}"
   header = ["", "fpt_jax", "torch", "ratio", "memory, fpt_jax", "memory, torch", "ratio"]
   print(markdown.table(header, rows) + difference, flush=True)
 

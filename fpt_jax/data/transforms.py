@@ -113,6 +113,20 @@ def resize_and_pad(
   return tf.pad(resized_HWC, [[0, rest[0]], [0, rest[1]], [0, 0]])
 
 
+def on_canvas(
+  image_HWC: np.ndarray, size: tuple[int, int], canvas: tuple[int, int], resize: str = "torchvision"
+) -> np.ndarray:
+  """Like `resize_and_pad`, for an image in memory.
+
+  An image that keeps its size needs no TensorFlow, which takes seconds to load.
+  """
+  if image_HWC.shape[:2] != tuple(size):
+    return np.asarray(resize_and_pad(image_HWC, size, canvas, resize))
+  laid_HWC = np.zeros((*canvas, image_HWC.shape[2]), np.float32)
+  laid_HWC[: size[0], : size[1]] = image_HWC
+  return laid_HWC
+
+
 def _resize_and_round(image_HWC: np.ndarray | tf.Tensor, size: tf.Tensor) -> tf.Tensor:
   return tf.floor(tf.image.resize(image_HWC, size, "bilinear", antialias=True) + 0.5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fpt_jax.configs import coco_mask
-from fpt_jax.data import canvases
+from fpt_jax.data import canvases, transforms
 from fpt_jax.data.transforms import round_up, round_up_to_few
 from fpt_jax.tasks import detection, segmentation
 from tests.runs import tiny_config, tiny_segmentation_config
@@ -48,6 +48,7 @@ def test_canvases_of_a_thousand_images(rng):
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_label_maps_of_eight_sizes(align_corners):
   config = tiny_segmentation_config(data__buckets=(), model__align_corners=align_corners)
+  config.model.num_classes = 3
   seen = []
 
   def logits(image_BHWC, size_B2):
@@ -62,10 +63,18 @@ def test_label_maps_of_eight_sizes(align_corners):
     label_HW = predict(image_HWC)["label_map"]
     assert label_HW.shape == (height, width)
     assert np.argwhere(label_HW).tolist() == [[height - 1, width - 1]]
-  # a compilation traces the function twice, once for the number of classes
-  assert seen == [(640 + align_corners, 896 + align_corners)] * 2
+  assert seen == [(640 + align_corners, 896 + align_corners)]
   config.data.few_canvases = False
   assert len({canvases.of_prediction(config.data, size, int(align_corners)) for size in SIZES}) == 8
+
+
+def test_an_image_that_keeps_its_size(rng):
+  image_HWC = rng.integers(0, 256, (5, 7, 3), np.uint8)
+  for size, resize in (((5, 7), "torchvision"), ((5, 7), "detectron2"), ((6, 4), "torchvision")):
+    expected = np.asarray(transforms.resize_and_pad(image_HWC, size, (8, 9), resize))
+    laid = transforms.on_canvas(image_HWC, size, (8, 9), resize)
+    assert laid.dtype == np.float32
+    np.testing.assert_array_equal(laid, expected)
 
 
 def test_detections_of_eight_sizes():

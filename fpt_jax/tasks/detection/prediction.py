@@ -78,7 +78,7 @@ def view_at(config: ConfigDict, image_HWC: np.ndarray, short_edge: int) -> dict[
   data = canvases.at_short_edge(config.data, short_edge)
   size = canvases.resized_size(data, *image_HWC.shape[:2])
   canvas = canvases.of_prediction(data, size)
-  image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas, data.resize))
+  image = transforms.on_canvas(image_HWC, size, canvas, data.resize)
   return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}
 
 

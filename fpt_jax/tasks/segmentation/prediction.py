@@ -79,7 +79,7 @@ def on_canvas(config: ConfigDict, image_HWC: np.ndarray) -> tuple[np.ndarray, np
   size, short_edge = image_HWC.shape[:2], config.data.short_edge
   if short_edge:
     size = crops.short_edge_size(size, short_edge)
-  image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas_of(config, size)))
+  image = transforms.on_canvas(image_HWC, size, canvas_of(config, size))
   return image[None], np.array([size], np.int32)
 
 

@@ -39,8 +39,9 @@ from fpt_jax.configs.ablations import ABLATIONS, Row, Table
 from fpt_jax.run.command_line import load_config
 from fpt_jax.run.metrics import losses_and_evaluations
 from fpt_jax.run.progress import Progress
-from scripts.ablation_page import draw, markdown, with_section
+from scripts.ablation_page import draw, markdown
 from scripts.machine import Machine, allowed_cores, this_machine
+from scripts.markdown import with_section
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAIN = (sys.executable, "-m", "fpt_jax.main")
@@ -68,7 +69,7 @@ def main() -> None:
     page, picture = out.with_suffix(".md"), out / f"{options.table}.png"
     section = markdown(options.table, table, rows, shared, picture=f"{out.name}/{picture.name}")
     old = page.read_text() if page.exists() else ""
-    page.write_text(with_section(old, options.table, section))
+    page.write_text(with_section(old, options.table, section, writer="scripts/ablation.py"))
     FigureCanvasAgg(draw(table, rows)).print_png(picture)
     print(page, picture, sep="\n")
   if failed:

@@ -4,23 +4,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fpt_jax.configs.ablations import Row, Table
+from scripts.markdown import table as markdown_table
 
 
 def values(runs: list[dict], metric: str) -> list[float]:
   return [run["figures"][metric] for run in runs if metric in run["figures"]]
-
-
-def with_section(page: str, name: str, section: str) -> str:
-  """The text of a page whose section of a table is replaced, or added at the end."""
-  begin, end = f"<!-- {name}, written by scripts/ablation.py -->", f"<!-- end of {name} -->"
-  marked = f"{begin}\n\n{section}\n{end}"
-  if begin not in page:
-    return f"{page.rstrip()}\n\n{marked}\n".lstrip()
-  before, _, rest = page.partition(begin)
-  _, found, after = rest.partition(end)
-  if not found:
-    raise SystemExit(f"error: the page has {begin} without {end}; correct it by hand")
-  return before + marked + after
 
 
 def markdown(
@@ -30,7 +18,7 @@ def markdown(
   every = [run for runs in rows.values() for run in runs]
   has_paper = any(row.paper is not None for row in rows)
   header = ["row", *table.metrics, *(["paper"] if has_paper else []), "seeds", "minutes"]
-  lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+  lines = []
   for row, runs in rows.items():
     cells = [row.name, *(mean_and_deviation(values(runs, metric)) for metric in table.metrics)]
     if has_paper:
@@ -55,7 +43,7 @@ def markdown(
     [
       f"## {table.title}",
       f"```bash\n{command}\n```",
-      "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
+      markdown_table(header, lines),
       notes,
       f"![Left: the training loss, averaged over the seeds. Right: {table.metrics[0]}]({picture})\n",
     ]

@@ -6,10 +6,11 @@
 
 The others are `naive`, our einsum, and, if torch is installed, `torch naive`; `torch sdpa`, its
 scaled_dot_product_attention with one head per part (the fastest of three forms; dot product only);
-`torch shared`, our algorithm in torch; and `torch unfold` for the local attention. Times are medians of
-interleaved repetitions. Memory is the growth of the process's peak beyond the inputs, each implementation
-in a process of its own. All run on the CPU, or on a GPU with JAX_PLATFORMS=cuda. There, memory is not
-measured, and float32 products are those of TF32 in both libraries, which is JAX's default.
+`torch shared`, our algorithm in torch; and `torch unfold` for the local attention. A number in brackets is
+the share of ours in what the other takes. Times are medians of interleaved repetitions. Memory is the growth
+of the process's peak beyond the inputs, each implementation in a process of its own. All run on the CPU, or
+on a GPU with JAX_PLATFORMS=cuda. There, memory is not measured, and float32 products are those of TF32 in
+both libraries, which is JAX's default.
 """
 
 import argparse
@@ -31,8 +32,9 @@ import numpy as np
 
 from fpt_jax.ops.local_attention import local_mos_attention
 from fpt_jax.ops.mos_attention import mos_attention
+from scripts import markdown
 from scripts.process_memory import peak_growth
-from scripts.timing import matrix_product, medians, number_printed_by, run_of, turns
+from scripts.timing import device, matrix_product, medians, number_printed_by, run_of, turns
 from scripts.torch_device import torch_device
 
 try:
@@ -58,8 +60,9 @@ def main() -> None:
     implementation, similarity, tokens, parts = arguments.weigh
     print(_weigh_here(implementation, similarity, int(tokens), int(parts), arguments))
     return
+  print(f"{CHANNELS} channels on {device()}")
   if torch is None:
-    print("torch is not installed; only the implementations of fpt_jax are measured")
+    print("\ntorch is not installed; only the implementations of fpt_jax are measured")
   cases = [
     (similarity, tokens, parts)
     for tokens in arguments.tokens
@@ -113,33 +116,33 @@ def _report(title, runs, arguments, case, unit) -> None:
   """Prints a table of one case: seconds and memory, and the first row's ratio to each."""
   if not runs:
     return
-  print(f"\n{title}", flush=True)
   seconds, product_rate = _times(runs, arguments)
   memory = {}
   if not arguments.no_memory and DEVICE == "cpu":
     memory = {name: _weigh(name, case, arguments) for name in runs}
   ours = next(iter(runs))
-  print(f"{'':20}{'forward':>22}{'forward + backward':>22}{'memory, both':>22}")
+  rows = []
   for name in runs:
     cells = [_cell(seconds[name, kind], seconds[ours, kind], "s") for kind in ("forward", "both")]
-    cells.append(_cell(memory[name], memory[ours], "MB") if name in memory else "")
-    print(f"{name:20}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+    rows.append([name, *cells, *([_cell(memory[name], memory[ours], "MB")] if memory else [])])
+  header = [title, "forward", "forward + backward", *(["memory, both"] if memory else [])]
+  print(f"\n{markdown.table(header, rows)}\n", flush=True)
   phrasings = [name for name in runs if "sdpa" in name]
   if phrasings:
     for kind in ("forward", "both"):
       best = min(seconds[name, kind] for name in phrasings)
-      print(f"{ours} / torch sdpa at its best, {kind}: {seconds[ours, kind] / best:.2f}")
+      print(f"- {ours} / torch sdpa at its best, {kind}: {seconds[ours, kind] / best:.2f}")
   if unit:
     for kind, products in (("forward", 2), ("both", 7)):
       rate = products * unit / seconds[ours, kind] / 1e9
       print(
-        f"{ours}, {kind}: {rate:.0f} GFLOP/s, {rate / product_rate:.2f} of this machine's matrix "
+        f"- {ours}, {kind}: {rate:.0f} GFLOP/s, {rate / product_rate:.2f} of this machine's matrix "
         f"product ({product_rate:.0f})"
       )
 
 
 def _cell(value, ours, unit) -> str:
-  return f"{value:.3g} {unit} (x {ours / value:.2f})"
+  return f"{value:.3g} {unit} ({ours / value:.2f})"
 
 
 def _times(runs: dict[str, dict[str, Run]], arguments) -> tuple[dict, float]:

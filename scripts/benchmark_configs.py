@@ -28,7 +28,8 @@ from fpt_jax.models.state import initial_arrays
 from fpt_jax.run.command_line import load_config
 from fpt_jax.tasks.task import task_of
 from fpt_jax.train_step import make_train_step, training_state
-from scripts.timing import medians, run_of, turns
+from scripts import markdown
+from scripts.timing import device, medians, run_of, turns
 
 OBJECTS = 6  # per image, of those that a batch has room for
 
@@ -46,13 +47,14 @@ def main() -> None:
   )
   # places, because both configs may be the same
   seconds = turns(dict(enumerate(steps)), arguments.repetitions)
-  print(
-    f"{arguments.batch} images per step, {jax.device_count()} {jax.default_backend()} device(s)"
-  )
-  for file, median, memory in zip(files, medians(seconds).values(), megabytes, strict=True):
-    print(f"{file:<60}{median:>8.3f} s{memory:>8.0f} MB")
+  rows = [
+    [f"`{file}`", f"{median:.3f} s", f"{memory:.0f} MB"]
+    for file, median, memory in zip(files, medians(seconds).values(), megabytes, strict=True)
+  ]
+  print(f"{arguments.batch} images per step on {device()}\n")
+  print(markdown.table(["config", "step", "memory"], rows))
   ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
-  print(f"ratio {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+  print(f"\nRatio {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
 def compiled_step(config: ConfigDict, images: int) -> tuple[Callable[[], None], float]:

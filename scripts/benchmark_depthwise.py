@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from fpt_jax.ops.depthwise import depthwise
-from scripts.timing import medians, run_of, turns
+from scripts import markdown
+from scripts.timing import device, medians, run_of, turns
 
 LAYERS = [  # rows, columns, channels, kernel, stride
   (144, 192, 32, 3, 1),
@@ -52,8 +53,7 @@ def main() -> None:
   parser.add_argument("--images", type=int, default=8)
   parser.add_argument("--repetitions", type=int, default=5)
   options = parser.parse_args()
-  print(f"{options.images} images on {jax.devices()[0].device_kind}; ms")
-  print(f"{'layer':<36}{'program':<10}{'ours':>8}{'XLA':>8}{'ours / XLA':>12}")
+  cells = []
   for rows, columns, channels, kernel, stride in LAYERS:
     keys = jax.random.split(jax.random.key(0))
     arguments = (
@@ -70,7 +70,10 @@ def main() -> None:
       runs = {program: run_of(program, *arguments) for program in (ours, theirs)}
       mine, other = medians(turns(runs, options.repetitions)).values()
       layer = f"{rows} x {columns} x {channels}, {kernel} x {kernel}, stride {stride}"
-      print(f"{layer:<36}{name:<10}{1e3 * mine:>8.1f}{1e3 * other:>8.1f}{mine / other:>12.3f}")
+      times = [f"{1e3 * seconds:.1f} ms" for seconds in (mine, other)]
+      cells.append([layer, name, *times, f"{mine / other:.2f}"])
+  print(f"{options.images} images on {device()}\n")
+  print(markdown.table(["layer", "program", "ours", "XLA", "ours / XLA"], cells, texts=2))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt.feature_pyramid_transformer import FeaturePyramidTransformer
 from fpt_jax.models.state import arrays_of, skeleton
 from fpt_jax.run.command_line import load_config
+from scripts import markdown
 from scripts.benchmark_configs import compiled_step
-from scripts.machine import allowed_cores, cpu
 from scripts.process_memory import peak_growth
-from scripts.timing import medians, number_printed_by, run_of, turns
+from scripts.timing import device, medians, number_printed_by, run_of, turns
 
 try:
   import torch
@@ -56,11 +56,11 @@ def main() -> None:
     name, size = options.weigh
     print(peak_growth(neck_runs(int(size))[name]))
     return
-  print(f"{len(allowed_cores())} core(s) of {cpu()}, {options.dtype}")
+  print(f"{options.dtype} on {device()}")
   cases = [(size, 1) for size in options.sizes]
-  report("training step, one image", cases, detector_figures(cases, options))
+  report("Training step, one image", cases, detector_figures(cases, options))
   cases = [(320, batch) for batch in options.batches]
-  report("training step, images of 320 x 320", cases, detector_figures(cases, options))
+  report("Training step, images of 320 x 320", cases, detector_figures(cases, options))
   if options.neck_sizes:
     report_neck(options)
 
@@ -94,14 +94,20 @@ def detector_figures(cases, options) -> list[tuple[float, float]]:
 def report(title: str, cases, figures: Sequence[tuple[float, float]]) -> None:
   if not cases:
     return
-  print(f"\n{title}\n| pixels | images | time | exponent | memory | exponent |")
-  print("|--:|--:|--:|--:|--:|--:|", flush=True)
   work = [size**2 * batch for size, batch in cases]
-  for i, ((size, batch), (seconds, megabytes)) in enumerate(zip(cases, figures, strict=True)):
-    print(
-      f"| {size} | {batch} | {seconds:.2f} s | {exponent(work, [f[0] for f in figures], i)} "
-      f"| {megabytes:.0f} MB | {exponent(work, [f[1] for f in figures], i)} |"
-    )
+  times, sizes = zip(*figures, strict=True)
+  rows = [
+    [
+      *map(str, case),
+      f"{times[i]:.2f} s",
+      exponent(work, times, i),
+      f"{sizes[i]:.0f} MB",
+      exponent(work, sizes, i),
+    ]
+    for i, case in enumerate(cases)
+  ]
+  header = ["pixels", "images", "time", "exponent", "memory", "exponent"]
+  print(f"\n{title}:\n\n{markdown.table(header, rows, texts=0)}", flush=True)
 
 
 def exponent(work: Sequence[float], figures: Sequence[float], i: int) -> str:
@@ -113,11 +119,10 @@ def exponent(work: Sequence[float], figures: Sequence[float], i: int) -> str:
 
 def report_neck(options) -> None:
   """Prints FPT's table: times in turns, memory of each in a process of its own."""
-  print("\nFPT alone, one image, literal form, float32")
+  print("\nFPT alone, one image, literal form, float32:\n")
   if torch is None:
-    print("torch is not installed; only fpt_jax is measured")
-  print("| pixels | program | fpt_jax | torch | ratio | memory, fpt_jax | torch | ratio |")
-  print("|--:|---|--:|--:|--:|--:|--:|--:|", flush=True)
+    print("torch is not installed; only fpt_jax is measured\n")
+  rows, difference = [], ""
   for size in options.neck_sizes:
     runs = neck_runs(size)
     memory = {name: number_printed_by(__file__, "--weigh", name, str(size)) for name in runs}
@@ -129,15 +134,15 @@ def report_neck(options) -> None:
       nan = float("nan")
       times = [seconds.get(name, nan) for name in (ours, theirs)]
       sizes = [memory.get(name, nan) for name in (ours, theirs)]
-      print(
-        f"| {size} | {kind} | {times[0]:.2f} s | {times[1]:.2f} s | {times[0] / times[1]:.2f} "
-        f"| {sizes[0]:.0f} MB | {sizes[1]:.0f} MB | {sizes[0] / sizes[1]:.2f} |",
-        flush=True,
-      )
+      cells = [f"{seconds:.2f} s" for seconds in times] + [f"{times[0] / times[1]:.2f}"]
+      cells += [f"{megabytes:.0f} MB" for megabytes in sizes] + [f"{sizes[0] / sizes[1]:.2f}"]
+      rows.append([f"{size} pixels, {kind}", *cells])
     if size == options.neck_sizes[0] and torch:
       pairs = zip(runs["fpt_jax forward"](), runs["torch forward"](), strict=True)
-      difference = max(float(np.abs(a - b.transpose(0, 2, 3, 1)).max()) for a, b in pairs)
-      print(f"largest difference between the levels at {size} pixels: {difference:.1e}")
+      most = max(float(np.abs(a - b.transpose(0, 2, 3, 1)).max()) for a, b in pairs)
+      difference = f"\n\nLargest difference between the levels at {size} pixels: {most:.1e}"
+  header = ["", "fpt_jax", "torch", "ratio", "memory, fpt_jax", "memory, torch", "ratio"]
+  print(markdown.table(header, rows) + difference, flush=True)
 
 
 def neck_runs(size: int) -> dict[str, Callable[[], list[np.ndarray]]]:

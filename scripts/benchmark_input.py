@@ -48,6 +48,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.run import command_line, sharding
 from fpt_jax.tasks.detection.examples import example_of, load_image
 from fpt_jax.tasks.task import check_config, task_of
+from scripts import markdown
 from scripts.machine import allowed_cores, cpu
 from scripts.process_memory import peak_growth, private
 
@@ -134,21 +135,30 @@ def report(config: ConfigDict, found, loaders, counts) -> None:
   )
   of_stages = medians["stages", 1]
   whole = sum(of_stages.values())
-  print(f"\n{'stage, one core':<18}{'CPU per image':>14}{'share':>8}")
-  for stage, seconds in of_stages.items():
-    print(f"{stage:<18}{1e3 * seconds:>11.2f} ms{seconds / whole:>8.0%}")
-  print(f"{'sum':<18}{1e3 * whole:>11.2f} ms")
-  print(f"\n{'loader':<12}{'cores':>6}{'images/s':>10}{'per core':>10}{'CPU':>11}{'memory':>11}")
+  rows = [
+    [stage, f"{1e3 * seconds:.2f} ms", f"{seconds / whole:.0%}"]
+    for stage, seconds in of_stages.items()
+  ]
+  rows.append(["sum", f"{1e3 * whole:.2f} ms", ""])
+  print(f"\n{markdown.table(['stage, one core', 'CPU per image', 'share'], rows)}")
+  header = [
+    "loader",
+    "cores",
+    "images/s",
+    "per core",
+    "CPU per image",
+    "memory",
+    "share of our rate",
+  ]
+  rows = []
   for name, workers in itertools.product(loaders, counts):
     run = medians[name, workers]
-    print(
-      f"{name:<12}{workers:>6}{run['rate']:>10.1f}{run['rate'] / workers:>10.1f}"
-      f"{1e3 * run['cpu']:>8.1f} ms{run['memory']:>8.0f} MB"
-    )
-  for workers in counts:
-    rates = {name: medians[name, workers]["rate"] for name in loaders}
-    if len(loaders) > 1:
-      print(f"ratio on {workers} core(s): {rates['fpt_jax'] / rates['DataLoader']:.2f}")
+    share = run["rate"] / medians[LOADERS[0], workers]["rate"]
+    cells = [f"{run['rate']:.1f}", f"{run['rate'] / workers:.1f}", f"{1e3 * run['cpu']:.1f} ms"]
+    rows.append([name, str(workers), *cells, f"{run['memory']:.0f} MB", f"{share:.2f}"])
+  print(f"\n{markdown.table(header, rows)}")
+  if len(loaders) == 1:
+    print("\ntorch is not installed; only fpt_jax is measured")
 
 
 def stages(config: ConfigDict, workers: int) -> dict[str, float]:

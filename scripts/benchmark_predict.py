@@ -27,7 +27,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,10 +35,9 @@ from fpt_jax.errors import UserError
 from fpt_jax.ops.boxes import iou
 from fpt_jax.restored import Restored
 from fpt_jax.run.command_line import load_config
-from scripts import torchvision_peer
-from scripts.machine import allowed_cores, cpu
+from scripts import markdown, torchvision_peer
 from scripts.process_memory import peak_growth
-from scripts.timing import medians, number_printed_by, turns
+from scripts.timing import device, medians, number_printed_by, turns
 from scripts.torchvision_peer import DEVICE, as_tensor, torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -69,21 +67,19 @@ def main() -> None:
     first[name] = time.perf_counter() - begun
   seconds = medians(turns(predictions, arguments.repetitions))
   height, width = image_HWC.shape[:2]
-  where = jax.devices()[0].device_kind if DEVICE == "cuda" else f"{len(allowed_cores())} of {cpu()}"
   print(
-    f"image of {height} x {width} at {arguments.short_edge}/{arguments.long_edge}, "
-    f"{arguments.dtype}, {where}"
+    f"Image of {height} x {width} at {arguments.short_edge}/{arguments.long_edge}, {arguments.dtype}, on "
+    f"{device()}: {agreement(found['fpt_jax'], found['torchvision'])}.\n"
   )
-  print(agreement(found["fpt_jax"], found["torchvision"]))
-  heading = f"{'memory':>12}" if DEVICE == "cpu" else ""
-  print(f"{'':14}{'first call':>12}{'prediction':>12}{heading}")
+  weighs = DEVICE == "cpu" and not arguments.no_memory
+  header = ["", "first call", "prediction", *(["memory"] if weighs else [])]
+  rows = []
   for name in predictions:
-    memory = ""
-    if DEVICE == "cpu":
-      megabytes = number_printed_by(__file__, *sys.argv[1:], "--weigh", name)
-      memory = f"{megabytes:>9.0f} MB"
-    print(f"{name:14}{first[name]:>10.2f} s{seconds[name]:>10.3f} s{memory}", flush=True)
-  print(f"ratio {seconds['fpt_jax'] / seconds['torchvision']:.2f}")
+    rows.append([name, f"{first[name]:.2f} s", f"{seconds[name]:.3f} s"])
+    if weighs:
+      rows[-1].append(f"{number_printed_by(__file__, *sys.argv[1:], '--weigh', name):.0f} MB")
+  print(markdown.table(header, rows))
+  print(f"\nRatio {seconds['fpt_jax'] / seconds['torchvision']:.2f}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument("--long_edge", type=int, default=1333, help="pixels, at most")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--repetitions", type=int, default=5)
+  parser.add_argument("--no_memory", action="store_true", help="times only")
   parser.add_argument("--weigh", help=argparse.SUPPRESS)
   return parser.parse_args()
 

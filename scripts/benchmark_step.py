@@ -28,9 +28,9 @@ import numpy as np
 
 from fpt_jax import optim
 from fpt_jax.run.command_line import load_config
-from scripts import torchvision_peer
+from scripts import markdown, torchvision_peer
 from scripts.process_memory import peak_growth
-from scripts.timing import medians, number_printed_by, turns
+from scripts.timing import device, medians, number_printed_by, turns
 from scripts.torchvision_peer import CLASSES, DEVICE, as_tensor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,18 +54,25 @@ def main() -> None:
     return
   steps = {name: make() for name, make in makers.items()}
   losses = {name: step() for name, step in steps.items()}
-  for loss in sorted(losses["torchvision"]):
-    print(f"{loss:<18}" + "".join(f"{name} {losses[name][loss]:<12.5g}" for name in steps))
   seconds = medians(turns(steps, arguments.repetitions, warm_ups=2))
-  trained = "all trained" if arguments.train_backbone else "backbone frozen"
-  work = f"{arguments.size} x {arguments.size}, {arguments.batch} image(s), {trained}"
-  print(f"\n{work}, {arguments.dtype}, {jax.devices()[0].device_kind}")
-  print(f"{'':14}{'step':>10}" + (f"{'memory':>12}" if DEVICE == "cpu" else ""))
-  weigh = lambda name: number_printed_by(__file__, *sys.argv[1:], "--weigh", name)
+  trained = "all layers trained" if train else "backbone frozen"
+  print(
+    f"{arguments.batch} image(s) of {size} x {size}, {trained}, {arguments.dtype}, on {device()}.",
+    "Losses of both:",
+    ", ".join(
+      f"{loss} {' and '.join(f'{losses[name][loss]:.3g}' for name in steps)}"
+      for loss in sorted(losses["torchvision"])
+    ),
+    end=".\n\n",
+  )
+  weighs = DEVICE == "cpu" and not arguments.no_memory
+  rows = []
   for name, median in seconds.items():
-    memory = f"{weigh(name):>9.0f} MB" if DEVICE == "cpu" else ""
-    print(f"{name:14}{median:>8.3f} s{memory}")
-  print(f"ratio {seconds['fpt_jax'] / seconds['torchvision']:.2f}")
+    rows.append([name, f"{median:.3f} s"])
+    if weighs:
+      rows[-1].append(f"{number_printed_by(__file__, *sys.argv[1:], '--weigh', name):.0f} MB")
+  print(markdown.table(["", "step", *(["memory"] if weighs else [])], rows))
+  print(f"\nRatio {seconds['fpt_jax'] / seconds['torchvision']:.2f}", flush=True)
 
 
 def parse_arguments():
@@ -76,6 +83,7 @@ def parse_arguments():
   parser.add_argument("--train_backbone", action="store_true", help="gradients of all layers")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--repetitions", type=int, default=7)
+  parser.add_argument("--no_memory", action="store_true", help="times only")
   parser.add_argument("--weigh", help=argparse.SUPPRESS)
   return parser.parse_args()
 

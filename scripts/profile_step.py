@@ -39,9 +39,9 @@ from fpt_jax.models.state import Skeleton, initial_arrays, within
 from fpt_jax.ops import losses
 from fpt_jax.run import command_line
 from fpt_jax.tasks.task import check_config, task_of
+from scripts import markdown
 from scripts.benchmark_configs import filled
-from scripts.machine import allowed_cores, cpu
-from scripts.timing import matrix_product, medians, run_of, turns
+from scripts.timing import device, matrix_product, medians, run_of, turns
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to profile.")
 _SIZE = flags.DEFINE_integer("size", 0, "Side of the images, pixels; 0: the config's canvas.")
@@ -96,12 +96,9 @@ def main() -> None:
   machine_runs, machine_work = machine(config.model.dtype)
   seconds = medians(turns(runs | machine_runs, _REPETITIONS.value))
   rates = {name: amount / seconds[name, "machine"] for name, amount in machine_work.items()}
-  where = jax.devices()[0].device_kind
-  if jax.default_backend() == "cpu":
-    where = f"{len(allowed_cores())} core(s) of {cpu()}"
   print(
-    f"{canvas[0]} x {canvas[1]}, {_BATCH.value} image(s), {config.model.dtype}, {where}: "
-    f"{rates['product'] / 1e9:.0f} GFLOP/s, {rates['copy'] / 1e9:.1f} GB/s"
+    f"{canvas[0]} x {canvas[1]}, {_BATCH.value} image(s), {config.model.dtype}, {device()}: "
+    f"{rates['product'] / 1e9:.0f} GFLOP/s, {rates['copy'] / 1e9:.1f} GB/s\n"
   )
   print(table(seconds, work, rates))
 
@@ -249,21 +246,25 @@ def machine(dtype: str) -> tuple[dict[tuple[str, str], Callable[[], object]], di
 
 def table(seconds, work, rates) -> str:
   """The Markdown table of the stages."""
-  lines = [
-    "| stage | forward | backward | share | GFLOP | of the product rate | GB | of the copy rate |",
-    "|---|--:|--:|--:|--:|--:|--:|--:|",
-  ]
+  header = ["stage", "forward", "backward", "share", "GFLOP", "of the product rate", "GB"]
+  rows = []
   whole = seconds["whole step", "both"]
   for name, (operations, moved) in work.items():
     forward = seconds[name, "forward"]
     both = seconds.get((name, "both"), forward)
-    backward = f"{1e3 * (both - forward):.1f} ms" if (name, "both") in seconds else "-"
-    lines.append(
-      f"| {name} | {1e3 * forward:.1f} ms | {backward} | {both / whole:.0%} "
-      f"| {operations / 1e9:.1f} | {operations / both / rates['product']:.0%} "
-      f"| {moved / 1e9:.2f} | {moved / both / rates['copy']:.0%} |"
+    rows.append(
+      [
+        name,
+        f"{1e3 * forward:.1f} ms",
+        f"{1e3 * (both - forward):.1f} ms" if (name, "both") in seconds else "-",
+        f"{both / whole:.0%}",
+        f"{operations / 1e9:.1f}",
+        f"{operations / both / rates['product']:.0%}",
+        f"{moved / 1e9:.2f}",
+        f"{moved / both / rates['copy']:.0%}",
+      ]
     )
-  return "\n".join(lines)
+  return markdown.table([*header, "of the copy rate"], rows)
 
 
 if __name__ == "__main__":

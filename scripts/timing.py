@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from scripts.machine import allowed_cores, cpu
+
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -46,6 +48,13 @@ def turns(
 def medians(seconds: Mapping[Name, list[float]]) -> dict[Name, float]:
   """Returns the median of each program's seconds."""
   return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def device() -> str:
+  """Returns what JAX runs on: the accelerator, or the cores that the process may use."""
+  if jax.default_backend() == "cpu":
+    return f"{len(allowed_cores())} core(s) of {cpu()}"
+  return jax.devices()[0].device_kind
 
 
 def run_of(program: Callable, *arguments) -> Callable[[], Any]:

@@ -161,6 +161,7 @@ def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
     "color_jitter": (),
     "flip": True,
     "canvas_multiple": 32,
+    "few_canvases": True,
     "skip_bad": False,
     "digest": "",
     "exif": "apply",

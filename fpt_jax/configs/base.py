@@ -88,6 +88,10 @@ def add_data(config: ConfigDict) -> None:
   # if data.buckets is (), canvas sizes are rounded up to multiples of this number of pixels, in segmentation
   # plus one with model.align_corners
   data.canvas_multiple = 32
+  # prediction of images that fit none of data.buckets: edges of canvases are rounded up to few sizes, such as
+  # 256, 320, 384, 448, 512, 640 and 768 pixels, so that the model is compiled for few canvases; False: to
+  # multiples of data.canvas_multiple, as in evaluation
+  data.few_canvases = True
   data.num_workers = 0  # number of threads that read images; 0: one per core
   data.prefetch = 2  # number of batches that are read ahead
   builder = data.builder = ConfigDict()
@@ -138,6 +142,9 @@ def add_model(config: ConfigDict) -> None:
   backbone.upsampling = "nearest"
   # normalisation in the backbone: frozen_bn, sync_bn, bn (statistics per device), group_norm or none
   backbone.norm = "frozen_bn"
+  # convolutions of the backbone see zeros on the padding of an image, as at the edge of a canvas, so that its
+  # features do not depend on the canvas; False: what the layers before put there, as in torchvision
+  backbone.masks_padding = False
   # keep the pretrained weights of the backbone as they are; its context blocks are trained nevertheless
   backbone.frozen = True
   pyramid = model.pyramid = ConfigDict()

@@ -166,7 +166,8 @@ def multiscale(config: ConfigDict) -> None:
 def torchvision(config: ConfigDict) -> None:
   """Sets the detector that equals torchvision's fasterrcnn/maskrcnn_resnet50_fpn, for its weights."""
   config.data.long_edge = 1333
-  config.data.buckets = ()  # the canvas beyond an image affects convolutions: it must be as in torchvision
+  # the canvas beyond an image affects convolutions: it must be as in torchvision
+  config.data.buckets, config.data.few_canvases = (), False
   config.model.num_classes = 90
   config.model.category_ids = tuple(range(1, 91))  # COCO's ids, with their gaps
   config.model.aligned = False
@@ -217,7 +218,7 @@ def detectron2(config: ConfigDict) -> None:
   """
   config.data.long_edge = 1333
   config.data.resize = "detectron2"
-  config.data.buckets = ()
+  config.data.buckets, config.data.few_canvases = (), False
   config.model.pixel_mean = DETECTRON2.pixel_mean
   config.model.pixel_std = DETECTRON2.pixel_std
   config.model.backbone.stride_in = DETECTRON2.stride_in

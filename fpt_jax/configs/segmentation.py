@@ -50,6 +50,7 @@ def segmentation() -> ConfigDict:
   # of its branches, concatenated, unless this is 32
   model.backbone.output_stride = 8
   model.backbone.upsampling = "bilinear"
+  model.backbone.masks_padding = True
   model.pyramid.name = "ufp"
   # ufp: sides of the windows, positions of the last level
   model.pyramid.kernels = (1, 7, 15, 31)

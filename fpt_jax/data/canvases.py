@@ -45,6 +45,30 @@ def canvases(
   return canvases_K2
 
 
+def of_prediction(
+  data: ml_collections.ConfigDict, size: tuple[int, int], remainder: int = 0
+) -> tuple[int, int]:
+  """Returns the canvas of an image that is predicted alone, (height, width) in pixels.
+
+  Args:
+    data: the config's `data`.
+    size: (height, width) of the image after its resize in pixels.
+    remainder: pixels beyond a multiple, see `transforms.round_up`.
+
+  Returns:
+    The smallest of `data.buckets` that holds the image. If there is none, the size rounded up to multiples of
+    `data.canvas_multiple`, plus the remainder; with `data.few_canvases` to those of
+    `transforms.round_up_to_few`, so that images of any sizes have few canvases, each with less than 25/16 of
+    the pixels that it has otherwise.
+
+  Raises:
+    UserError: the multiple is not positive.
+  """
+  return transforms.smallest_canvas(
+    size, data.buckets, multiple_of(data), remainder, few=data.few_canvases
+  )
+
+
 def resized_size(
   data: ml_collections.ConfigDict, height: int, width: int, short: int | None = None
 ) -> tuple[int, int]:

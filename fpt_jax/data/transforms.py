@@ -45,6 +45,8 @@ def smallest_canvas(
   buckets: Sequence[tuple[int, int]],
   multiple: int = 32,
   remainder: int = 0,
+  *,
+  few: bool = False,
 ) -> tuple[int, int]:
   """Returns the smallest bucket that holds an image, or its size rounded up if none does.
 
@@ -52,18 +54,31 @@ def smallest_canvas(
     size: (height, width) of the image in pixels.
     buckets: (height, width) of each canvas in pixels.
     multiple, remainder: pixels; how the size is rounded up, see `round_up`.
+    few: whether it is rounded up to one of few sizes, see `round_up_to_few`.
   """
   fitting = [b for b in buckets if b[0] >= size[0] and b[1] >= size[1]]
   if fitting:
     height, width = min(fitting, key=lambda b: b[0] * b[1])
   else:
-    height, width = (round_up(edge, multiple, remainder) for edge in size)
+    rounded = round_up_to_few if few else round_up
+    height, width = (rounded(edge, multiple, remainder) for edge in size)
   return height, width
 
 
 def round_up(size, multiple: int, remainder: int = 0):
   """Returns the smallest multiple plus the remainder that is not smaller; `size` is a number or an array."""
   return -(-(size - remainder) // multiple) * multiple + remainder
+
+
+def round_up_to_few(size: int, multiple: int, remainder: int = 0) -> int:
+  """Returns the smallest of few sizes that is not smaller: at most four from one size to twice that size.
+
+  They are sizes of `round_up`. The result is that of `round_up` up to 8 multiples, and less than a quarter
+  larger beyond.
+  """
+  multiples = -(-(size - remainder) // multiple)
+  step = 1 << max(0, multiples.bit_length() - 3)  # four steps from a power of two to the next
+  return round_up(multiples, step) * multiple + remainder
 
 
 def resize_and_pad(
@@ -96,6 +111,20 @@ def resize_and_pad(
   resized_HWC = tf.cast(resized_HWC, tf.float32)
   rest = bucket - size
   return tf.pad(resized_HWC, [[0, rest[0]], [0, rest[1]], [0, 0]])
+
+
+def on_canvas(
+  image_HWC: np.ndarray, size: tuple[int, int], canvas: tuple[int, int], resize: str = "torchvision"
+) -> np.ndarray:
+  """Like `resize_and_pad`, for an image in memory.
+
+  An image that keeps its size needs no TensorFlow, which takes seconds to load.
+  """
+  if image_HWC.shape[:2] != tuple(size):
+    return np.asarray(resize_and_pad(image_HWC, size, canvas, resize))
+  laid_HWC = np.zeros((*canvas, image_HWC.shape[2]), np.float32)
+  laid_HWC[: size[0], : size[1]] = image_HWC
+  return laid_HWC
 
 
 def _resize_and_round(image_HWC: np.ndarray | tf.Tensor, size: tf.Tensor) -> tf.Tensor:

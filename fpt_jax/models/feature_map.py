@@ -46,10 +46,15 @@ class FeatureMap:
 
   def masked(self) -> jax.Array:
     """[B, H, W, C] values with zeros on padding, for a convolution that must not see the padding."""
-    return jnp.where(self.valid_BHW[..., None], self.values_BHWC, 0)
+    return masked(self.values_BHWC, self.valid_BHW)
 
 
 Pyramid = tuple[FeatureMap, ...]  # fine to coarse
+
+
+def masked(x_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
+  """[B, H, W, C]: features with zeros on padding."""
+  return jnp.where(valid_BHW[..., None], x_BHWC, 0)
 
 
 def valid_positions(size_B2: jax.Array, height: int, width: int) -> jax.Array:

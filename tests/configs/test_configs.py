@@ -124,6 +124,8 @@ def test_smallest_canvas_that_holds_an_image():
   assert smallest_canvas((700, 800), buckets) == (800, 800)
   assert smallest_canvas((900, 700), buckets) == (1024, 800)
   assert smallest_canvas((1100, 33), buckets) == (1120, 64)
+  assert smallest_canvas((1100, 33), buckets, few=True) == (1280, 64)
+  assert smallest_canvas((700, 800), buckets, few=True) == (800, 800)
 
 
 def test_the_documentation_has_all_words():

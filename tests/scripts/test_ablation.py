@@ -113,16 +113,6 @@ def test_table_and_curves_of_recorded_runs():
   assert [patch.get_width() for patch in bars.patches] == [15.0, 5.0]
 
 
-def test_a_section_is_replaced_or_added():
-  page = ablation_page.with_section("# Results\n\nText.\n", "one", "ONE\n")
-  page = ablation_page.with_section(page, "two", "TWO\n")
-  again = ablation_page.with_section(page, "one", "NEW\n")
-  assert page.startswith("# Results\n\nText.\n\n<!-- one") and again == page.replace("ONE", "NEW")
-  assert ablation_page.with_section("", "one", "ONE\n").startswith("<!-- one")
-  with pytest.raises(SystemExit, match="without <!-- end of one -->"):
-    ablation_page.with_section(page.replace("<!-- end of one -->", ""), "one", "NEW\n")
-
-
 def test_other_flags_have_another_folder():
   row = Row("BFP+ST", "a.py:fpt=st")
   runs = [

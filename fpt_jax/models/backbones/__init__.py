@@ -18,6 +18,7 @@ def resnet(config, **options) -> ResNet:
     norm=config.norm,
     context=config.context,
     frozen=config.frozen,
+    masks_padding=config.masks_padding,
     stride_in=config.stride_in,
     **options,
   )
@@ -26,7 +27,9 @@ def resnet(config, **options) -> ResNet:
 def efficientnet_lite0(config, **options) -> EfficientNetLite0:
   """Builds EfficientNet-Lite0; options are other arguments of `EfficientNetLite0`."""
   refuse_context(config)
-  return EfficientNetLite0(norm=config.norm, frozen=config.frozen, **options)
+  return EfficientNetLite0(
+    norm=config.norm, frozen=config.frozen, masks_padding=config.masks_padding, **options
+  )
 
 
 def hrnet_v2(config, **options) -> HRNet:
@@ -38,6 +41,7 @@ def hrnet_v2(config, **options) -> HRNet:
     norm=config.norm,
     frozen=config.frozen,
     upsampling=config.upsampling,
+    masks_padding=config.masks_padding,
     **options,
   )
 
@@ -46,7 +50,12 @@ def wider_resnet38(config, **options) -> WiderResNet:
   """Builds the WiderResNet that a config names; options are other arguments of `WiderResNet`."""
   refuse_context(config)
   return WiderResNet(
-    config.name, width=config.width, norm=config.norm, frozen=config.frozen, **options
+    config.name,
+    width=config.width,
+    norm=config.norm,
+    frozen=config.frozen,
+    masks_padding=config.masks_padding,
+    **options,
   )
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fpt_jax.models.backbones.resnet import OUTPUT_STRIDES
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, masked
 from fpt_jax.models.layers import Norm, pointwise
 from fpt_jax.models.remat import recomputed
 from fpt_jax.ops.depthwise import depthwise
@@ -86,11 +86,22 @@ class MBConv(nnx.Module):
     kernel, expansion: see `Stage`.
     stride, dilation: stride and dilation of the depthwise convolution.
     norm: normalisation behind each convolution, see `layers.Norm`.
+    masks_padding: whether the depthwise convolution sees zeros on padding.
     options: `dtype` and `rngs` of the layers.
   """
 
   def __init__(
-    self, in_channels, out_channels, *, kernel, stride, dilation, expansion, norm, options
+    self,
+    in_channels,
+    out_channels,
+    *,
+    kernel,
+    stride,
+    dilation,
+    expansion,
+    norm,
+    masks_padding=False,
+    options,
   ):
     inner = in_channels * expansion
     self.expands = expansion != 1
@@ -104,6 +115,7 @@ class MBConv(nnx.Module):
     self.project = same_conv(inner, out_channels, 1, options=options)
     self.project_bn = Norm(norm, out_channels, epsilon=EPSILON, **options)
     self.stride = stride
+    self.masks_padding = masks_padding
     self.residual = stride == 1 and in_channels == out_channels
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
@@ -111,6 +123,8 @@ class MBConv(nnx.Module):
     y = x.values_BHWC
     if self.expands:
       y = nnx.relu6(self.expand_bn(self.expand(y), valid_BHW=x.valid_BHW, train=train))
+    if self.masks_padding:
+      y = masked(y, x.valid_BHW)
     y = nnx.relu6(self.depthwise_bn(self.depthwise(y), valid_BHW=valid, train=train))
     y = self.project_bn(self.project(y), valid_BHW=valid, train=train)
     if self.residual:
@@ -126,6 +140,7 @@ class EfficientNetLite0(nnx.Module):
     frozen: whether the network is frozen: it uses its running statistics in training too.
     output_stride: stride of the last level, pixels: 32, 16 or 8. Stages that would exceed it have
       dilations instead of strides, as in `ResNet`.
+    masks_padding: as for `ResNet`.
     classes: number of classes of an ImageNet classifier to build as well; 0 for none.
     remat: what the backward pass computes again in each block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
@@ -143,6 +158,7 @@ class EfficientNetLite0(nnx.Module):
     norm: str = "frozen_bn",
     frozen: bool = False,
     output_stride: int = 32,
+    masks_padding: bool = False,
     classes: int = 0,
     remat: str = "none",
     dtype=jnp.float32,
@@ -168,6 +184,7 @@ class EfficientNetLite0(nnx.Module):
           dilation=dilation,
           expansion=stage.expansion,
           norm=norm,
+          masks_padding=masks_padding,
           options=options,
         )
         blocks.append(block)

@@ -5,6 +5,7 @@ Wang et al., Deep High-Resolution Representation Learning for Visual Recognition
 Shapes: B batch, H W rows and columns, C channels.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -38,12 +39,22 @@ class HRModule(nnx.Module):
     channels: channels of each branch, fine to coarse.
     upsampling: how coarser branches are upsampled, one of `UPSAMPLINGS`.
     norm: normalisation, see `layers.Norm`.
+    masks_padding: as for `HRNet`.
     options: `dtype` and `rngs` of the layers.
   """
 
-  def __init__(self, channels: Sequence[int], *, upsampling: str, norm: str, options):
+  def __init__(
+    self,
+    channels: Sequence[int],
+    *,
+    upsampling: str,
+    norm: str,
+    masks_padding: bool = False,
+    options,
+  ):
+    block = functools.partial(BasicBlock, masks_padding=masks_padding)
     self.branches = nnx.List(
-      [nnx.List([residual_block(BasicBlock, c, c, norm, options) for _ in range(BLOCKS)])
+      [nnx.List([residual_block(block, c, c, norm, options) for _ in range(BLOCKS)])
        for c in channels]
     )  # fmt: skip
     self.fuse = nnx.List(
@@ -147,6 +158,8 @@ class HRNet(nnx.Module):
     output_stride: stride of the last level, pixels. With 32, it is the last branch. With 16, 8 or 4, it is
       HRNetV2's representation at this stride: all four branches, the coarser ones upsampled bilinearly
       (section 3.2) and the finer ones averaged, concatenated.
+    masks_padding: whether the convolutions of residual blocks see zeros on padding, see `ResNet`; the others
+      always do.
     remat: what the backward pass computes again in each layer or residual block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
@@ -166,6 +179,7 @@ class HRNet(nnx.Module):
     frozen: bool = False,
     upsampling: str = "nearest",
     output_stride: int = 32,
+    masks_padding: bool = False,
     remat: str = "none",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -182,9 +196,7 @@ class HRNet(nnx.Module):
     self.stem = nnx.List([ConvNorm(c, width, 3, stride=2, **normed) for c in (3, width)])
     expanded = width * Bottleneck.expansion
 
-    def bottleneck(in_channels, width, **options):
-      return Bottleneck(in_channels, width, stride_in="3x3", **options)
-
+    bottleneck = functools.partial(Bottleneck, stride_in="3x3", masks_padding=masks_padding)
     first = [
       residual_block(bottleneck, expanded if i else width, width, norm, options)
       for i in range(BLOCKS)
@@ -200,7 +212,13 @@ class HRNet(nnx.Module):
         new = [ConvNorm(branches[count - 2], branches[count - 1], 3, stride=2, **normed)]
       transitions.append(nnx.List(new))
       exchanging = [
-        HRModule(branches[:count], upsampling=upsampling, norm=norm, options=options)
+        HRModule(
+          branches[:count],
+          upsampling=upsampling,
+          norm=norm,
+          masks_padding=masks_padding,
+          options=options,
+        )
         for _ in range(modules)
       ]
       stages.append(nnx.List(exchanging))

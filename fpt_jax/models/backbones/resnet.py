@@ -18,7 +18,7 @@ from fpt_jax.models.backbones.context_blocks import (
   NonLocal,
 )
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, masked
 from fpt_jax.models.layers import Norm, conv, max_pool
 from fpt_jax.models.remat import recomputed
 
@@ -41,12 +41,15 @@ class BasicBlock(nnx.Module):
     dilations: dilations of the two convolutions.
     context: context block, see `Context`.
     norm: normalisation, see `layers.Norm`.
+    masks_padding: whether the 3x3 convolutions see zeros on padding.
     options: `dtype` and `rngs` of the layers.
   """
 
   expansion = 1
 
-  def __init__(self, in_channels, width, *, stride, dilations, context, norm, options):
+  def __init__(
+    self, in_channels, width, *, stride, dilations, context, norm, masks_padding=False, options
+  ):
     self.conv1 = conv(
       in_channels, width, 3, stride=stride, dilation=dilations[0], bias=False, **options
     )
@@ -56,11 +59,15 @@ class BasicBlock(nnx.Module):
     self.context = GlobalContext(width, **options) if context.kind == "global_context" else None
     self.shortcut = Shortcut(in_channels, width, stride, norm=norm, options=options)
     self.stride = stride
+    self.masks_padding = masks_padding
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     valid = downsample_valid(x.valid_BHW, self.stride)
-    y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=valid, train=train)
-    y = self.bn2(convolve(self.conv2, nnx.relu(y), valid), valid_BHW=valid, train=train)
+    y = self.conv1(x.masked() if self.masks_padding else x.values_BHWC)
+    y = nnx.relu(self.bn1(y, valid_BHW=valid, train=train))
+    if self.masks_padding:
+      y = masked(y, valid)
+    y = self.bn2(convolve(self.conv2, y, valid), valid_BHW=valid, train=train)
     if self.context is not None:
       y = self.context(y, valid_BHW=valid)
     shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
@@ -78,12 +85,25 @@ class Bottleneck(nnx.Module):
     stride_in: convolution with the stride, "3x3" or "1x1".
     context: context block, see `Context`.
     norm: normalisation, see `layers.Norm`.
+    masks_padding: whether the 3x3 convolution sees zeros on padding.
     options: `dtype` and `rngs` of the layers.
   """
 
   expansion = 4
 
-  def __init__(self, in_channels, width, *, stride, dilations, stride_in, context, norm, options):
+  def __init__(
+    self,
+    in_channels,
+    width,
+    *,
+    stride,
+    dilations,
+    stride_in,
+    context,
+    norm,
+    masks_padding=False,
+    options,
+  ):
     out_channels = width * self.expansion
     self.strides = (stride, 1) if stride_in == "1x1" else (1, stride)
     self.conv1 = conv(in_channels, width, 1, stride=self.strides[0], bias=False, **options)
@@ -97,12 +117,15 @@ class Bottleneck(nnx.Module):
       GlobalContext(out_channels, **options) if context.kind == "global_context" else None
     )
     self.shortcut = Shortcut(in_channels, out_channels, stride, norm=norm, options=options)
+    self.masks_padding = masks_padding
 
   def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
     inside = downsample_valid(x.valid_BHW, self.strides[0])
     valid = downsample_valid(inside, self.strides[1])
-    y = self.bn1(self.conv1(x.values_BHWC), valid_BHW=inside, train=train)
-    y = self.bn2(convolve(self.conv2, nnx.relu(y), inside), valid_BHW=valid, train=train)
+    y = nnx.relu(self.bn1(self.conv1(x.values_BHWC), valid_BHW=inside, train=train))
+    if self.masks_padding:
+      y = masked(y, inside)
+    y = self.bn2(convolve(self.conv2, y, inside), valid_BHW=valid, train=train)
     y = self.bn3(self.conv3(nnx.relu(y)), valid_BHW=valid, train=train)
     if self.context is not None:
       y = self.context(y, valid_BHW=valid)
@@ -183,6 +206,8 @@ class ResNet(nnx.Module):
       instead of strides (Yu et al. 2017, dilated residual networks). The convolution whose stride is
       removed keeps the dilation of the stage before, so that every 2nd or 4th position equals a position
       of the network without dilations, whose weights are used.
+    masks_padding: whether convolutions see zeros on padding, so that an image's features do not depend on its
+      canvas; otherwise they see what the layers before put there, as in torchvision.
     classes: number of classes of an ImageNet classifier to build as well; 0 for none.
     remat: what the backward pass computes again in each residual block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
@@ -202,6 +227,7 @@ class ResNet(nnx.Module):
     frozen: bool = False,
     stride_in: str = "3x3",
     output_stride: int = 32,
+    masks_padding: bool = False,
     classes: int = 0,
     remat: str = "none",
     dtype=jnp.float32,
@@ -236,6 +262,7 @@ class ResNet(nnx.Module):
           dilations=(dilation if i else before, dilation),
           context=Context(kind, downsample=stage_stride == 8),
           norm=norm,
+          masks_padding=masks_padding,
           options=options,
         )
         layers.append(layer)
@@ -244,6 +271,7 @@ class ResNet(nnx.Module):
       channels += (in_channels,)
     self.channels = channels
     self.coarsest_stride = output_stride
+    self.masks_padding = masks_padding
     self.frozen = frozen
     self.remat = remat
     self.stages = nnx.List(stages)
@@ -272,8 +300,8 @@ class ResNet(nnx.Module):
 
     def stem(conv1, bn1, image_BHWC):
       with jax.named_scope("conv1"):
-        y = bn1(conv1(image_BHWC), valid_BHW=valid, train=train)
-      return max_pool(nnx.relu(y))
+        y = nnx.relu(bn1(conv1(image_BHWC), valid_BHW=valid, train=train))
+      return max_pool(masked(y, valid) if self.masks_padding else y)
 
     run_block = recomputed(lambda block, x: block(x, train=train), policy)
     run_context = recomputed(lambda context, x: context(x, train=train_context), policy)

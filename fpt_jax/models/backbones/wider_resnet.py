@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fpt_jax.models.choices import check_choice
-from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid
+from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, masked
 from fpt_jax.models.layers import Norm, conv, dropout, max_pool
 from fpt_jax.models.remat import recomputed
 
@@ -39,10 +39,22 @@ class PreActivationBlock(nnx.Module):
     dilation: dilation of the 3x3 convolutions.
     dropout: rate of dropout before the last convolution.
     norm: normalisation, see `layers.Norm`.
+    masks_padding: whether the convolutions see zeros on padding.
     options: `dtype` and `rngs` of the layers.
   """
 
-  def __init__(self, in_channels, widths, *, stride, dilation, dropout, norm, options):
+  def __init__(
+    self,
+    in_channels,
+    widths,
+    *,
+    stride,
+    dilation,
+    dropout,
+    norm,
+    masks_padding=False,
+    options,
+  ):
     kernels = (3, 3) if len(widths) == 2 else (1, 3, 1)
     inputs = (in_channels, *widths[:-1])
     self.norms = nnx.List([Norm(norm, channels, **options) for channels in inputs])
@@ -65,6 +77,7 @@ class PreActivationBlock(nnx.Module):
     )
     self.stride = stride
     self.dropout = dropout
+    self.masks_padding = masks_padding
 
   def __call__(self, x: FeatureMap, *, train: bool, key: jax.Array | None = None) -> FeatureMap:
     """Applies the block; `key` is a PRNG key for dropout, None for no dropout."""
@@ -72,7 +85,10 @@ class PreActivationBlock(nnx.Module):
     y = x.values_BHWC
     shortcut = y
     for i, (norm, convolution) in enumerate(zip(self.norms, self.convs, strict=True)):
-      y = nnx.relu(norm(y, valid_BHW=valid if i else x.valid_BHW, train=train))
+      seen = valid if i else x.valid_BHW
+      y = nnx.relu(norm(y, valid_BHW=seen, train=train))
+      if self.masks_padding:
+        y = masked(y, seen)
       if i == 0 and self.shortcut is not None:
         shortcut = self.shortcut(y)
       if i == len(self.convs) - 1:
@@ -93,6 +109,7 @@ class WiderResNet(nnx.Module):
     frozen: whether the network is frozen: it uses its running statistics in training too, and drops nothing.
     output_stride: stride of the last level, pixels: 32, 16 or 8. Stages that would exceed it have dilations
       2 and 4 instead of strides.
+    masks_padding: whether convolutions and maxima do not see what is on padding, see `ResNet`.
     remat: what the backward pass computes again in each residual block, see `models.remat`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
@@ -109,6 +126,7 @@ class WiderResNet(nnx.Module):
     norm: str = "frozen_bn",
     frozen: bool = False,
     output_stride: int = 32,
+    masks_padding: bool = False,
     remat: str = "none",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
@@ -132,6 +150,7 @@ class WiderResNet(nnx.Module):
           dilation=STRIDES[i] // stride,
           dropout=DROPOUT[i],
           norm=norm,
+          masks_padding=masks_padding,
           options=options,
         )
         layers.append(layer)
@@ -143,6 +162,7 @@ class WiderResNet(nnx.Module):
     self.stage_channels = tuple(channels)
     self.channels = tuple(channels[i] for i in (2, 3, 4, 6))
     self.coarsest_stride = output_stride
+    self.masks_padding = masks_padding
     self.frozen = frozen
     self.remat = remat
 
@@ -187,7 +207,7 @@ class WiderResNet(nnx.Module):
     maps = [x]
     for i, stage in enumerate(self.stages):
       if i < POOLED:
-        x = pooled(x)
+        x = pooled(x, masks_padding=self.masks_padding)
       for j, block in enumerate(stage):
         drops = DROPOUT[i] and train and key is not None
         block_key = jax.random.fold_in(jax.random.fold_in(key, i), j) if drops else None
@@ -197,6 +217,11 @@ class WiderResNet(nnx.Module):
     return tuple(maps)
 
 
-def pooled(x: FeatureMap) -> FeatureMap:
-  """[B, ceil(H / 2), ceil(W / 2), C]: 3x3 maxima with stride 2."""
-  return FeatureMap(max_pool(x.values_BHWC), downsample_valid(x.valid_BHW, 2), x.stride * 2)
+def pooled(x: FeatureMap, *, masks_padding: bool) -> FeatureMap:
+  """[B, ceil(H / 2), ceil(W / 2), C]: 3x3 maxima with stride 2, of the positions on the image or of all."""
+  valid = downsample_valid(x.valid_BHW, 2)
+  if not masks_padding:
+    return FeatureMap(max_pool(x.values_BHWC), valid, x.stride * 2)
+  lowest = jnp.finfo(x.values_BHWC.dtype).min
+  y = max_pool(jnp.where(x.valid_BHW[..., None], x.values_BHWC, lowest))
+  return FeatureMap(masked(y, valid), valid, x.stride * 2)

@@ -75,6 +75,7 @@ NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "rpn.min_side",
   "box_head.beta",
   "category_names",
+  "backbone.masks_padding",
   "dtype",
   "fpt.implementation",
   "remat",

@@ -77,8 +77,8 @@ def view_at(config: ConfigDict, image_HWC: np.ndarray, short_edge: int) -> dict[
   """Returns an image, uint8 RGB, on a canvas of a view's size: image_BHWC and size_B2, see `views`."""
   data = canvases.at_short_edge(config.data, short_edge)
   size = canvases.resized_size(data, *image_HWC.shape[:2])
-  canvas = transforms.smallest_canvas(size, data.buckets, canvases.multiple_of(data))
-  image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas, data.resize))
+  canvas = canvases.of_prediction(data, size)
+  image = transforms.on_canvas(image_HWC, size, canvas, data.resize)
   return {"image_BHWC": image[None], "size_B2": np.array([size], np.int32)}
 
 

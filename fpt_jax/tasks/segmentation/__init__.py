@@ -60,6 +60,7 @@ FROM_DATA: tuple[str, ...] = ("class_names", "num_classes", "palette", "swaps")
 NOT_OF_THE_WEIGHTS: tuple[str, ...] = (
   "palette",
   "swaps",
+  "backbone.masks_padding",
   "hard_pixels",
   "hard_probability",
   "edges.",

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fpt_jax import data
-from fpt_jax.data import crops, transforms
+from fpt_jax.data import canvases, crops, transforms
 from fpt_jax.data.records.images import encode_png
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import Arrays, Skeleton
@@ -76,8 +76,8 @@ def predictor(
   def predict(image_HWC: np.ndarray) -> dict:
     original = image_HWC.shape[:2]
     image_BHWC, size_B2 = on_canvas(config, image_HWC)
-    # rounded up, so that images of similar sizes share a compiled program
-    original_canvas = transforms.smallest_canvas(original, (), config.data.canvas_multiple)
+    # that of the image where both have one size, so that there is one compiled program per canvas
+    original_canvas = canvas_of(config, original)
     original_B2 = np.array([original], np.int32)
     (label_HW,) = np.asarray(label(arrays, image_BHWC, size_B2, original_B2, original_canvas))
     return {"label_map": label_HW[: original[0], : original[1]]}
@@ -90,9 +90,13 @@ def on_canvas(config: ConfigDict, image_HWC: np.ndarray) -> tuple[np.ndarray, np
   size, short_edge = image_HWC.shape[:2], config.data.short_edge
   if short_edge:
     size = crops.short_edge_size(size, short_edge)
-  canvas = transforms.smallest_canvas(size, config.data.buckets, **rounding(config))
-  image = np.asarray(transforms.resize_and_pad(image_HWC, size, canvas))
+  image = transforms.on_canvas(image_HWC, size, canvas_of(config, size))
   return image[None], np.array([size], np.int32)
+
+
+def canvas_of(config: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
+  """Returns the canvas of an image or of a label map of this size, see `data.canvases.of_prediction`."""
+  return canvases.of_prediction(config.data, size, rounding(config)["remainder"])
 
 
 def to_result(found: dict, image_HWC: np.ndarray) -> dict[str, np.ndarray]:

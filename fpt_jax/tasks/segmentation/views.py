@@ -34,6 +34,7 @@ def probabilities(
   image_BHWC: jax.Array,
   size_B2: jax.Array,
   *,
+  classes: int,
   window: tuple[int, int] | tuple[()] = (),
   overlap: float = 0.0,
   multiple: int = 1,
@@ -48,6 +49,7 @@ def probabilities(
     logits: function of images and their sizes, [B, h, w, K] float32, see `models.segmenter`.
     image_BHWC: images, float32 in 0..255, zero on padding.
     size_B2: sizes of the images, int32.
+    classes: number of classes K.
     window: size of a window; () for the whole canvas.
     overlap: share of a window that overlaps the next one, from 0 to less than 1.
     multiple, remainder: how the size of a window is rounded up to that of its canvas, see
@@ -69,7 +71,6 @@ def probabilities(
   # a window's canvas may reach beyond the image's
   reach = [(0, 0), *((0, r - w) for r, w in zip(room, window, strict=True)), (0, 0)]
   padded_BHWC = jnp.pad(image_BHWC, reach)
-  classes = jax.eval_shape(logits, image_BHWC[:, : room[0], : room[1]], size_B2).shape[-1]
 
   def add_window(i, sums):
     place_2 = jnp.stack([i // columns, i % columns])
@@ -115,6 +116,7 @@ def scorer_at_one_scale(
     infer = functools.partial(
       probabilities,
       model.logits,
+      classes=config.model.num_classes,
       window=tuple(config.eval.window),
       overlap=config.eval.overlap,
       **rounding(config),
@@ -174,7 +176,8 @@ def rounding(config: ConfigDict) -> Rounding:
 
   They are multiples of `data.canvas_multiple`, and one pixel more with `model.align_corners`: then the last
   pixel of a canvas lies on the last position of a level, as with the crops. Where devices share the rows of
-  an image, they stay multiples. The canvas of an image does not affect its result.
+  an image, they stay multiples. With `model.backbone.masks_padding`, the canvas of an image does not affect
+  its result.
   """
   whole_images = config.mesh.shape[-1] == 1
   return {

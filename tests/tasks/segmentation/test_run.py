@@ -64,6 +64,11 @@ def test_predictions_equal_those_of_evaluation(finished, rng):
   elsewhere.config.data.buckets = ((48, 88),)
   (other,) = elsewhere.predict([odd])
   assert (found["label_map"] != other["label_map"]).mean() < 1e-3  # classes with equal scores
+  large = rng.integers(0, 255, (261, 270, 3), np.uint8)
+  (found,) = restored.predict([large])
+  elsewhere.config.data.update({"buckets": (), "few_canvases": False})
+  (other,) = elsewhere.predict([large])
+  assert (found["label_map"] != other["label_map"]).mean() < 1e-3
 
 
 def test_canvases_with_aligned_corners_have_a_pixel_more(finished, tmp_path):

@@ -31,7 +31,7 @@ def on_canvas(images, canvas):
 
 @functools.partial(jax.jit, static_argnames=("window", "overlap", "multiple"))
 def probabilities(image_BHWC, size_B2, **options):
-  return views.probabilities(logits, image_BHWC, size_B2, **options)
+  return views.probabilities(logits, image_BHWC, size_B2, classes=4, **options)
 
 
 def test_a_window_of_the_images_size_is_the_whole_image(rng):

@@ -45,8 +45,8 @@ def test_frames_are_turned_upright(tmp_path):
 @pytest.mark.parametrize(
   ("ending", "share", "frames", "message"),
   [
-    ("mp4", 0.5, 0, r"is not a readable video \("),
-    ("avi", 0.5, 3, r"is damaged after [3-9] frames \("),
+    ("mp4", 0.5, 0, r"is not a readable video \(|has no frames"),
+    ("avi", 0.5, 3, r"is damaged after \d+ frames \("),
     ("mkv", 0.5, 10, r"ends after 1\.\d of 3\.0 seconds"),
     ("avi", 0.0, 0, r"is not a readable video \("),
   ],

@@ -111,7 +111,7 @@ def export(
     platforms: some of `PLATFORMS`.
     canvas: (height, width) that images are laid on, pixels; None for what the config says, see
       `tasks.task.Task.image_program`.
-    batch: number of images of one size that a call takes; None for one image without a dimension for it.
+    batch: number of images of one size that a call takes; None for one image without a batch dimension.
     subjects: images to compare predictions for; None for a drawn one. An image that cannot be read is an
       error in its place.
 
@@ -142,7 +142,7 @@ def export(
       structure = models.structure_of(restored.config)
       program = task_of(restored.config).image_program(restored.config, structure, canvas)
       exported = exported_program(program, restored.arrays, platform, batch)
-    path = write(exported, program, out, format, platform, batch)
+    path = write(exported, program, out, format, platform)
     description = described(exported, program, restored, platform)
     write_whole(out / f"export_{platform}.json", json.dumps(description, indent=2) + "\n")
     size = size_of_files(path)
@@ -169,7 +169,9 @@ def exported_program(
   """Returns a program with the model's arrays inside, for images of symbolic height and width."""
   arrays_inside = jax.device_get(arrays)
   scope = jax_export.SymbolicScope([str(limit) for limit in program.limits])
-  shape = jax_export.symbolic_shape(shape_of_input(batch), scope=scope)
+  shape = jax_export.symbolic_shape(
+    "h, w, 3" if batch is None else f"{batch}, h, w, 3", scope=scope
+  )
 
   @jax.jit
   def predict(image):
@@ -180,18 +182,8 @@ def exported_program(
   return jax_export.export(predict, platforms=[platform])(jax.ShapeDtypeStruct(shape, jnp.uint8))
 
 
-def shape_of_input(batch: int | None) -> str:
-  """Returns the shape of a program's input, with symbolic height and width."""
-  return "h, w, 3" if batch is None else f"{batch}, h, w, 3"
-
-
 def write(
-  exported: jax_export.Exported,
-  program: ImageProgram,
-  out: epath.Path,
-  format: str,
-  platform: str,
-  batch: int | None = None,
+  exported: jax_export.Exported, program: ImageProgram, out: epath.Path, format: str, platform: str
 ) -> epath.Path:
   """Writes a program in one of the formats that exist; returns its path."""
   if format == "stablehlo":
@@ -199,19 +191,20 @@ def write(
     write_whole(path, bytes(exported.serialize()))
     return path
   path = out / f"saved_model_{platform}"
+  shape = exported.in_avals[0].shape
   function = jax2tf.convert(
     exported.call,
-    polymorphic_shapes=[shape_of_input(batch)],
+    polymorphic_shapes=[", ".join(map(str, shape))],
     polymorphic_constraints=[str(limit) for limit in program.limits],
     native_serialization_platforms=[platform],
     with_gradient=False,
   )
-  shape = (None, None, 3) if batch is None else (batch, None, None, 3)
+  sides = [edge if isinstance(edge, int) else None for edge in shape]
   module = tf.Module()
   module.__call__ = tf.function(
     function,
     autograph=False,
-    input_signature=[tf.TensorSpec(shape, tf.uint8, name="image")],
+    input_signature=[tf.TensorSpec(sides, tf.uint8, name="image")],
   )
   with writing(path):
     tf.saved_model.save(module, str(path))

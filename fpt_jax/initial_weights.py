@@ -52,7 +52,6 @@ def starting_arrays(
   if step == "best":
     steps = other.all_steps()
     step = best_step(config.init_from, other_config, steps, flag="--config.init_from_step")
-    logging.info("the best step of %s is %d", config.init_from, step)
   step = checkpoints.choose_step(other, step)
   wanted = pretrained_shapes(config.init_from, shapes)
   loaded = checkpoints.restore_matching(other, step, wanted)

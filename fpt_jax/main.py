@@ -122,8 +122,8 @@ _CANVAS = flags.DEFINE_list(
 _BATCH = flags.DEFINE_integer(
   "batch",
   None,
-  "For --mode=export: number of images of one size that a call of the program takes; by default one, without "
-  "a dimension for it.",
+  "For --mode=export: number of images, all of one size, per call of the program; by default one image "
+  "without a batch dimension.",
   lower_bound=1,
 )
 _EXPORT_DIR = flags.DEFINE_string(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -148,7 +147,6 @@ def open_run(
   saved = checkpoints.manager(workdir, create=False)
   if step == "best":
     step = best_step(workdir, config, saved.all_steps())
-    logging.info("the best step by %s is %d", config.checkpoint.best_metric, step)
   step = checkpoints.choose_step(saved, step)
   structure = models.structure_of(config)
   arrays = checkpoints.restore_model(saved, step, sharding.on_one_device(structure.shapes))

@@ -35,10 +35,10 @@ from fpt_jax.errors import UserError
 from fpt_jax.ops.boxes import iou
 from fpt_jax.restored import Restored
 from fpt_jax.run.command_line import load_config
-from scripts import markdown, torchvision_peer
+from scripts import torchvision_peer
 from scripts.process_memory import peak_growth
-from scripts.timing import device, medians, number_printed_by, turns
-from scripts.torchvision_peer import DEVICE, as_tensor, torch
+from scripts.timing import device, medians, turns
+from scripts.torchvision_peer import as_tensor, torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPREAD, BACKGROUND = 2.5, 6.0  # standard deviation of class logits, and what background has more
@@ -71,15 +71,8 @@ def main() -> None:
     f"Image of {height} x {width} at {arguments.short_edge}/{arguments.long_edge}, {arguments.dtype}, on "
     f"{device()}: {agreement(found['fpt_jax'], found['torchvision'])}.\n"
   )
-  weighs = DEVICE == "cpu" and not arguments.no_memory
-  header = ["", "first call", "prediction", *(["memory"] if weighs else [])]
-  rows = []
-  for name in predictions:
-    rows.append([name, f"{first[name]:.2f} s", f"{seconds[name]:.3f} s"])
-    if weighs:
-      rows[-1].append(f"{number_printed_by(__file__, *sys.argv[1:], '--weigh', name):.0f} MB")
-  print(markdown.table(header, rows))
-  print(f"\nRatio {seconds['fpt_jax'] / seconds['torchvision']:.2f}", flush=True)
+  columns = {"first call": first, "prediction": seconds}
+  torchvision_peer.print_comparison(columns, __file__, with_memory=not arguments.no_memory)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -28,10 +28,10 @@ import numpy as np
 
 from fpt_jax import optim
 from fpt_jax.run.command_line import load_config
-from scripts import markdown, torchvision_peer
+from scripts import torchvision_peer
 from scripts.process_memory import peak_growth
-from scripts.timing import device, medians, number_printed_by, turns
-from scripts.torchvision_peer import CLASSES, DEVICE, as_tensor
+from scripts.timing import device, medians, turns
+from scripts.torchvision_peer import CLASSES, as_tensor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -65,14 +65,8 @@ def main() -> None:
     ),
     end=".\n\n",
   )
-  weighs = DEVICE == "cpu" and not arguments.no_memory
-  rows = []
-  for name, median in seconds.items():
-    rows.append([name, f"{median:.3f} s"])
-    if weighs:
-      rows[-1].append(f"{number_printed_by(__file__, *sys.argv[1:], '--weigh', name):.0f} MB")
-  print(markdown.table(["", "step", *(["memory"] if weighs else [])], rows))
-  print(f"\nRatio {seconds['fpt_jax'] / seconds['torchvision']:.2f}", flush=True)
+  columns = {"step": seconds}
+  torchvision_peer.print_comparison(columns, __file__, with_memory=not arguments.no_memory)
 
 
 def parse_arguments():

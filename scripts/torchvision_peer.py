@@ -1,6 +1,7 @@
 """torchvision's Mask R-CNN with random weights, which benchmarks compare ours with."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from ml_collections import ConfigDict
 from fpt_jax import models
 from fpt_jax.models.state import Skeleton
 from fpt_jax.weights.torchvision import from_torchvision
+from scripts import markdown
+from scripts.timing import number_printed_by
 from scripts.torch_device import torch_device
 
 try:
@@ -62,3 +65,24 @@ def ours(theirs: MaskRCNN, config: ConfigDict) -> tuple[Skeleton, dict[str, jax.
   state_dict = {name: tensor.cpu().numpy() for name, tensor in theirs.state_dict().items()}
   arrays = from_torchvision(state_dict, structure.shapes)
   return structure, {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def print_comparison(
+  columns: Mapping[str, Mapping[str, float]], script: str, *, with_memory: bool
+) -> None:
+  """Prints a table of "fpt_jax" and "torchvision", and the ratio of the figures in its last column.
+
+  Args:
+    columns: seconds of both by the title of the column.
+    script: the benchmark, which prints MB with its own arguments and `--weigh NAME`.
+    with_memory: whether to add a column of the memory that each needs, on a CPU only.
+  """
+  weighs = with_memory and DEVICE == "cpu"
+  *_, last = columns.values()
+  rows = []
+  for name in last:
+    rows.append([name, *(f"{seconds[name]:.3f} s" for seconds in columns.values())])
+    if weighs:
+      rows[-1].append(f"{number_printed_by(script, *sys.argv[1:], '--weigh', name):.0f} MB")
+  print(markdown.table(["", *columns, *(["memory"] if weighs else [])], rows))
+  print(f"\nRatio {last['fpt_jax'] / last['torchvision']:.2f}", flush=True)

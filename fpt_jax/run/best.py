@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from fpt_jax.errors import UserError
@@ -91,7 +92,7 @@ def best_of_run(workdir: str, config: ConfigDict, last_step: int | None = None) 
 def best_step(
   workdir: str, config: ConfigDict, steps: Collection[int], flag: str = "--step"
 ) -> int:
-  """Returns the best of the steps that have a checkpoint.
+  """Returns the best of the steps that have a checkpoint, and logs it.
 
   Args:
     workdir: folder of the run.
@@ -114,4 +115,5 @@ def best_step(
       f"{workdir}: no checkpoint has been evaluated in the training; give {flag} as a number, one of "
       f"{sorted(steps)}"
     )
+  logging.info("%s: the best step by %s is %d", workdir, config.checkpoint.best_metric, step)
   return step

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, downsample_valid
-from fpt_jax.ops import target
+from fpt_jax.ops.convolution import convolve, pointwise
 from fpt_jax.ops.mesh import mesh_of
 from fpt_jax.run.sharding import image_groups
 
@@ -53,7 +53,6 @@ def conv_arguments(
   dilation: int = 1,
   bias: bool = True,
   kernel_init=None,
-  in_control_flow: bool = False,
 ) -> dict[str, Any]:
   """Returns the arguments of an `nnx.Conv` padded by k // 2 times the dilation on every side.
 
@@ -64,16 +63,9 @@ def conv_arguments(
     dilation: dilation of both axes.
     bias: whether to add a bias.
     kernel_init: initializer of the kernel; None for He's normal distribution over the fan-out.
-    in_control_flow: whether the convolution runs inside `lax.scan` or `lax.cond`. There, XLA on CPUs
-      takes sixty times as long for a convolution as outside, but not for a matrix product.
   """
   sides = (kernel, kernel) if isinstance(kernel, int) else kernel
   pads = [dilation * (side // 2) for side in sides]
-  convolution = jax.lax.conv_general_dilated
-  if sides == (1, 1):
-    convolution = pointwise
-  elif in_control_flow and stride == dilation == 1 and target.platform() == "cpu":
-    convolution = unfolded
   return dict(
     in_features=in_channels,
     out_features=out_channels,
@@ -83,38 +75,8 @@ def conv_arguments(
     kernel_dilation=dilation,
     use_bias=bias,
     kernel_init=kernel_init or nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    conv_general_dilated=convolution,
+    conv_general_dilated=pointwise if sides == (1, 1) else convolve,
   )
-
-
-def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.Array:
-  """A 1x1 convolution as a matrix product, whose gradients XLA computes four times as fast on CPUs."""
-  del padding  # a 1x1 kernel has none
-  x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
-  return jax.lax.dot_general(
-    x_BHWC, kernel_11CD[0, 0], (((3,), (0,)), ((), ())), precision=precision
-  )
-
-
-def unfolded(x_BHWC, kernel_hwCD, strides, padding, *, precision, **_) -> jax.Array:
-  """A convolution with stride 1 as one matrix product of all windows, nine times the input for 3x3."""
-  del strides
-  height, width = x_BHWC.shape[1:3]
-  rows, columns, channels, out_channels = kernel_hwCD.shape
-
-  @jax.checkpoint  # The gradient unfolds again: saved windows would be nine times the input.
-  def product(x_BHWC, kernel_hwCD):
-    padded = jnp.pad(x_BHWC, [(0, 0), *padding, (0, 0)])
-    windows_BHWE = jnp.concatenate(
-      [padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)],
-      axis=-1,
-    )
-    kernel_ED = kernel_hwCD.reshape(rows * columns * channels, out_channels)
-    return jax.lax.dot_general(
-      windows_BHWE, kernel_ED, (((3,), (0,)), ((), ())), precision=precision
-    )
-
-  return product(x_BHWC, kernel_hwCD)
 
 
 def max_pool(x_BHWC: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ D detections, K classes with background as 0, C channels, m side of an instance'
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, build_pyramid
 from fpt_jax.models.remat import policy_of, recomputed
 from fpt_jax.ops import boxes, losses, sampling
+from fpt_jax.ops.blocks import in_blocks
 from fpt_jax.ops.masks import mask_targets
 from fpt_jax.ops.nms import batched_nms
 from fpt_jax.ops.roi_align import multilevel_roi_align
@@ -252,7 +252,7 @@ class RCNN(nnx.Module):
       )
       return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["valid_BR"])
 
-    totals = in_blocks(total, rois, rois["valid_BR"])
+    totals = in_blocks(total, rois, rois["valid_BR"], MASK_BLOCK)
     return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 
   def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:
@@ -374,47 +374,10 @@ class RCNN(nnx.Module):
         self.mask_logits(pyramid, found["boxes_BD4"], found["valid_BD"], found["labels_BD"])
       )
 
-    masks_NBdmm = in_blocks(probabilities, found, found["valid_BD"])
+    masks_NBdmm = in_blocks(probabilities, found, found["valid_BD"], MASK_BLOCK)
     batch, count = found["valid_BD"].shape
     masks_BDmm = jnp.moveaxis(masks_NBdmm, 0, 1).reshape(batch, -1, *masks_NBdmm.shape[3:])
     return masks_BDmm[:, :count]
-
-
-def in_blocks(function: Callable, regions: dict[str, jax.Array], valid_BR: jax.Array) -> jax.Array:
-  """Applies `function` to blocks of a few regions per image, and skips blocks without a valid region.
-
-  Most images have far fewer positives and detections than the arrays have room for, and masks are the
-  most expensive part of a region. Blocks are skipped only if valid regions come first. The backward pass
-  computes a block again: what it would keep has room for all blocks, with a copy of the weights for each.
-
-  Args:
-    function: function from a dict like `regions`, with R = `MASK_BLOCK`, to one array.
-    regions: arrays [B, R, ...] by name.
-    valid_BR: [B, R] bool.
-
-  Returns:
-    [blocks, ...]: the result of each block; zeros for a block without a valid region.
-  """
-  blocks = -(-valid_BR.shape[1] // MASK_BLOCK)
-
-  def split(x_BR):
-    batch, count = x_BR.shape[:2]
-    rest = [(0, 0)] * (x_BR.ndim - 2)
-    padded = jnp.pad(x_BR, [(0, 0), (0, blocks * MASK_BLOCK - count), *rest])
-    return jnp.moveaxis(padded.reshape(batch, blocks, MASK_BLOCK, *x_BR.shape[2:]), 1, 0)
-
-  blocks_of = jax.tree.map(split, regions)
-  result = jax.eval_shape(function, jax.tree.map(lambda x: x[0], blocks_of))
-
-  def nothing(_):
-    return jnp.zeros(result.shape, result.dtype)
-
-  def one_block(block):
-    valid, block = block
-    return jax.lax.cond(jnp.any(valid), function, nothing, block)
-
-  recomputed_block = jax.checkpoint(one_block, prevent_cse=False)  # not needed in a loop
-  return jax.lax.map(recomputed_block, (split(valid_BR), blocks_of))
 
 
 def suppress(candidates: dict[str, jax.Array], config) -> dict[str, jax.Array]:

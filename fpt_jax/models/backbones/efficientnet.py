@@ -15,8 +15,9 @@ from flax import nnx
 from fpt_jax.models.backbones.resnet import OUTPUT_STRIDES
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, masked
-from fpt_jax.models.layers import Norm, pointwise
+from fpt_jax.models.layers import Norm
 from fpt_jax.models.remat import recomputed
+from fpt_jax.ops.convolution import pointwise
 from fpt_jax.ops.depthwise import depthwise
 
 EPSILON = 1e-3  # of the normalisations, as in the release

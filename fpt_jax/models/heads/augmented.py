@@ -26,7 +26,6 @@ class RegionConv(nnx.Module):
 
   Args:
     in_channels, channels: channels of the input and the output.
-    in_control_flow: see `layers.conv_arguments`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
   """
@@ -36,14 +35,11 @@ class RegionConv(nnx.Module):
     in_channels: int,
     channels: int,
     *,
-    in_control_flow: bool = False,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     options = dict(dtype=dtype, rngs=rngs)
-    self.conv = conv(
-      in_channels, channels, 3, bias=False, in_control_flow=in_control_flow, **options
-    )
+    self.conv = conv(in_channels, channels, 3, bias=False, **options)
     self.norm = Norm("group_norm", channels, **options)
 
   def __call__(self, x_NPPC: jax.Array) -> jax.Array:
@@ -162,10 +158,10 @@ class AugmentedMaskHead(nnx.Module):
     options = dict(dtype=dtype, rngs=rngs)
 
     def region_conv(channels: int) -> RegionConv:
-      return RegionConv(hidden, channels, in_control_flow=True, **options)
+      return RegionConv(hidden, channels, **options)
 
     half = max(1, hidden // 2)
-    self.fused = FusedLevels(levels, channels, hidden, in_control_flow=True, **options)
+    self.fused = FusedLevels(levels, channels, hidden, **options)
     self.convs = nnx.List([region_conv(hidden) for _ in range(layers - 2)])
     self.last = region_conv(hidden)
     self.of_class = MaskHead(hidden, hidden=hidden, layers=0, num_classes=num_classes, **options)

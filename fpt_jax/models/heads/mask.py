@@ -36,9 +36,7 @@ class MaskHead(nnx.Module):
     rngs: nnx.Rngs,
   ):
     options = dict(dtype=dtype, rngs=rngs)
-    self.convs, self.norms = region_convs(
-      channels, hidden, layers, norm=norm, in_control_flow=True, **options
-    )
+    self.convs, self.norms = region_convs(channels, hidden, layers, norm=norm, **options)
     # With stride and kernel both 2 no outputs overlap: a transposed convolution is a matrix product.
     self.deconv = nnx.Linear(
       hidden, 4 * hidden, kernel_init=nnx.initializers.he_normal(), use_bias=False, **options

@@ -20,7 +20,6 @@ def region_convs(
   layers: int,
   *,
   norm: str,
-  in_control_flow: bool = False,
   dtype=jnp.float32,
   rngs: nnx.Rngs,
 ) -> tuple[nnx.List, nnx.List]:
@@ -31,7 +30,6 @@ def region_convs(
     hidden: channels of the output of each.
     layers: number of convolutions.
     norm: one of `REGION_NORMS`.
-    in_control_flow: see `layers.conv_arguments`.
     dtype: dtype of the computation; parameters are float32.
     rngs: source of the initial weights.
 
@@ -49,7 +47,6 @@ def region_convs(
       hidden,
       3,
       bias=norm == "none",
-      in_control_flow=in_control_flow,
       **options,
     )
     for i in range(layers)

@@ -1,0 +1,120 @@
+"""Convolutions in the form that is fast: XLA's own, but for what it does slowly on CPUs.
+
+There, XLA's gradient of the kernel falls to a fifth of the rate of a matrix product as soon as the map is
+large. It is a matrix product for each row of the kernel: the gradient of all columns of that row is one
+product of the input, shifted by the row, with `dy` shifted by each column. `scripts/profile_step.py` and
+`scripts/benchmark_convolution.py` measure it.
+
+Shapes: B batch, H W rows and columns of the output, C D channels of the input and the output, h w rows and
+columns of the kernel, E w * D.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fpt_jax.ops import target
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolve(
+  x_BHWC: jax.Array,
+  kernel_hwCD: jax.Array,
+  strides,
+  padding: Pads,
+  *,
+  rhs_dilation=None,
+  precision=None,
+  **options,
+) -> jax.Array:
+  """Convolves a map; replaces `lax.conv_general_dilated` in an `nnx.Conv` without groups.
+
+  Args:
+    x_BHWC: [B, rows, columns, C] float.
+    kernel_hwCD: [h, w, C, D] of the same dtype.
+    strides: strides of rows and columns.
+    padding: zeros before and after the rows and the columns.
+    rhs_dilation: dilations of rows and columns; None for 1.
+    precision: precision of the products, see `jax.lax.Precision`.
+    options: other arguments of `lax.conv_general_dilated`.
+
+  Returns:
+    [B, H, W, D].
+  """
+  strides, dilation = tuple(strides), tuple(rhs_dilation or (1, 1))
+  if target.platform() == "cpu" and strides == (1, 1):
+    pads = tuple(tuple(pad) for pad in padding)
+    return _with_stride_1(pads, dilation, precision, x_BHWC, kernel_hwCD)
+  return lax.conv_general_dilated(
+    x_BHWC, kernel_hwCD, strides, padding, rhs_dilation=dilation, precision=precision, **options
+  )
+
+
+def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.Array:
+  """A 1x1 convolution as a matrix product, whose gradients XLA computes four times as fast on CPUs."""
+  del padding  # a 1x1 kernel has none
+  x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
+  return lax.dot_general(x_BHWC, kernel_11CD[0, 0], (((3,), (0,)), ((), ())), precision=precision)
+
+
+def _xla(pads, dilation, precision, x_BHWC, kernel_hwCD):
+  return lax.conv_general_dilated(
+    x_BHWC,
+    kernel_hwCD,
+    (1, 1),
+    pads,
+    rhs_dilation=dilation,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision=precision,
+  )
+
+
+_with_stride_1 = jax.custom_vjp(_xla, nondiff_argnums=(0, 1, 2))
+
+
+def _forward(pads, dilation, precision, x_BHWC, kernel_hwCD):
+  return _xla(pads, dilation, precision, x_BHWC, kernel_hwCD), (x_BHWC, kernel_hwCD)
+
+
+def _backward(pads, dilation, precision, saved, dy_BHWD):
+  x_BHWC, kernel_hwCD = saved
+  # The input's gradient is a convolution with the reversed kernel.
+  back = []
+  for axis in range(2):
+    reach = dilation[axis] * (kernel_hwCD.shape[axis] - 1)
+    before = reach - pads[axis][0]
+    back.append((before, x_BHWC.shape[1 + axis] - dy_BHWD.shape[1 + axis] + reach - before))
+  reversed_hwDC = kernel_hwCD[::-1, ::-1].swapaxes(2, 3)
+  dx_BHWC = _xla(tuple(back), dilation, precision, dy_BHWD, reversed_hwDC)
+  rows, columns, channels, out_channels = kernel_hwCD.shape
+  dy_BHWE = jnp.concatenate(
+    [_shift(dy_BHWD, 2, j * dilation[1] - pads[1][0], x_BHWC.shape[2]) for j in range(columns)],
+    axis=-1,
+  )
+  # One contracted axis: XLA takes 1.4 times as long to contract three.
+  dy_NE = dy_BHWE.reshape(-1, columns * out_channels)
+  dkernel_hCE = jnp.stack(
+    [
+      lax.dot_general(
+        _shift(x_BHWC, 1, pads[0][0] - i * dilation[0], dy_BHWD.shape[1]).reshape(-1, channels),
+        dy_NE,
+        (((0,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+      )
+      for i in range(rows)
+    ]
+  )
+  dkernel_hCwD = dkernel_hCE.reshape(rows, channels, columns, out_channels)
+  return dx_BHWC, dkernel_hCwD.transpose(0, 2, 1, 3).astype(kernel_hwCD.dtype)
+
+
+def _shift(x_BHWC: jax.Array, axis: int, start: int, length: int) -> jax.Array:
+  """The map moved by `start` along an axis, and cut off or filled with zeros to a length."""
+  edges = [(0, 0, 0)] * 4
+  edges[axis] = (start, length - x_BHWC.shape[axis] - start, 0)
+  return lax.pad(x_BHWC, jnp.zeros((), x_BHWC.dtype), edges)
+
+
+_with_stride_1.defvjp(_forward, _backward)

@@ -1,0 +1,89 @@
+"""Convolutions against sums written out in float64, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fpt_jax.ops import target
+from fpt_jax.ops.convolution import convolve
+
+CASES = [  # rows, columns, kernel, stride, dilation, pads
+  (9, 7, (3, 3), 1, 1, ((1, 1), (1, 1))),
+  (7, 9, (3, 3), 1, 3, ((3, 3), (3, 3))),
+  (6, 8, (3, 5), 1, 2, ((0, 1), (5, 2))),
+  (5, 6, (1, 4), 1, 1, ((0, 0), (0, 0))),
+  (4, 5, (3, 2), 1, 1, ((3, 4), (2, 3))),  # windows of padding only
+  (8, 7, (3, 3), 2, 1, ((1, 1), (1, 1))),
+]
+
+
+def written_out(x, kernel, dy, stride, dilation, pads):
+  """The convolution, and the gradients of its product with `dy`; float64."""
+  (top, _), (left, _) = pads
+  padded = np.pad(x, ((0, 0), *pads, (0, 0)))
+  dx, dkernel, y = np.zeros_like(padded), np.zeros_like(kernel), np.zeros_like(dy)
+  for r, c, i, j in np.ndindex(*dy.shape[1:3], *kernel.shape[:2]):
+    at = (slice(None), r * stride + i * dilation, c * stride + j * dilation)
+    y[:, r, c] += padded[at] @ kernel[i, j]
+    dx[at] += dy[:, r, c] @ kernel[i, j].T
+    dkernel[i, j] += padded[at].T @ dy[:, r, c]
+  return y, dx[:, top : top + x.shape[1], left : left + x.shape[2]], dkernel
+
+
+def convolution(stride, dilation, pads):
+  return lambda x, w: convolve(
+    x,
+    w,
+    (stride, stride),
+    pads,
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("rows", "columns", "kernel", "stride", "dilation", "pads"), CASES)
+def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation, pads, platform):
+  x = rng.standard_normal((2, rows, columns, 3))
+  w = rng.standard_normal((*kernel, 3, 4))
+  with target.tracing_for(platform):
+    y, gradients = jax.vjp(convolution(stride, dilation, pads), jnp.float32(x), jnp.float32(w))
+    dy = rng.standard_normal(y.shape)
+    found = (y, *gradients(jnp.float32(dy)))
+  for value, want in zip(found, written_out(x, w, dy, stride, dilation, pads), strict=True):
+    np.testing.assert_allclose(value, want, atol=2e-5)
+
+
+def test_the_gradient_of_a_kernel_in_bfloat16_is_summed_in_float32():
+  layer = nnx.Conv(
+    8,
+    8,
+    (3, 3),
+    padding=((1, 1), (1, 1)),
+    use_bias=False,
+    conv_general_dilated=convolve,
+    dtype=jnp.bfloat16,
+    rngs=nnx.Rngs(0),
+  )
+  ones = jnp.ones((1, 40, 40, 8), jnp.bfloat16)
+  gradient = nnx.grad(lambda layer: layer(ones).astype(jnp.float32).sum())(layer)
+  assert layer(ones).dtype == jnp.bfloat16
+  assert float(gradient.kernel[1, 1, 0, 0]) == pytest.approx(1600, rel=1e-2)
+
+
+def test_inside_control_flow_and_vmap(rng):
+  x = jnp.asarray(rng.standard_normal((3, 1, 5, 5, 2)), jnp.float32)
+  w = jnp.asarray(rng.standard_normal((3, 3, 2, 2)), jnp.float32)
+  f = convolution(1, 1, ((1, 1), (1, 1)))
+
+  def gradient(of):
+    return jax.grad(lambda w: jnp.sum(of(w) ** 2))(w)
+
+  expected = gradient(lambda w: f(x[:, 0], w))
+  for of in (
+    lambda w: jax.vmap(lambda x: f(x, w))(x),
+    lambda w: jax.lax.map(lambda x: jax.lax.cond(x[0, 0, 0, 0] > -9, f, lambda x, _: x, x, w), x),
+  ):
+    np.testing.assert_allclose(gradient(of), expected, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
 
-benchmarks=(startup depthwise attention step predict input growth configs profile)
+benchmarks=(startup convolution attention step predict input growth configs profile)
 page=docs/performance.md quick=false names=()
 for argument in "$@"; do
   case "$argument" in
@@ -71,7 +71,7 @@ measure_with_torch() { # NAME COMMAND [COMMAND ...]
 
 measure startup "python scripts/benchmark_startup.py$(pick "" " --repetitions 1")"
 
-measure depthwise "python scripts/benchmark_depthwise.py$(pick "" " --repetitions 1 --images 1")"
+measure convolution "python scripts/benchmark_convolution.py$(pick "" " --repetitions 1 --images 1")"
 
 attention="python scripts/benchmark_attention.py"
 if $quick; then

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
+from jax.extend.core import Literal
 from ml_collections import ConfigDict, config_flags
 
 from fpt_jax import configs, models, optim
@@ -206,7 +207,7 @@ def compiled(
 
   def gradient(arrays, inputs):
     """Gradients of the trained parameters and of what earlier stages have computed."""
-    parameters = {n: arrays[n] for n in trained}
+    parameters = {n: arrays[n] for n in trained & read}
     computed = {name: inputs[name] for name in inputs if name in passed}
     leaves, tree = jax.tree.flatten(computed)
     places = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
@@ -221,6 +222,8 @@ def compiled(
 
     return jax.grad(total, argnums=(0, 1))(parameters, [leaves[place] for place in places])
 
+  # The gradients of all others are zeros, which would take time to write.
+  read = arrays_read(forward, arrays, inputs)
   kinds = {"forward": forward} | ({"both": gradient} if stage.backward else {})
   programs = {kind: jax.jit(f).lower(arrays, inputs).compile() for kind, f in kinds.items()}
   last = list(kinds)[-1]
@@ -229,6 +232,15 @@ def compiled(
   moved = (programs[last].cost_analysis() or {}).get("bytes accessed", 0.0)
   runs = {kind: run_of(program, arrays, inputs) for kind, program in programs.items()}
   return runs, runs["forward"](), (2.0 * (cost.multiply_adds + cost.attention), moved)
+
+
+def arrays_read(forward: Callable, arrays: Arrays, inputs: dict[str, Any]) -> set[str]:
+  """The names of the arrays that a stage reads."""
+  jaxpr = jax.make_jaxpr(forward)(arrays, inputs).jaxpr
+  # variables can be hashed, the literals beside them cannot
+  used = {v for e in jaxpr.eqns for v in e.invars if not isinstance(v, Literal)}
+  # dicts are flattened in the order of their names
+  return {name for name, v in zip(sorted(arrays), jaxpr.invars, strict=False) if v in used}
 
 
 def is_float(leaf) -> bool:

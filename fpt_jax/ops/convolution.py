@@ -25,10 +25,11 @@ def convolve(
   padding: Pads,
   *,
   rhs_dilation=None,
+  feature_group_count: int = 1,
   precision=None,
   **options,
 ) -> jax.Array:
-  """Convolves a map; replaces `lax.conv_general_dilated` in an `nnx.Conv` without groups.
+  """Convolves a map; replaces `lax.conv_general_dilated` in an `nnx.Conv`.
 
   Args:
     x_BHWC: [B, rows, columns, C] float.
@@ -36,18 +37,26 @@ def convolve(
     strides: strides of rows and columns.
     padding: zeros before and after the rows and the columns.
     rhs_dilation: dilations of rows and columns; None for 1.
+    feature_group_count: groups of channels; XLA's form is used for more than one.
     precision: precision of the products, see `jax.lax.Precision`.
-    options: other arguments of `lax.conv_general_dilated`.
+    options: other arguments that an `nnx.Conv` passes to `lax.conv_general_dilated`.
 
   Returns:
     [B, H, W, D].
   """
   strides, dilation = tuple(strides), tuple(rhs_dilation or (1, 1))
-  if target.platform() == "cpu" and strides == (1, 1):
+  if target.platform() == "cpu" and strides == (1, 1) and feature_group_count == 1:
     pads = tuple(tuple(pad) for pad in padding)
     return _with_stride_1(pads, dilation, precision, x_BHWC, kernel_hwCD)
   return lax.conv_general_dilated(
-    x_BHWC, kernel_hwCD, strides, padding, rhs_dilation=dilation, precision=precision, **options
+    x_BHWC,
+    kernel_hwCD,
+    strides,
+    padding,
+    rhs_dilation=dilation,
+    feature_group_count=feature_group_count,
+    precision=precision,
+    **options,
   )
 
 

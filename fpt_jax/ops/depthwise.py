@@ -2,7 +2,7 @@
 
 XLA on CPUs computes it as a grouped convolution, one group after another. Here it is the sum over the
 kernel's taps of a shifted map times one weight per channel, which XLA fuses;
-`scripts/benchmark_depthwise.py` compares both. On other platforms, XLA's convolution is used.
+`scripts/benchmark_convolution.py` compares both. On other platforms, XLA's convolution is used.
 
 Shapes: B batch, H W rows and columns of the output, C channels, h w rows and columns of the kernel.
 """

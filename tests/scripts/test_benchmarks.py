@@ -68,7 +68,7 @@ def test_the_page_has_a_place_for_each_benchmark(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["stepp"], "unexpected argument 'stepp'; the benchmarks are startup depthwise"),
+    (["stepp"], "unexpected argument 'stepp'; the benchmarks are startup convolution"),
     (["--quick"], "the figures of --quick mean nothing; add --page=FILE"),
   ],
 )

@@ -76,8 +76,8 @@ def evaluate(
 
   Returns:
     "bbox/AP", "segm/AR@100", ..., x100, see `coco_ap.metrics_of`; "bbox/dAP-Cls", ..., see `tide.errors`;
-    with annotations that ask questions also "context/accuracy", ..., see `context_accuracy.evaluate`. They
-    are the same on every host.
+    with annotations that ask questions also "context/accuracy", ..., see `context_accuracy.evaluate`. Masks
+    are scored if the model and the annotations have them. The metrics are the same on every host.
 
   Raises:
     UserError: the data set has a category that the model does not have, or a record cannot be read.
@@ -123,7 +123,8 @@ def evaluate(
   # as one host would have found them
   of_batches = zip(*(host["by_batch"] for host in of_hosts), strict=True)
   in_order = [result for parts in of_batches for part in parts for result in part]
-  return score(config, ground_truth, in_order, folder)
+  has_masks = info(config.data).has_masks
+  return score(config, ground_truth, in_order, folder, has_masks=has_masks)
 
 
 def eval_program(
@@ -145,7 +146,12 @@ def eval_program(
 
 
 def score(
-  config: ConfigDict, ground_truth: dict | None, results: list[dict], folder: epath.Path
+  config: ConfigDict,
+  ground_truth: dict | None,
+  results: list[dict],
+  folder: epath.Path,
+  *,
+  has_masks: bool = True,
 ) -> dict[str, float]:
   """Logs the metrics, writes the results and their analysis, and returns the metrics, on every host.
 
@@ -154,12 +160,15 @@ def score(
     ground_truth: see `ground_truth.coco_ground_truth`; only the first host needs it.
     results: detections in all images, in the form of `coco_ap.to_coco_results`.
     folder: folder of the files.
+    has_masks: whether the annotations have masks; if not, only boxes are scored.
 
   Raises:
     ResultsNotWrittenError: a file could not be written; on the first host only.
   """
   files: dict[str, str | bytes] = {RESULTS_FILE: json.dumps(results)}
-  iou_types = ("bbox", "segm") if config.model.mask_head.enabled else ("bbox",)
+  iou_types = ("bbox", "segm") if config.model.mask_head.enabled and has_masks else ("bbox",)
+  if config.model.mask_head.enabled and not has_masks:
+    logging.info("masks are not scored: the annotations of the data set are boxes without masks")
 
   def measure() -> dict[str, float]:
     assert ground_truth is not None

@@ -46,6 +46,16 @@ def test_an_evaluation_writes_its_analysis(golden, tmp_path, caplog):
     assert np.asarray(Image.open(path)).std() > 10
 
 
+def test_masks_are_not_scored_against_boxes(golden, tmp_path, caplog):
+  """Annotations without masks have whole boxes in their place, which are no ground truth of masks."""
+  caplog.set_level("INFO")
+  arguments = coco_mask.get_config("demo"), golden["ground_truth"], golden["detections"]
+  both = evaluation.score(*arguments, epath.Path(tmp_path))
+  boxes = evaluation.score(*arguments, epath.Path(tmp_path), has_masks=False)
+  assert boxes == {name: both[name] for name in both if not name.startswith("segm/")}
+  assert "masks are not scored: the annotations of the data set are boxes" in caplog.text
+
+
 def test_pictures_without_objects(golden, tmp_path):
   truth = golden["ground_truth"] | {"annotations": []}
   config = coco_mask.get_config("demo")

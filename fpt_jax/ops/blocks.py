@@ -3,6 +3,7 @@
 Shapes: B batch, R regions of an image, N blocks.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -44,6 +45,7 @@ def in_blocks(
   return _map(of_block, some_N, blocks_N, closed_over)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _map(of_block, some_N, blocks_N, closed_over):
   """[N, ...]: `of_block` of each block and of arrays for all blocks; zeros where `some_N` is False."""
   result = jax.eval_shape(of_block, jax.tree.map(lambda x: x[0], blocks_N), *closed_over)
@@ -58,9 +60,6 @@ def _map(of_block, some_N, blocks_N, closed_over):
     )
 
   return lax.map(one, (some_N, blocks_N))
-
-
-_map = jax.custom_vjp(_map, nondiff_argnums=(0,))
 
 
 def _forward(of_block, some_N, blocks_N, closed_over):

@@ -68,13 +68,24 @@ def test_label_maps_of_eight_sizes(align_corners):
   assert len({canvases.of_prediction(config.data, size, int(align_corners)) for size in SIZES}) == 8
 
 
-def test_an_image_that_keeps_its_size(rng):
+@pytest.mark.parametrize(
+  ("size", "resize"),
+  [
+    ((5, 7), "torchvision"),
+    ((5, 7), "detectron2"),
+    ((6, 4), "detectron2"),
+    ((6, 4), "torchvision"),
+    ((5, 9), "torchvision"),
+    ((1, 1), "torchvision"),
+    ((33, 20), "torchvision"),
+  ],
+)
+def test_an_image_in_memory_is_laid_on_its_canvas_as_in_the_pipeline(size, resize, rng):
   image_HWC = rng.integers(0, 256, (5, 7, 3), np.uint8)
-  for size, resize in (((5, 7), "torchvision"), ((5, 7), "detectron2"), ((6, 4), "torchvision")):
-    expected = np.asarray(transforms.resize_and_pad(image_HWC, size, (8, 9), resize))
-    laid = transforms.on_canvas(image_HWC, size, (8, 9), resize)
-    assert laid.dtype == np.float32
-    np.testing.assert_array_equal(laid, expected)
+  expected = np.asarray(transforms.resize_and_pad(image_HWC, size, (34, 21), resize))
+  laid = transforms.on_canvas(image_HWC, size, (34, 21), resize)
+  assert laid.dtype == np.float32
+  np.testing.assert_array_equal(laid, expected)
 
 
 def test_detections_of_eight_sizes():

@@ -123,8 +123,8 @@ def on_canvas(
   if image_HWC.shape[:2] != tuple(size):
     if resize == "detectron2":
       return np.asarray(resize_and_pad(image_HWC, size, canvas, resize))
-    for axis in (1, 0):
-      image_HWC = _interpolated(image_HWC.astype(np.float32), axis, size[axis])
+    wide_HWC = _interpolated(image_HWC.astype(np.float32), 1, size[1])
+    image_HWC = _interpolated(wide_HWC, 0, size[0])
   laid_HWC = np.zeros((*canvas, image_HWC.shape[2]), np.float32)
   laid_HWC[: size[0], : size[1]] = image_HWC
   return laid_HWC
@@ -133,10 +133,8 @@ def on_canvas(
 def _interpolated(image_HWC: np.ndarray, axis: int, length: int) -> np.ndarray:
   """Resizes one axis of a float32 image linearly, with half-pixel centres."""
   old = image_HWC.shape[axis]
-  at = (np.arange(length, dtype=np.float32) + np.float32(0.5)) * (
-    np.float32(old) / np.float32(length)
-  )
-  at -= np.float32(0.5)
+  scale = np.float32(old) / np.float32(length)
+  at = (np.arange(length, dtype=np.float32) + 0.5) * scale - 0.5
   below = np.floor(at)
   fraction = np.expand_dims(at - below, [other for other in range(3) if other != axis])
   low_HWC = np.take(image_HWC, np.maximum(below, 0).astype(int), axis)

@@ -18,8 +18,8 @@ def in_blocks(
 
   Most images have far fewer positives and detections than the arrays have room for, and masks are the
   most expensive part of a region. Blocks are skipped only if valid regions come first. The backward pass
-  computes a block again, adds its gradients to the sum, and skips the same blocks: what the gradient of a
-  loop of `lax.cond` keeps and adds has room for all blocks, with a copy of the weights for each.
+  computes each block again and skips the same ones. JAX's own gradient of such a loop would keep the values
+  of all blocks, with a copy of the weights for each, and would add zeros for those that are skipped.
 
   Args:
     function: function from a dict like `regions`, with R = `size`, to one array. The arrays that it

@@ -1,9 +1,9 @@
-"""Convolutions in the form that is fast: XLA's own, but for what it does slowly on CPUs.
+"""Convolutions: XLA's own, except for gradients that it computes slowly on CPUs.
 
 There, XLA's gradient of the kernel falls to a fifth of the rate of a matrix product as soon as the map is
-large. It is a matrix product for each row of the kernel: the gradient of all columns of that row is one
-product of the input, shifted by the row, with `dy` shifted by each column. `scripts/profile_step.py` and
-`scripts/benchmark_convolution.py` measure it.
+large. Here it is one matrix product for each row of the kernel: the gradient of all columns of a row is the
+product of the input, shifted by the row, with `dy`, shifted by each column.
+`scripts/benchmark_convolution.py` compares both.
 
 Shapes: B batch, H W rows and columns of the output, C D channels of the input and the output, h w rows and
 columns of the kernel, E w * D.
@@ -67,6 +67,24 @@ def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.A
   return lax.dot_general(x_BHWC, kernel_11CD[0, 0], (((3,), (0,)), ((), ())), precision=precision)
 
 
+def pads_of_gradient(
+  x_BHWC: jax.Array, dy_BHWD: jax.Array, kernel_hwCD: jax.Array, strides, pads: Pads, dilation
+) -> Pads:
+  """Returns the padding of `dy` with which its convolution with the reversed kernel gives the gradient of x.
+
+  That convolution has stride 1 and the same dilation; between the positions of `dy`, strides - 1 zeros are
+  inserted before.
+  """
+  edges = []
+  for axis in range(2):
+    reach = dilation[axis] * (kernel_hwCD.shape[axis] - 1)
+    length = (dy_BHWD.shape[1 + axis] - 1) * strides[axis] + 1
+    before = reach - pads[axis][0]
+    edges.append((before, x_BHWC.shape[1 + axis] + reach - length - before))
+  rows, columns = edges
+  return rows, columns
+
+
 def _xla(pads, dilation, precision, x_BHWC, kernel_hwCD):
   return lax.conv_general_dilated(
     x_BHWC,
@@ -88,14 +106,9 @@ def _forward(pads, dilation, precision, x_BHWC, kernel_hwCD):
 
 def _backward(pads, dilation, precision, saved, dy_BHWD):
   x_BHWC, kernel_hwCD = saved
-  # The input's gradient is a convolution with the reversed kernel.
-  back = []
-  for axis in range(2):
-    reach = dilation[axis] * (kernel_hwCD.shape[axis] - 1)
-    before = reach - pads[axis][0]
-    back.append((before, x_BHWC.shape[1 + axis] - dy_BHWD.shape[1 + axis] + reach - before))
+  back = pads_of_gradient(x_BHWC, dy_BHWD, kernel_hwCD, (1, 1), pads, dilation)
   reversed_hwDC = kernel_hwCD[::-1, ::-1].swapaxes(2, 3)
-  dx_BHWC = _xla(tuple(back), dilation, precision, dy_BHWD, reversed_hwDC)
+  dx_BHWC = _xla(back, dilation, precision, dy_BHWD, reversed_hwDC)
   rows, columns, channels, out_channels = kernel_hwCD.shape
   dy_BHWE = jnp.concatenate(
     [_shift(dy_BHWD, 2, j * dilation[1] - pads[1][0], x_BHWC.shape[2]) for j in range(columns)],

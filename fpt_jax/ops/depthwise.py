@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
+from fpt_jax.ops.convolution import Pads, pads_of_gradient
 
 
 def depthwise(
@@ -86,12 +86,8 @@ def _backward(strides, pads, dilation, saved, dy_BHWC):
 
   # The input's gradient is a convolution with stride 1 and the reversed kernel; zeros are inserted at the
   # positions that the strides skipped.
-  edges = []
-  for axis in range(2):
-    reach = dilation[axis] * (kernel[axis] - 1)
-    length = (dy_BHWC.shape[1 + axis] - 1) * strides[axis] + 1
-    before = reach - pads[axis][0]
-    edges.append((before, x_BHWC.shape[1 + axis] + reach - length - before, strides[axis] - 1))
+  back = pads_of_gradient(x_BHWC, dy_BHWC, kernel_hw1C, strides, pads, dilation)
+  edges = [(*pad, stride - 1) for pad, stride in zip(back, strides, strict=True)]
   spread_BHWC = lax.pad(dy_BHWC, jnp.zeros((), dy_BHWC.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
   no_pads = ((0, 0), (0, 0))
   dx_BHWC = sum_of_taps((1, 1), no_pads, dilation, spread_BHWC, kernel_hw1C[::-1, ::-1])

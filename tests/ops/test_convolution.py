@@ -8,6 +8,7 @@ from flax import nnx
 
 from fpt_jax.ops import target
 from fpt_jax.ops.convolution import convolve
+from fpt_jax.ops.depthwise import depthwise
 
 CASES = [  # rows, columns, kernel, stride, dilation, pads
   (9, 7, (3, 3), 1, 1, ((1, 1), (1, 1))),
@@ -56,14 +57,17 @@ def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation
     np.testing.assert_allclose(value, want, atol=2e-5)
 
 
-def test_the_gradient_of_a_kernel_in_bfloat16_is_summed_in_float32():
+@pytest.mark.parametrize(("convolution", "groups"), [(convolve, 1), (depthwise, 8)])
+def test_of_a_layer_in_bfloat16(convolution, groups):
+  """As the convolution of a layer; the gradient of its kernel is summed in float32."""
   layer = nnx.Conv(
     8,
     8,
     (3, 3),
     padding=((1, 1), (1, 1)),
+    feature_group_count=groups,
     use_bias=False,
-    conv_general_dilated=convolve,
+    conv_general_dilated=convolution,
     dtype=jnp.bfloat16,
     rngs=nnx.Rngs(0),
   )

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from fpt_jax.ops.depthwise import depthwise
 
@@ -71,21 +70,3 @@ def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation
   expected = written_out(x, w, dy, stride, dilation, padding)
   for found, value in zip((y, *gradients(jnp.float32(dy))), expected, strict=True):
     np.testing.assert_allclose(found, value, atol=1e-5)
-
-
-def test_of_a_layer_in_bfloat16(rng):
-  """As the convolution of a layer; the gradient of its kernel is summed in float32."""
-  layer = nnx.Conv(
-    8,
-    8,
-    (3, 3),
-    feature_group_count=8,
-    use_bias=False,
-    conv_general_dilated=depthwise,
-    dtype=jnp.bfloat16,
-    rngs=nnx.Rngs(0),
-  )
-  ones = jnp.ones((1, 40, 40, 8), jnp.bfloat16)
-  gradient = nnx.grad(lambda layer: layer(ones).astype(jnp.float32).sum())(layer)
-  assert layer(ones).dtype == jnp.bfloat16
-  assert float(gradient.kernel[1, 1, 0, 0]) == pytest.approx(1600, rel=1e-2)

@@ -47,7 +47,7 @@ def test_an_evaluation_writes_its_analysis(golden, tmp_path, caplog):
 
 
 def test_masks_are_not_scored_against_boxes(golden, tmp_path, caplog):
-  """Annotations without masks have whole boxes in their place, which are no ground truth of masks."""
+  """Without masks in the annotations, the records hold whole boxes, and masks are not compared with those."""
   caplog.set_level("INFO")
   arguments = coco_mask.get_config("demo"), golden["ground_truth"], golden["detections"]
   both = evaluation.score(*arguments, epath.Path(tmp_path))

@@ -49,7 +49,8 @@ def test_drawn_anchors_are_those_of_the_model(canvas):
 
   def sizes(arrays, image, size):
     pyramid = structure.fill(arrays).features(image, size)
-    levels.extend(structure.fill(arrays).rpn.anchors(pyramid, canvas))
+    grids = structure.fill(arrays).rpn.anchors(pyramid, canvas)
+    levels.extend(grid.boxes() for grid in grids)
     return pyramid[0].values_BHWC
 
   jax.eval_shape(

@@ -167,11 +167,11 @@ class RCNN(nnx.Module):
     policy = policy_of(self.config, "heads")
     logits, deltas = recomputed(lambda pyramid: self.rpn(pyramid), policy)(pyramid)
     pyramid = whole_images(pyramid)  # a region may lie anywhere
-    anchors_LA4 = self.rpn.anchors(pyramid, canvas)
+    anchors = self.rpn.anchors(pyramid, canvas)
     gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
-    result = self.rpn.losses(logits, deltas, anchors_LA4, gt_boxes_BG4, gt_valid_BG, rpn_key)
+    result = self.rpn.losses(logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, rpn_key)
     proposals_BN4, _, valid_BN = self.rpn.propose(
-      logits, deltas, anchors_LA4, batch["size_B2"], train=True
+      logits, deltas, anchors, batch["size_B2"], train=True
     )
     rois = self.sample_regions(proposals_BN4, valid_BN, batch, roi_key)
 
@@ -218,7 +218,7 @@ class RCNN(nnx.Module):
         allow_low_quality=False,
       )
       labels_N = jnp.where(jnp.concatenate([valid_N, gt_valid_G]), labels_N, -1)
-      index_R, positive_R, valid_R = sampling.sample_indices(
+      index_R, positive_R, valid_R = sampling.sample(
         labels_N, key, min(config.samples, labels_N.size), config.positive_fraction
       )
       rois_R4, matched_R = candidates_N4[index_R], matched_N[index_R]

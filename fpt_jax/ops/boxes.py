@@ -5,6 +5,7 @@ writes `...`.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,20 @@ def iou(a_N4: jax.Array, b_M4: jax.Array) -> jax.Array:
   """
   _check(a_N4, "a_N4", rank=2)
   _check(b_M4, "b_M4", rank=2)
-  a_N14, b_1M4 = a_N4[:, None], b_M4[None]
-  width_NM = jnp.minimum(a_N14[..., 2], b_1M4[..., 2]) - jnp.maximum(a_N14[..., 0], b_1M4[..., 0])
-  height_NM = jnp.minimum(a_N14[..., 3], b_1M4[..., 3]) - jnp.maximum(a_N14[..., 1], b_1M4[..., 1])
+  return iou_of_columns(_columns(a_N4), _columns(b_M4))
+
+
+def iou_of_columns(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+  """Like `iou`, of boxes as columns x0, y0, x1, y1: [N] arrays of `a`, [M] of `b`.
+
+  TPUs pad the last axis of an array to 128, so that an array [N, 4] of many boxes takes 32 times its size.
+  """
+  a, b = [x_N[:, None] for x_N in a], [x_M[None] for x_M in b]
+  width_NM = jnp.minimum(a[2], b[2]) - jnp.maximum(a[0], b[0])
+  height_NM = jnp.minimum(a[3], b[3]) - jnp.maximum(a[1], b[1])
   intersection_NM = jnp.maximum(width_NM, 0) * jnp.maximum(height_NM, 0)
-  union_NM = area(a_N14) + area(b_1M4) - intersection_NM
+  area_N1, area_1M = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b))
+  union_NM = area_N1 + area_1M - intersection_NM
   # The inner where keeps 0/0 out of the gradient.
   return jnp.where(union_NM > 0, intersection_NM / jnp.where(union_NM > 0, union_NM, 1), 0)
 

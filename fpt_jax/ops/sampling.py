@@ -1,11 +1,13 @@
 """Matching of anchors and proposals with ground truth, and their sampling for training.
 
-Shape suffixes: G ground truths, N anchors or proposals, S samples. All functions can be vmapped over
-images.
+Shape suffixes: G ground truths, N anchors or proposals, S samples, K blocks of B boxes, W words of 32 bits. All
+functions can be vmapped over images.
 """
 
 import jax
 import jax.numpy as jnp
+
+from fpt_jax.ops.boxes import iou_of_columns
 
 FOREGROUND, BACKGROUND, IGNORED = 1, 0, -1
 
@@ -50,20 +52,76 @@ def match(
   # The barrier keeps one array: if two fusions computed the IoU separately, its last bit could differ,
   # and the comparison with its maximum could fail.
   iou_GN = jax.lax.optimization_barrier(jnp.where(gt_valid_G[:, None], iou_GN, -1.0))
-  best_N = jnp.max(iou_GN, axis=0)
-  label_N = jnp.where(
-    best_N >= fg_threshold, FOREGROUND, jnp.where(best_N < bg_threshold, BACKGROUND, IGNORED)
-  )
+  label_N = _labels(jnp.max(iou_GN, axis=0), fg_threshold, bg_threshold)
   if allow_low_quality:
     best_G1 = jnp.max(iou_GN, axis=1, keepdims=True)
     low_quality_N = jnp.any((iou_GN == best_G1) & (best_G1 > 0), axis=0)
     label_N = jnp.where(low_quality_N, FOREGROUND, label_N)
-  return jnp.argmax(iou_GN, axis=0).astype(jnp.int32), label_N.astype(jnp.int32)
+  return jnp.argmax(iou_GN, axis=0).astype(jnp.int32), label_N
+
+
+def match_anchors(
+  gt_boxes_G4: jax.Array,
+  gt_valid_G: jax.Array,
+  anchors_4N: jax.Array,
+  fg_threshold: float,
+  bg_threshold: float,
+  *,
+  block: int = 16384,
+) -> tuple[jax.Array, jax.Array]:
+  """Assigns many boxes to ground truths as `match` with low quality, without an array [G, N] of their IoU.
+
+  Args:
+    gt_boxes_G4: [G, 4] float32 ground truths, pixels, G > 0.
+    gt_valid_G, fg_threshold, bg_threshold: as for `match`.
+    anchors_4N: [4, N] float32, x0, y0, x1 and y1 of the boxes, pixels.
+    block: number of boxes whose IoU is computed at a time.
+
+  Returns:
+    As `match`, bit for bit.
+  """
+  count = anchors_4N.shape[1]
+  block = min(block, count)
+  blocks = -(-count // block)
+  padded_4N = jnp.pad(anchors_4N, ((0, 0), (0, blocks * block - count)))
+
+  def best_of_block(anchors_4B: jax.Array):
+    iou_GB = iou_of_columns(gt_boxes_G4.T, anchors_4B)
+    iou_GB = jax.lax.optimization_barrier(jnp.where(gt_valid_G[:, None], iou_GB, -1.0))
+    best_G = jnp.max(iou_GB, axis=1)
+    return {
+      "label_N": _labels(jnp.max(iou_GB, axis=0), fg_threshold, bg_threshold),
+      "matched_N": jnp.argmax(iou_GB, axis=0).astype(jnp.int32),
+      "best_G": best_G,
+      "is_best_WN": _packed((iou_GB == best_G[:, None]) & (best_G > 0)[:, None]),
+    }
+
+  found = jax.lax.map(best_of_block, jnp.moveaxis(padded_4N.reshape(4, blocks, block), 1, 0))
+  best_KG = found["best_G"]
+  is_best_KG = best_KG == jnp.max(best_KG, axis=0, keepdims=True)
+  of_these_KWN = found["is_best_WN"] & _packed(is_best_KG.T).T[:, :, None]
+  label_KN = jnp.where(jnp.any(of_these_KWN > 0, axis=1), FOREGROUND, found["label_N"])
+  return found["matched_N"].reshape(-1)[:count], label_KN.reshape(-1)[:count]
+
+
+def _labels(best_N: jax.Array, fg_threshold: float, bg_threshold: float) -> jax.Array:
+  """[N] int32: the label of boxes by the largest IoU of each."""
+  background_N = jnp.where(best_N < bg_threshold, BACKGROUND, IGNORED)
+  return jnp.where(best_N >= fg_threshold, FOREGROUND, background_N).astype(jnp.int32)
+
+
+def _packed(bits_GN: jax.Array) -> jax.Array:
+  """[W, N] uint32: the bools of 32 rows in each word."""
+  words = -(-len(bits_GN) // 32)
+  padded_GN = jnp.pad(bits_GN, ((0, words * 32 - len(bits_GN)), (0, 0)))
+  values_132 = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32))[None, :, None]
+  padded_W32N = padded_GN.reshape(words, 32, -1).astype(jnp.uint32)
+  return jnp.sum(padded_W32N * values_132, axis=1, dtype=jnp.uint32)
 
 
 def sample(
   labels_N: jax.Array, key: jax.Array, num_samples: int, positive_fraction: float
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Samples boxes at random, at most a fraction of them foreground, the rest background.
 
   Args:
@@ -73,7 +131,9 @@ def sample(
     positive_fraction: at most int(num_samples * positive_fraction) samples are foreground.
 
   Returns:
-    [N] bool, the sampled boxes.
+    With S = min(num_samples, N): indices [S] int32, first of the foreground, then of the background
+    (ascending within each group), then zeros as padding; positive [S] bool; valid [S] bool. All foreground
+    is within the first int(num_samples * positive_fraction) entries.
 
   Raises:
     ValueError: a shape or dtype is not as described.
@@ -86,41 +146,23 @@ def sample(
   foreground_N, background_N = labels_N > 0, labels_N == BACKGROUND
   most_foreground = int(num_samples * positive_fraction)
   num_foreground = jnp.minimum(jnp.sum(foreground_N), most_foreground)
-  drawn_foreground_N = _draw(foreground_N, foreground_key, num_foreground, most_foreground)
-  return drawn_foreground_N | _draw(
+  foreground, is_foreground = _draw(foreground_N, foreground_key, num_foreground, most_foreground)
+  background, is_background = _draw(
     background_N, background_key, num_samples - num_foreground, num_samples
   )
-
-
-def sample_indices(
-  labels_N: jax.Array, key: jax.Array, num_samples: int, positive_fraction: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Samples as `sample`, as a list of fixed length: foreground first, then background, then padding.
-
-  Args:
-    labels_N: as for `sample`.
-    key: as for `sample`.
-    num_samples: as for `sample`.
-    positive_fraction: as for `sample`.
-
-  Returns:
-    With S = min(num_samples, N): indices [S] int32 (ascending within each group; 0 where padded),
-    positive [S] bool, valid [S] bool. All foreground is within the first
-    int(num_samples * positive_fraction) entries.
-
-  Raises:
-    ValueError: a shape or dtype is not as described.
-  """
-  drawn_N = sample(labels_N, key, num_samples, positive_fraction)
-  group_N = jnp.where(drawn_N, 1 + (labels_N > 0).astype(jnp.int32), 0)
-  group_S, indices_S = jax.lax.top_k(group_N, min(num_samples, len(labels_N)))
-  return jnp.where(group_S > 0, indices_S, 0), group_S == 2, group_S > 0
+  group = jnp.concatenate([jnp.where(is_foreground, 0, 2), jnp.where(is_background, 1, 2)])
+  index = jnp.where(group < 2, jnp.concatenate([foreground, background]), 0)
+  group, index = jax.lax.sort((group, index), num_keys=2)
+  most = min(num_samples, len(labels_N))
+  return index[:most], group[:most] == 0, group[:most] < 2
 
 
 def _draw(candidates_N, key, count, most):
-  """[N] bool: `count` (traced, at most the static `most`) of the candidates, or all if there are fewer."""
+  """`count` (traced, at most the static `most`) of the candidates, or all if there are fewer.
+
+  Returns their indices, int32 and of a length of at most `most`, and which of these are drawn.
+  """
   most = min(most, len(candidates_N))
   priority_N = jnp.where(candidates_N, jax.random.uniform(key, candidates_N.shape), -1.0)
   priority_S, indices_S = jax.lax.top_k(priority_N, most)
-  drawn_S = (priority_S >= 0) & (jnp.arange(most) < count)
-  return jnp.zeros_like(candidates_N).at[indices_S].set(drawn_S, unique_indices=True)
+  return indices_S, (priority_S >= 0) & (jnp.arange(most) < count)

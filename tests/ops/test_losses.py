@@ -118,7 +118,10 @@ def test_shapes_must_agree():
 def _rpn(golden):
   rows = (56, 28, 14, 7, 4)
   sizes = [(32,), (64,), (128,), (256,), (512,)]
-  levels = anchors.anchors([(n, n) for n in rows], [224 // n for n in rows], sizes, (0.5, 1.0, 2.0))
+  grids = anchors.anchor_grids(
+    [(n, n) for n in rows], [224 // n for n in rows], sizes, (0.5, 1.0, 2.0)
+  )
+  levels = [grid.boxes() for grid in grids]
   objectness = [golden[f"rpn_objectness_{i}"].reshape(2, -1) for i in range(5)]
   deltas = [golden[f"rpn_deltas_{i}"].reshape(2, -1, 4) for i in range(5)]
   return levels, objectness, deltas
@@ -148,17 +151,19 @@ def test_rpn_losses_equal_torchvision():
     gt_boxes[i, : len(truth)] = truth * np.tile(scale[::-1], 2).astype(np.float32)
     gt_valid[i, : len(truth)] = True
 
-  def targets(gt_boxes_G4, gt_valid_G, key):
-    iou_GN = boxes.iou(gt_boxes_G4, anchors_N4)
-    matched_N, labels_N = sampling.match(iou_GN, gt_valid_G, 0.7, 0.3, True)
-    deltas_N4 = boxes.encode(gt_boxes_G4[matched_N], anchors_N4, (1.0,) * 4)
-    return labels_N, deltas_N4, sampling.sample(labels_N, key, 10**6, 0.99999)
+  def of_sample(objectness_N, deltas_N4, gt_boxes_G4, gt_valid_G, key):
+    matched_N, labels_N = sampling.match_anchors(gt_boxes_G4, gt_valid_G, anchors_N4.T, 0.7, 0.3)
+    index_S, positive_S, valid_S = sampling.sample(labels_N, key, 10**6, 0.99999)
+    gt_boxes_S4 = gt_boxes_G4[matched_N[index_S]]
+    targets_S4 = boxes.encode(gt_boxes_S4, anchors_N4[index_S], (1.0,) * 4)
+    labels_S = positive_S.astype(jnp.int32)
+    return objectness_N[index_S], deltas_N4[index_S], labels_S, targets_S4, valid_S
 
   @jax.jit
   def rpn_losses(objectness_BN, deltas_BN4):
     keys = jax.random.split(jax.random.key(0), 2)
-    labels_BN, targets_BN4, selected_BN = jax.vmap(targets)(gt_boxes, gt_valid, keys)
-    return losses.rpn_losses(objectness_BN, deltas_BN4, labels_BN, targets_BN4, selected_BN)
+    samples = jax.vmap(of_sample)(objectness_BN, deltas_BN4, gt_boxes, gt_valid, keys)
+    return losses.rpn_losses(*samples)
 
   objectness_loss, box_loss = rpn_losses(np.concatenate(objectness, 1), np.concatenate(deltas, 1))
   np.testing.assert_allclose(objectness_loss, golden["loss_objectness"], rtol=1e-5)

@@ -11,7 +11,6 @@ MATCH = jax.jit(
   sampling.match, static_argnames=("fg_threshold", "bg_threshold", "allow_low_quality")
 )
 SAMPLE = jax.jit(sampling.sample, static_argnums=(2, 3))
-SAMPLE_INDICES = jax.jit(sampling.sample_indices, static_argnums=(2, 3))
 
 IOU_GN = jnp.array(
   [
@@ -54,6 +53,36 @@ def test_match_refuses_wrong_arguments():
     sampling.match(IOU_GN, VALID_G, 0.2, 0.3, True)
 
 
+@pytest.mark.parametrize("block", [7, 64, 1000])
+@pytest.mark.parametrize("objects", [1, 33, 70])
+def test_anchors_in_blocks(rng, block, objects):
+  corner_N2, gt_corner_G2 = rng.uniform(0, 90, (300, 2)), rng.uniform(0, 90, (objects, 2))
+  # sides of few values, so that boxes of equal IoU occur
+  anchors_N4 = np.concatenate([corner_N2 // 8 * 8, corner_N2 // 8 * 8 + 16], 1).astype(np.float32)
+  gt_boxes_G4 = np.concatenate([gt_corner_G2, gt_corner_G2 + 12], 1).round().astype(np.float32)
+  gt_boxes_G4[0] += 500  # overlaps nothing
+  gt_valid_G = rng.uniform(size=objects) < 0.8
+  matched_N, labels_N = jax.jit(sampling.match_anchors, static_argnames=("block",))(
+    gt_boxes_G4, gt_valid_G, anchors_N4.T, 0.5, 0.3, block=block
+  )
+  # float64, from the definition
+  low, high = np.minimum, np.maximum
+  sides = [
+    low(gt_boxes_G4[:, None, i + 2], anchors_N4[None, :, i + 2])
+    - high(gt_boxes_G4[:, None, i], anchors_N4[None, :, i]).astype(float)
+    for i in (0, 1)
+  ]
+  intersection_GN = high(sides[0], 0) * high(sides[1], 0)
+  iou_GN = intersection_GN / (12 * 12 + 16 * 16 - intersection_GN)
+  iou_GN[~gt_valid_G] = -1
+  best_G1 = iou_GN.max(axis=1, keepdims=True)
+  foreground_N = (iou_GN.max(0) >= 0.5) | ((iou_GN == best_G1) & (best_G1 > 0)).any(0)
+  expected_N = np.where(foreground_N, 1, np.where(iou_GN.max(0) < 0.3, 0, -1))
+  np.testing.assert_array_equal(labels_N, expected_N)
+  np.testing.assert_array_equal(matched_N, iou_GN.argmax(0))
+  assert matched_N.dtype == labels_N.dtype == jnp.int32
+
+
 def _labels(num_foreground, num_background, num_ignored, rng):
   labels = np.repeat([1, 0, -1], [num_foreground, num_background, num_ignored])
   return jnp.asarray(rng.permutation(labels), jnp.int32)
@@ -70,35 +99,31 @@ def _labels(num_foreground, num_background, num_ignored, rng):
 )
 def test_counts(rng, foreground, background, expected):
   labels = _labels(foreground, background, 80 - foreground - background, rng)
-  drawn = np.asarray(SAMPLE(labels, jax.random.key(1), 20, 0.25))
-  assert (drawn & (labels == 1)).sum() == expected[0]
-  assert (drawn & (labels == 0)).sum() == expected[1]
-  assert not (drawn & (labels == -1)).any()
-
-  indices, positive, valid = map(np.asarray, SAMPLE_INDICES(labels, jax.random.key(1), 20, 0.25))
+  indices, positive, valid = map(np.asarray, SAMPLE(labels, jax.random.key(1), 20, 0.25))
   assert indices.shape == positive.shape == valid.shape == (20,)
-  # Foreground, background, padding; each index once; the same boxes as the mask.
+  # Foreground, background, padding; each index once, ascending in its group.
   np.testing.assert_array_equal(positive, np.arange(20) < expected[0])
   np.testing.assert_array_equal(valid, np.arange(20) < sum(expected))
-  np.testing.assert_array_equal(positive, (np.asarray(labels)[indices] == 1) & valid)
-  np.testing.assert_array_equal(np.sort(indices[valid]), np.nonzero(drawn)[0])
+  of_samples = np.asarray(labels)[indices]
+  assert (of_samples[positive] == 1).all() and (of_samples[valid & ~positive] == 0).all()
+  for group in (positive, valid & ~positive):
+    assert (np.diff(indices[group]) > 0).all()
   assert not indices[~valid].any()
 
 
 def test_all_boxes_are_sampled_if_there_is_room(rng):
   labels = _labels(30, 40, 10, rng)
-  drawn = SAMPLE(labels, jax.random.key(0), 10**6, 0.99999)
-  np.testing.assert_array_equal(drawn, labels >= 0)
-  indices, _, valid = SAMPLE_INDICES(labels, jax.random.key(0), 4000, 0.9999)
-  assert indices.shape == (80,) and valid.sum() == 70
+  indices, _, valid = SAMPLE(labels, jax.random.key(0), 4000, 0.9999)
+  assert indices.shape == (80,)
+  np.testing.assert_array_equal(np.sort(indices[valid]), np.flatnonzero(labels >= 0))
 
 
 def test_every_box_is_drawn_equally_often(rng):
   labels = _labels(8, 12, 4, rng)
   keys = jax.random.split(jax.random.key(3), 2000)
-  drawn = jax.jit(jax.vmap(lambda key: sampling.sample(labels, key, 8, 0.25)))(keys)
-  frequency = np.asarray(drawn).mean(axis=0)
+  indices, _, valid = jax.jit(jax.vmap(lambda key: sampling.sample(labels, key, 8, 0.25)))(keys)
+  frequency = np.bincount(np.asarray(indices)[np.asarray(valid)], minlength=24) / 2000
   expected = np.where(labels == 1, 2 / 8, np.where(labels == 0, 6 / 12, 0))
   # Four standard deviations of 2000 draws are 0.045.
   np.testing.assert_allclose(frequency, expected, atol=0.045)
-  np.testing.assert_array_equal(drawn[0], sampling.sample(labels, keys[0], 8, 0.25))
+  np.testing.assert_array_equal(indices[0], sampling.sample(labels, keys[0], 8, 0.25)[0])

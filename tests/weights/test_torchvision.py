@@ -156,8 +156,9 @@ def test_anchors(detector, golden):
   model = structure.fill(arrays)
   sizes = [golden[f"rpn_objectness_{i}"].shape[1:3] for i in range(5)]
   pyramid = [FeatureMap(jnp.zeros((1, *size, 1)), jnp.ones((1, *size), bool), 0) for size in sizes]
-  anchors_LA4 = model.rpn.anchors(pyramid, golden["batched_BHWC"].shape[1:3])
-  np.testing.assert_array_equal(np.concatenate(anchors_LA4), golden["anchors_xyxy"])
+  grids = model.rpn.anchors(pyramid, golden["batched_BHWC"].shape[1:3])
+  anchors_A4 = np.concatenate([grid.boxes() for grid in grids])
+  np.testing.assert_array_equal(anchors_A4, golden["anchors_xyxy"])
 
 
 @pytest.mark.slow

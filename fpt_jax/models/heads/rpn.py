@@ -1,10 +1,10 @@
 """Region Proposal Network (Ren et al. 2015) over a pyramid (Lin et al. 2017).
 
 Shapes: B batch, H W rows and columns, A anchors (of a position, a level, or all levels), N proposals,
-G ground truths, K candidates of a level, L levels.
+G ground truths, K candidates of a level, S sampled anchors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from flax import nnx
 from fpt_jax.models.feature_map import Pyramid
 from fpt_jax.models.layers import conv
 from fpt_jax.ops import boxes, losses, sampling
-from fpt_jax.ops.anchors import anchors
+from fpt_jax.ops.anchors import AnchorGrid, anchor_grids
 from fpt_jax.ops.nms import nms
 from fpt_jax.run.sharding import whole_images
+
+UNIT_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 class RegionProposalNetwork(nnx.Module):
@@ -59,8 +61,8 @@ class RegionProposalNetwork(nnx.Module):
       deltas.append(deltas_BHWX.reshape(batch, -1, 4).astype(jnp.float32))
     return logits, deltas
 
-  def anchors(self, pyramid: Pyramid, canvas: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Returns the anchors of each level, [A, 4] boxes in pixels.
+  def anchors(self, pyramid: Pyramid, canvas: tuple[int, int]) -> tuple[AnchorGrid, ...]:
+    """Returns the anchors of each level.
 
     Args:
       pyramid: P2..P6.
@@ -70,13 +72,13 @@ class RegionProposalNetwork(nnx.Module):
     return anchors_of_levels(self.config, sizes, strides, canvas)
 
   def propose(
-    self, logits, deltas, anchors_LA4, size_B2: jax.Array, *, train: bool
+    self, logits, deltas, anchors, size_B2: jax.Array, *, train: bool
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Selects the best boxes of every image: `pre_nms` per level before NMS, `post_nms` in all after it.
 
     Args:
       logits, deltas: outputs of the head, see `__call__`.
-      anchors_LA4: anchors of each level, see `anchors`.
+      anchors: anchors of each level, see `anchors`.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       train: whether to use the counts for training or those for evaluation.
 
@@ -89,7 +91,7 @@ class RegionProposalNetwork(nnx.Module):
     def one_image(logits_L, deltas_L, size_2):
       kept = [
         propose_on_level(*level, size_2, counts, self.config)
-        for level in zip(logits_L, deltas_L, anchors_LA4, strict=True)
+        for level in zip(logits_L, deltas_L, anchors, strict=True)
       ]
       boxes_N4, scores_N, valid_N = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
       ranked_N = jnp.where(valid_N, scores_N, -1.0)
@@ -100,13 +102,13 @@ class RegionProposalNetwork(nnx.Module):
     return jax.vmap(one_image)(*detached, size_B2)
 
   def losses(
-    self, logits, deltas, anchors_LA4, gt_boxes_BG4, gt_valid_BG, key: jax.Array
+    self, logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array
   ) -> dict[str, jax.Array]:
     """Computes the losses of a random sample of the anchors of each image.
 
     Args:
       logits, deltas: outputs of the head, see `__call__`.
-      anchors_LA4: anchors of each level, see `anchors`.
+      anchors: anchors of each level, see `anchors`.
       gt_boxes_BG4: [B, G, 4] float32, pixels.
       gt_valid_BG: [B, G] bool.
       key: PRNG key.
@@ -114,49 +116,92 @@ class RegionProposalNetwork(nnx.Module):
     Returns:
       `loss_rpn_cls` and `loss_rpn_loc`, float32 scalars.
     """
-    anchors_A4 = jnp.concatenate([jnp.asarray(a) for a in anchors_LA4])
+    anchors_A4 = np.concatenate([grid.boxes() for grid in anchors])
+    # the corners one after another: TPUs pad the last axis of an array to 128
+    anchors_4A = jnp.asarray(anchors_A4.T)
 
-    def targets(gt_boxes_G4, gt_valid_G, key):
-      matched_A, labels_A, selected_A = sampled_anchors(
-        self.config, anchors_A4, gt_boxes_G4, gt_valid_G, key
+    def of_sample(logits_L, deltas_L, gt_boxes_G4, gt_valid_G, key):
+      sample = sampled_anchors(self.config, anchors_4A, gt_boxes_G4, gt_valid_G, key)
+      index_S, matched_S, positive_S, valid_S = sample
+      anchors_S4, logits_S1, deltas_S4 = (
+        at_levels(index_S, anchors, values)
+        for values in (
+          lambda level, index_S: anchors[level].at(index_S),
+          lambda level, index_S: logits_L[level][index_S][:, None],
+          lambda level, index_S: at_anchors(deltas_L[level], index_S, len(anchors[level].first_A4)),
+        )
       )
-      deltas_A4 = boxes.encode(gt_boxes_G4[matched_A], anchors_A4, (1.0, 1.0, 1.0, 1.0))
-      return labels_A, deltas_A4, selected_A
+      targets_S4 = boxes.encode(gt_boxes_G4[matched_S], anchors_S4, UNIT_WEIGHTS)
+      return logits_S1[:, 0], deltas_S4, positive_S.astype(jnp.int32), targets_S4, valid_S
 
     keys_B = jax.random.split(key, gt_boxes_BG4.shape[0])
-    labels_BA, targets_BA4, selected_BA = jax.vmap(targets)(gt_boxes_BG4, gt_valid_BG, keys_B)
     classification, localisation = losses.rpn_losses(
-      jnp.concatenate(logits, axis=1),
-      jnp.concatenate(deltas, axis=1),
-      labels_BA,
-      targets_BA4,
-      selected_BA,
+      *jax.vmap(of_sample)(logits, deltas, gt_boxes_BG4, gt_valid_BG, keys_B)
     )
     return {"loss_rpn_cls": classification, "loss_rpn_loc": localisation}
 
 
-def sampled_anchors(config, anchors_A4, gt_boxes_G4, gt_valid_G, key: jax.Array):
+def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array):
   """Samples the anchors of one image for training.
 
   Args:
     config: as for `RegionProposalNetwork`.
-    anchors_A4: [A, 4] anchors of all levels, pixels.
+    anchors_4A: [4, A] corners of the anchors of all levels, pixels.
     gt_boxes_G4: [G, 4] float32, pixels.
     gt_valid_G: [G] bool.
     key: PRNG key.
 
   Returns:
-    matched_A and labels_A, see `sampling.match`, and selected_A, [A] bool.
+    index_S of the sampled anchors, positives first; matched_S, index of the ground truth of a positive; and
+    positive_S and valid_S, bool.
   """
-  matched_A, labels_A = sampling.match(
-    boxes.iou(gt_boxes_G4, anchors_A4),
-    gt_valid_G,
-    config.fg_threshold,
-    config.bg_threshold,
-    allow_low_quality=True,
+  matched_A, labels_A = sampling.match_anchors(
+    gt_boxes_G4, gt_valid_G, anchors_4A, config.fg_threshold, config.bg_threshold
   )
-  selected_A = sampling.sample(labels_A, key, config.samples, config.positive_fraction)
-  return matched_A, labels_A, selected_A
+  index_S, positive_S, valid_S = sampling.sample(
+    labels_A, key, config.samples, config.positive_fraction
+  )
+  return index_S, matched_A[index_S], positive_S, valid_S
+
+
+def at_levels(
+  index_S: jax.Array,
+  anchors: Sequence[AnchorGrid],
+  values: Callable[[int, jax.Array], jax.Array],
+) -> jax.Array:
+  """Returns the values of anchors whose indices count through all levels, [S, X].
+
+  Args:
+    index_S: [S] int32.
+    anchors: the anchors of each level.
+    values: function from the number of a level and [S] indices of its anchors to their values, [S, X].
+  """
+  total_SX, begin = 0, 0
+  for level, grid in enumerate(anchors):
+    place_S = index_S - begin
+    of_level_SX = values(level, jnp.clip(place_S, 0, grid.count - 1))
+    is_here_S1 = ((place_S >= 0) & (place_S < grid.count))[:, None]
+    total_SX += jnp.where(is_here_S1, of_level_SX, 0)
+    begin += grid.count
+  return total_SX
+
+
+def at_anchors(values_AX: jax.Array, index_K: jax.Array, per_cell: int) -> jax.Array:
+  """Returns the values of some anchors of a level, [K, X].
+
+  The values of all anchors of a cell are gathered together. This leaves them in the order of the convolution
+  that computes them: an array of a few values per anchor takes up to 128 / X times its size on TPUs.
+
+  Args:
+    values_AX: [A, X] values of all anchors of a level.
+    index_K: [K] int32 indices of anchors.
+    per_cell: anchors per cell.
+  """
+  values = values_AX.shape[1]
+  cell_K, anchor_K = jnp.divmod(index_K, per_cell)
+  of_cells_KAX = values_AX.reshape(-1, per_cell * values)[cell_K].reshape(-1, per_cell, values)
+  is_it_KA = anchor_K[:, None] == jnp.arange(per_cell)[None]
+  return jnp.sum(jnp.where(is_it_KA[:, :, None], of_cells_KAX, 0), axis=1)
 
 
 def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:
@@ -168,7 +213,9 @@ def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:
   """
   strides = [4 * 2**level for level in range(len(config.anchor_sizes))]
   sizes = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in strides]
-  return np.concatenate(anchors_of_levels(config, sizes, strides, canvas))
+  return np.concatenate(
+    [grid.boxes() for grid in anchors_of_levels(config, sizes, strides, canvas)]
+  )
 
 
 def anchors_of_levels(
@@ -176,8 +223,8 @@ def anchors_of_levels(
   sizes: Sequence[tuple[int, int]],
   strides: Sequence[int],
   canvas: tuple[int, int],
-) -> tuple[np.ndarray, ...]:
-  """Returns the anchors of each level, [A, 4] boxes in pixels.
+) -> tuple[AnchorGrid, ...]:
+  """Returns the anchors of each level.
 
   Args:
     config: as for `RegionProposalNetwork`.
@@ -188,17 +235,16 @@ def anchors_of_levels(
   spacings: Sequence[int | tuple[int, int]] = strides
   if config.round_anchors:
     spacings = [(canvas[0] // rows, canvas[1] // columns) for rows, columns in sizes]
-  return anchors(
+  return anchor_grids(
     sizes, spacings, config.anchor_sizes, config.aspect_ratios, rounded=config.round_anchors
   )
 
 
-def propose_on_level(logits_A, deltas_A4, anchors_A4, size_2, counts, config):
+def propose_on_level(logits_A, deltas_A4, anchors: AnchorGrid, size_2, counts, config):
   """Selects the `post_nms` best boxes of one level after NMS: boxes_N4, scores_N, valid_N."""
   top_K, index_K = jax.lax.top_k(logits_A, min(counts.pre_nms, logits_A.size))
-  boxes_K4 = boxes.decode(
-    deltas_A4[index_K], jnp.asarray(anchors_A4)[index_K], (1.0, 1.0, 1.0, 1.0)
-  )
+  deltas_K4 = at_anchors(deltas_A4, index_K, len(anchors.first_A4))
+  boxes_K4 = boxes.decode(deltas_K4, anchors.at(index_K), UNIT_WEIGHTS)
   boxes_K4 = boxes.clip(boxes_K4, size_2[0], size_2[1])
   scores_K = jax.nn.sigmoid(top_K)
   large_K = boxes.large_enough(boxes_K4, config.min_side)

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 
 from fpt_jax.models.heads.rpn import anchors_of_canvas, sampled_anchors
 from fpt_jax.ops import masks as mask_ops
-from fpt_jax.ops.sampling import BACKGROUND, FOREGROUND
 from fpt_jax.tasks import pictures
 
 NEGATIVES_DRAWN = 12  # negative anchors in the picture of a training image
@@ -68,23 +67,22 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
   rpn = config.model.rpn
   anchors_A4 = anchors_of_canvas(rpn, (height, width))
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i)
-  sample = _sampled_anchors(FrozenConfigDict(rpn), anchors_A4, boxes_G4, valid_G, key)
-  matched_A, labels_A, selected_A = map(np.asarray, sample)
-  positive_A = selected_A & (labels_A == FOREGROUND)
-  negatives = np.flatnonzero(selected_A & (labels_A == BACKGROUND))
+  sample = _sampled_anchors(FrozenConfigDict(rpn), anchors_A4.T, boxes_G4, valid_G, key)
+  index_S, matched_S, positive_S, valid_S = map(np.asarray, sample)
+  negatives = index_S[valid_S & ~positive_S]
   # index of each padded ground truth among the valid ones
   place_G = np.cumsum(valid_G) - 1
   sampled = draw_anchors(
     image_HWC,
     true_G4,
     names,
-    anchors_A4[positive_A],
-    place_G[matched_A[positive_A]],
+    anchors_A4[index_S[positive_S]],
+    place_G[matched_S[positive_S]],
     anchors_A4[negatives[:: max(1, len(negatives) // NEGATIVES_DRAWN)]],
   )
   titles = [
     "objects",
-    f"anchors: {positive_A.sum()} positive, {(selected_A & ~positive_A).sum()} negative",
+    f"anchors: {positive_S.sum()} positive, {len(negatives)} negative",
   ]
   return pictures.contact_sheet([objects, sampled], columns=2, titles=titles)
 

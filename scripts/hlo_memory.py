@@ -1,9 +1,10 @@
 """The traffic between HBM and the chip of a compiled program, from its HLO text.
 
 Every scheduled instruction reads its operands from HBM and writes its results to it once, except those on the
-chip. Where a fusion takes slices of an operand, the slices count; where it updates a result in place, the
-update. A kernel (a custom call) may read an operand several times, so its traffic is a lower bound.
-`Compiled.cost_analysis()` would count the body of a loop once, and values on the chip as well.
+chip, with the padding of their tiles. Where a fusion takes slices of an operand, the slices count; where it
+updates a result in place, the update. A kernel (a custom call) may read an operand several times, so its
+traffic is a lower bound. `Compiled.cost_analysis()` would count the body of a loop once, and values on the
+chip as well.
 """
 
 from scripts.hlo_collectives import KINDS
@@ -15,8 +16,8 @@ from scripts.hlo_text import (
   hbm_bytes,
   is_in_hbm,
   root_of,
-  size_of,
-  sizes_of,
+  stored_bytes,
+  stored_size_of,
 )
 
 # These move nothing themselves.
@@ -42,15 +43,15 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> int
   operands = [computation[name] for name in dict.fromkeys(one.operands)]
   match one.opcode:
     case opcode if opcode in _SLICES:
-      return hbm_bytes(one.type) + min(sum(sizes_of(one.type)), hbm_bytes(operands[0].type))
+      return hbm_bytes(one.type) + min(stored_bytes(one.type), hbm_bytes(operands[0].type))
     case "dynamic-update-slice":
-      return 2 * min(sum(sizes_of(operands[1].type)), hbm_bytes(one.type))
+      return 2 * min(stored_bytes(operands[1].type), hbm_bytes(one.type))
     case "copy-start":
       to, source = arrays_of(one.type)[:2]
-      return size_of(to) * (is_in_hbm(to) + is_in_hbm(source))
+      return stored_size_of(to) * (is_in_hbm(to) + is_in_hbm(source))
     case "slice-start":
       source, *_, to, _ = arrays_of(one.type)
-      return size_of(to) * (is_in_hbm(to) + is_in_hbm(source))
+      return stored_size_of(to) * (is_in_hbm(to) + is_in_hbm(source))
     case "fusion":
       return _fusion(program.computations[one.called("calls")], computation, one)
   return hbm_bytes(one.type) + sum(hbm_bytes(operand.type) for operand in operands)
@@ -80,14 +81,14 @@ def _fusion(body: Computation, computation: Computation, one: Instruction) -> in
 
 def _read(value: Instruction, users: dict[str, list[Instruction]]) -> int:
   """Returns the bytes of a value inside a fusion that its users need."""
-  whole = sum(sizes_of(value.type))
+  whole = stored_bytes(value.type)
   total = 0
   for user in users.get(value.name, ()):
     first = user.operands[0] == value.name
     if user.opcode == "bitcast":
       total += _read(user, users)
     elif user.opcode in _SLICES and first:
-      total += sum(sizes_of(user.type))
+      total += stored_bytes(user.type)
     elif user.opcode == "dynamic-update-slice" and first:
       continue  # only the update is written
     elif user.opcode == "tuple" or user.opcode in KINDS:
@@ -102,5 +103,5 @@ def _written(value: Instruction, body: Computation) -> int:
   while value.opcode == "bitcast":
     value = body[value.operands[0]]
   if value.opcode == "dynamic-update-slice":
-    return sum(sizes_of(body[value.operands[1]].type))
-  return 0 if value.opcode == "parameter" or value.opcode in KINDS else sum(sizes_of(value.type))
+    return stored_bytes(body[value.operands[1]].type)
+  return 0 if value.opcode == "parameter" or value.opcode in KINDS else stored_bytes(value.type)

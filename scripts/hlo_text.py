@@ -180,18 +180,46 @@ def is_in_hbm(array: str) -> bool:
 
 def size_of(array: str) -> int:
   """Returns the bytes of an array's values, without the padding of its tiles."""
-  dtype, _, rest = array.partition("[")
-  sides = map(int, re.findall(r"\d+", rest.partition("]")[0]))
+  return _bytes(array, _sides(array))
+
+
+def stored_size_of(array: str) -> int:
+  """Returns the bytes of an array in memory; TPUs pad the last axes to tiles, 8 x 128 with `T(8,128)`."""
+  layout = array.partition("{")[2]
+  tile = re.search(r":.*?T\(([\d,]+)\)", layout)
+  if not tile:
+    return size_of(array)
+  sides = _sides(array)
+  # the layout lists the axes from the last to the first in memory
+  stored = [sides[int(axis)] for axis in re.findall(r"\d+", layout.partition(":")[0])][::-1]
+  of_tile = [int(side) for side in tile[1].split(",")]
+  stored = [1] * (len(of_tile) - len(stored)) + stored
+  for place in range(1, len(of_tile) + 1):
+    stored[-place] = -(-stored[-place] // of_tile[-place]) * of_tile[-place]
+  return _bytes(array, stored)
+
+
+def _sides(array: str) -> list[int]:
+  return [int(side) for side in re.findall(r"\d+", array.partition("[")[2].partition("]")[0])]
+
+
+def _bytes(array: str, sides: list[int]) -> int:
+  dtype = array.partition("[")[0]
   digits = re.search(r"\d+", dtype)
   bits = _BITS.get(dtype) or (int(digits[0]) if digits else 0)
   return math.prod(sides) * bits // 8
 
 
 def sizes_of(type_text: str) -> list[int]:
-  """Returns the bytes of each array of a type."""
+  """Returns the bytes of each array of a type, without the padding of tiles."""
   return [size_of(array) for array in arrays_of(type_text)]
 
 
+def stored_bytes(type_text: str) -> int:
+  """Returns the bytes of the arrays of a type in memory."""
+  return sum(stored_size_of(array) for array in arrays_of(type_text))
+
+
 def hbm_bytes(type_text: str) -> int:
-  """Returns the bytes of the arrays of a type that are in HBM."""
-  return sum(size_of(array) for array in arrays_of(type_text) if is_in_hbm(array))
+  """Returns the bytes in memory of the arrays of a type that are in HBM."""
+  return sum(stored_size_of(array) for array in arrays_of(type_text) if is_in_hbm(array))

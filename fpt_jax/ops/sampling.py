@@ -1,7 +1,7 @@
 """Matching of anchors and proposals with ground truth, and their sampling for training.
 
-Shape suffixes: G ground truths, N anchors or proposals, S samples, K blocks of B boxes, W words of 32 bits. All
-functions can be vmapped over images.
+Shape suffixes: G ground truths, N anchors or proposals, S samples, K blocks of B boxes, W words of 32 bits.
+All functions can be vmapped over images.
 """
 
 import jax

@@ -112,7 +112,7 @@ def test_parts_of_an_instruction():
   assert (one.name, one.opcode, one.operands, one.is_root) == ("f.1", "fusion", ("a", "b.2"), True)
   assert (one.called("calls"), one.called("body"), one.source) == ("body.3", "", "jit(step)/add")
   assert hlo_text.sizes_of(one.type) == [24, 8]
-  assert hlo_text.hbm_bytes(one.type) == 24
+  assert hlo_text.hbm_bytes(one.type) == 8 * 128 * 4
   branches = "  %c = f32[] conditional(%i, %a, %b), branch_computations={%one, %two.1, %three}"
   assert hlo_text.parse(branches).branches() == ["one", "two.1", "three"]
   assert hlo_text.parse("  %k = s32[]{:T(128)} constant(-5), metadata={}").literal == "-5"
@@ -131,3 +131,21 @@ def test_size_of_an_array(array, size):
 def test_other_text_is_not_a_program():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo_text.Program("no program\n")
+
+
+@pytest.mark.parametrize(
+  ("array", "size"),
+  [
+    ("f32[5,4]{1,0:T(8,128)}", 8 * 128 * 4),
+    ("f32[5,4]{0,1:T(4,128)}", 4 * 128 * 4),  # the first axis is the last in memory
+    ("bf16[3,9,130]{2,1,0:T(8,128)(2,1)}", 3 * 16 * 256 * 2),
+    ("bf16[3,9,130]{2,0,1:T(8,128)(2,1)S(1)}", 9 * 8 * 256 * 2),
+    ("pred[1030]{0:T(1024)(128)(4,1)}", 2048),
+    ("f32[6]{0:T(2,128)}", 2 * 128 * 4),
+    ("u32[]{:T(128)}", 512),
+    ("f32[5,4]{1,0}", 80),
+    ("f32[5,4]", 80),
+  ],
+)
+def test_size_in_memory(array, size):
+  assert hlo_text.stored_size_of(array) == size

@@ -79,7 +79,7 @@ def compiled_step(config: ConfigDict, images: int) -> tuple[Callable[[], None], 
 def filled(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
   """An array of a batch: noise for images, and squares in a row for objects."""
   if name == "image_BHWC":
-    return jax.random.uniform(jax.random.key(0), shape.shape, shape.dtype, 0, 255)
+    return jax.random.randint(jax.random.key(0), shape.shape, 0, 256).astype(shape.dtype)
   if name == "size_B2":
     return jnp.full(shape.shape, 10_000, shape.dtype)  # the whole canvas
   if name == "gt_boxes_BG4":

@@ -162,6 +162,7 @@ def _data(fields: dict[str, object]) -> ml_collections.ConfigDict:
     "flip": True,
     "canvas_multiple": 32,
     "few_canvases": True,
+    "image_dtype": "float32",
     "skip_bad": False,
     "digest": "",
     "exif": "apply",

@@ -78,6 +78,9 @@ def add_data(config: ConfigDict) -> None:
   # largest random changes of brightness, contrast, saturation (factors of 1 - x to 1 + x) and hue (of the
   # colour circle, up to 0.5) of training images, such as (0.4, 0.4, 0.4, 0.1); (): none
   data.color_jitter = ()
+  # dtype of training images on their way to the devices: uint8 rounds resized images to whole grey levels, as
+  # 8-bit libraries do, and takes a quarter of the memory; float32 does not round, as in evaluation
+  data.image_dtype = "uint8"
   # shorter edge of training images, pixels: one of these numbers at random; if there are two, any size from
   # the first to the second; (): data.short_edge (detection), random factors of data.scale (segmentation)
   data.train_sizes = ()

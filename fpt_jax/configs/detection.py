@@ -168,6 +168,7 @@ def torchvision(config: ConfigDict) -> None:
   config.data.long_edge = 1333
   # the canvas beyond an image affects convolutions: it must be as in torchvision
   config.data.buckets, config.data.few_canvases = (), False
+  config.data.image_dtype = "float32"
   config.model.num_classes = 90
   config.model.category_ids = tuple(range(1, 91))  # COCO's ids, with their gaps
   config.model.aligned = False

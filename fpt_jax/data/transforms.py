@@ -86,6 +86,7 @@ def resize_and_pad(
   size: tuple[int, int] | tf.Tensor,
   bucket: tuple[int, int] | tf.Tensor,
   resize: str = "torchvision",
+  dtype: str = "float32",
 ) -> tf.Tensor:
   """Resizes an image and places it at the top left of a black canvas.
 
@@ -98,9 +99,10 @@ def resize_and_pad(
     resize: "torchvision" for no antialiasing, in float32, as in torch's interpolate(mode="bilinear",
       align_corners=False); or "detectron2" for Pillow's BILINEAR on 8-bit images: it averages where the
       image shrinks, and rounds after the columns and after the rows.
+    dtype: of the result, see `converted`.
 
   Returns:
-    float32 [*bucket, C], in the value range of `image_HWC`.
+    [*bucket, C], in the value range of `image_HWC`.
   """
   size, bucket = tf.convert_to_tensor(size, tf.int32), tf.convert_to_tensor(bucket, tf.int32)
   if resize == "detectron2":
@@ -108,9 +110,15 @@ def resize_and_pad(
     resized_HWC = _resize_and_round(_resize_and_round(image_HWC, wide), size)
   else:
     resized_HWC = tf.image.resize(image_HWC, size, "bilinear", antialias=False)
-  resized_HWC = tf.cast(resized_HWC, tf.float32)
   rest = bucket - size
-  return tf.pad(resized_HWC, [[0, rest[0]], [0, rest[1]], [0, 0]])
+  return tf.pad(converted(resized_HWC, dtype), [[0, rest[0]], [0, rest[1]], [0, 0]])
+
+
+def converted(image_HWC: tf.Tensor, dtype: str) -> tf.Tensor:
+  """Returns an image in 0..255 with this dtype: "float32", or "uint8" rounded to the nearest grey level."""
+  if dtype == "uint8":
+    image_HWC = tf.cast(image_HWC, tf.float32) + 0.5
+  return tf.cast(image_HWC, dtype)
 
 
 def on_canvas(

@@ -48,7 +48,7 @@ def normalize(config, image_BHWC: jax.Array, valid_BHW: jax.Array) -> jax.Array:
   Args:
     config: `model` part of a config, with `pixel_mean` and `pixel_std` of RGB in 0..1, and
       `channel_order`, "rgb" or "bgr".
-    image_BHWC: [B, H, W, 3] RGB images in 0..255.
+    image_BHWC: [B, H, W, 3] RGB images in 0..255, float32 or uint8.
     valid_BHW: [B, H, W] bool, the positions on the image.
 
   Returns:

@@ -70,7 +70,7 @@ class RCNN(nnx.Module):
     """Computes P2..P6 of a batch.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      image_BHWC: [B, H, W, 3] RGB in 0..255, float32 or uint8, zero-padded at the right and the bottom.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       key: PRNG key for training (DropBlock, batch statistics); None for inference.
       progress: share of the training that is done, 0 to 1, for DropBlock's schedule.
@@ -302,7 +302,7 @@ class RCNN(nnx.Module):
     """Finds the `detections_per_image` best detections of each image.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      image_BHWC: [B, H, W, 3] RGB in 0..255, float32 or uint8, zero-padded at the right and the bottom.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
 
     Returns:

@@ -69,7 +69,7 @@ class Segmenter(nnx.Module):
     """Computes C2..C5 of a batch, none coarser than the backbone's output stride.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      image_BHWC: [B, H, W, 3] RGB in 0..255, float32 or uint8, zero-padded at the right and the bottom.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
       train: use and update batch statistics, except those of a frozen backbone.
     """
@@ -164,7 +164,7 @@ class Segmenter(nnx.Module):
     """Computes the logits of every pixel.
 
     Args:
-      image_BHWC: [B, H, W, 3] float32 RGB in 0..255, zero-padded at the right and the bottom.
+      image_BHWC: [B, H, W, 3] RGB in 0..255, float32 or uint8, zero-padded at the right and the bottom.
       size_B2: [B, 2] int32, height and width of each image on the canvas, pixels.
 
     Returns:

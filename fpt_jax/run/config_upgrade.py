@@ -35,6 +35,7 @@ _BOTH = {
   "data.num_workers": 0,
   "data.prefetch": 2,
   "data.few_canvases": False,
+  "data.image_dtype": "float32",
   "data.train_sizes": (),
   "data.color_jitter": (),
   "optim.accumulate_steps": 1,

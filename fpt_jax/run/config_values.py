@@ -136,6 +136,7 @@ TRAINING_RULES = {
 RULES = {
   "mesh.shape": MESH,
   "data.exif": one_of("apply", "ignore"),
+  "data.image_dtype": one_of("uint8", "float32"),
   "data.short_edge": NOT_NEGATIVE,
   "data.buckets": SIZES,
   "data.canvas_multiple": POSITIVE,

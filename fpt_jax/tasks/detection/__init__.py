@@ -180,7 +180,7 @@ def batch_shapes(
   """See `tasks.task.Task.batch_shapes`."""
   most = config.data.max_instances
   shapes = {
-    "image_BHWC": ((*canvas, 3), jnp.float32),
+    "image_BHWC": ((*canvas, 3), jnp.dtype(config.data.image_dtype)),
     "size_B2": ((2,), jnp.int32),
     "gt_boxes_BG4": ((most, 4), jnp.float32),
     "gt_labels_BG": ((most,), jnp.int32),

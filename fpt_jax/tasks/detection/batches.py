@@ -48,7 +48,7 @@ def train_batches(
 
   Returns:
     Batches of
-      image_BHWC: float32 RGB in 0..255, zero on the padding at the bottom and the right.
+      image_BHWC: RGB in 0..255, of dtype `data.image_dtype`, zero on the padding at the bottom and the right.
       size_B2, original_size_B2: int32 (height, width) on the canvas and of the file.
       image_id_B: int64.
       valid_B: bool, all True.
@@ -75,7 +75,7 @@ def train_batches(
   sources = np.flatnonzero(bucket_N >= 0)
   seed_of_sources = copy_paste.seed_of_sources(seed)
   overfull: set[int] = set()
-  ranges = tuple(data.color_jitter)
+  ranges, dtype = tuple(data.color_jitter), data.image_dtype
   with_window = bool(data.crop or data.copy_paste)
   extra = _window_fields("own") if with_window else {}
   if ranges:
@@ -127,16 +127,15 @@ def train_batches(
       return transforms.jitter_colors(image_HWC, given["colors"], ranges) if ranges else image_HWC
 
     def cut(image_HWC: tf.Tensor, name: str) -> tf.Tensor:
-      return crops.cut_image(
-        colored(image_HWC), given[f"{name}_resized"], given[f"{name}_offset"], canvas
-      )
+      window = (given[f"{name}_resized"], given[f"{name}_offset"], canvas)
+      return transforms.converted(crops.cut_image(colored(image_HWC), *window), dtype)
 
     if data.crop:
       image_HWC = cut(example["image_BHWC"], "own")
     else:
       size = given["own_valid"] if data.copy_paste else example["size_B2"]
       image_HWC = colored(example["image_BHWC"])
-      image_HWC = transforms.resize_and_pad(image_HWC, size, canvas, data.resize)
+      image_HWC = transforms.resize_and_pad(image_HWC, size, canvas, data.resize, dtype)
     if data.copy_paste:
       mask_hw = given["source_mask"]
       mask_HW = tf.pad(mask_hw, [[0, n] for n in tf.unstack(canvas - tf.shape(mask_hw))])
@@ -248,10 +247,10 @@ def eval_batches(
       buckets scale with them.
 
   Returns:
-    Batches like those of `train_batches`, without flips and gt_masks_BGmm. Where an image only fills
-    up the last batch of a canvas, valid_B is False and image_id_B is -1. image_BHWC, size_B2 and
-    gt_boxes_BG4 are those at the first of the shorter edges; `other_views` is a tuple with a dict of
-    image_BHWC and size_B2 for each of the others.
+    Batches like those of `train_batches`, with images in float32 and without flips and gt_masks_BGmm. Where
+    an image only fills up the last batch of a canvas, valid_B is False and image_id_B is -1. image_BHWC,
+    size_B2 and gt_boxes_BG4 are those at the first of the shorter edges; `other_views` is a tuple with a
+    dict of image_BHWC and size_B2 for each of the others.
 
   Raises:
     UserError: see `train_batches`.

@@ -19,7 +19,7 @@ with epy.lazy_imports():
   import tensorflow as tf
 
 _PASTE = 0x9A57E  # separates these random numbers from others of the same seed
-_GRAY = 128.0  # of pixels between an image and what is pasted beside it
+_GRAY = 128  # of pixels between an image and what is pasted beside it
 
 
 class Pasted(NamedTuple):
@@ -93,16 +93,17 @@ def compose(
   """Returns the image with the pasted pixels; grey where neither image is, 0 beyond `size`.
 
   Args:
-    image_HWC: float32 image on the canvas.
+    image_HWC: image on the canvas.
     own_size: (height, width) that it covers.
-    source_HWC: float32 image that is pasted from, on the same canvas.
+    source_HWC: image that is pasted from, on the same canvas and of the same dtype.
     mask_HW: bool, the pixels that are pasted.
     size: (height, width) of the result on the canvas.
   """
   own_HW, covered_HW = (_rectangle(s, tf.shape(mask_HW)) for s in (own_size, size))
-  background_HWC = tf.where(own_HW[..., None], image_HWC, _GRAY)
+  gray, black = (tf.constant(value, image_HWC.dtype) for value in (_GRAY, 0))
+  background_HWC = tf.where(own_HW[..., None], image_HWC, gray)
   result_HWC = tf.where(mask_HW[..., None], source_HWC, background_HWC)
-  return tf.where(covered_HW[..., None], result_HWC, 0.0)
+  return tf.where(covered_HW[..., None], result_HWC, black)
 
 
 def _rectangle(size: tf.Tensor, canvas: tf.Tensor) -> tf.Tensor:

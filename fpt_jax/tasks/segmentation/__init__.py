@@ -128,9 +128,9 @@ def batch_shapes(
   config: ConfigDict, images: int, canvas: tuple[int, int]
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """See `tasks.task.Task.batch_shapes`."""
-  del config
+  dtype = jnp.dtype(config.data.image_dtype)
   return {
-    "image_BHWC": jax.ShapeDtypeStruct((images, *canvas, 3), jnp.float32),
+    "image_BHWC": jax.ShapeDtypeStruct((images, *canvas, 3), dtype),
     "label_BHW": jax.ShapeDtypeStruct((images, *canvas), jnp.int32),
     "size_B2": jax.ShapeDtypeStruct((images, 2), jnp.int32),
   }

@@ -49,7 +49,7 @@ def train_batches(
 
   Returns:
     Batches, of the size `data.crop`, of
-      image_BHWC: float32 RGB in 0..255, zero on the padding at the bottom and the right.
+      image_BHWC: RGB in 0..255, of dtype `data.image_dtype`, zero on the padding at the bottom and the right.
       label_BHW: int32, `VOID` on the padding.
       size_B2, original_size_B2: int32 (height, width) on the crop and of the file.
       image_id_B: int64; file_name_B: bytes.
@@ -101,8 +101,9 @@ def train_batches(
     resized, offset = example.pop("resized_B2"), example.pop("offset_B2")
     if ranges:
       image_HWC = transforms.jitter_colors(image_HWC, example.pop("colors"), ranges)
+    image_HWC = crops.cut_image(image_HWC, resized, offset, tf.constant(canvas))
     return example | {
-      "image_BHWC": crops.cut_image(image_HWC, resized, offset, tf.constant(canvas)),
+      "image_BHWC": transforms.converted(image_HWC, data.image_dtype),
       "label_BHW": tf.cast(crops.pad_label(label_hw, tf.constant(canvas)), tf.int32),
     }
 
@@ -132,8 +133,8 @@ def eval_batches(
     process_count: number of hosts; all get the same number of batches.
 
   Returns:
-    Batches like those of `train_batches`, without crops and flips, on canvases of `data.buckets` or, if
-    there are none, of the image's size rounded up to multiples of `data.canvas_multiple`, plus the
+    Batches like those of `train_batches`, in float32, without crops and flips, on canvases of `data.buckets`
+    or, if there are none, of the image's size rounded up to multiples of `data.canvas_multiple`, plus the
     remainder. Where an image only fills up the last batch of a canvas, valid_B is False and image_id_B
     is -1. In addition:
       original_label_BHW: uint8, the label map of the file, `VOID` beyond original_size_B2.

@@ -194,6 +194,19 @@ def test_every_position_has_its_own_and_hosts_agree(painted):
       np.testing.assert_array_equal(joined, run[step][name])
 
 
+@pytest.mark.parametrize("chain", [*CHAINS, "whole"])
+def test_images_as_bytes_are_rounded(painted, chain):
+  settings = changed(painted, **CHAINS.get(chain, {}), color_jitter=(0.4, 0.4, 0.4, 0.1))
+  for exact, stored in zip(
+    read(settings, 2), read(changed(settings, image_dtype="uint8"), 2), strict=True
+  ):
+    assert stored["image_BHWC"].dtype == np.uint8
+    rounded_BHWC = np.floor(exact.pop("image_BHWC") + 0.5)
+    np.testing.assert_array_equal(stored.pop("image_BHWC"), rounded_BHWC)
+    for name in exact:
+      np.testing.assert_array_equal(stored[name], exact[name])
+
+
 def test_images_without_objects_are_left_out(painted):
   with_empty, without = (
     np.concatenate([b["image_id_B"] for b in read(changed(painted, filter_empty=f), 6)])

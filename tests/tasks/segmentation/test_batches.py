@@ -69,6 +69,15 @@ def test_shapes_and_dtypes_of_a_training_batch(folder):
   assert batch["valid_B"].all()
 
 
+def test_images_as_bytes_are_rounded(folder):
+  exact, stored = (
+    _take(train_batches(_changed(folder, image_dtype=dtype), batch_size=4, seed=0), 1)[0]
+    for dtype in ("float32", "uint8")
+  )
+  assert stored["image_BHWC"].dtype == np.uint8
+  _assert_equal(stored, exact | {"image_BHWC": np.floor(exact["image_BHWC"] + 0.5)})
+
+
 def test_training_crops_are_those_drawn(folder):
   """Each image of a batch is the drawn crop of the right file."""
   files = {
@@ -283,7 +292,7 @@ def test_the_default_config_reads_an_image_folder(folder, tmp_path):
   config.update_from_flattened_dict(fields_on_the_command_line)
   data.prepare(config)
   ours = _take(train_batches(config, batch_size=2, seed=0), 2)
-  theirs = _take(train_batches(folder, batch_size=2, seed=0), 2)
+  theirs = _take(train_batches(_changed(folder, image_dtype="uint8"), batch_size=2, seed=0), 2)
   for one, other in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(one["image_BHWC"], other["image_BHWC"])
     np.testing.assert_array_equal(one["label_BHW"], other["label_BHW"])

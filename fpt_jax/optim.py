@@ -11,6 +11,7 @@ import optax
 from fpt_jax.errors import UserError
 from fpt_jax.models.backbones.context_blocks import in_context_block
 from fpt_jax.models.state import Skeleton, within
+from fpt_jax.run.sharding import MIN_SHARED_SIZE
 
 
 def total_steps(config) -> int:
@@ -117,7 +118,11 @@ def optimizer(config) -> optax.GradientTransformation:
 
     return optax.GradientTransformation(transformation.init, update)
 
-  clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+  def clip(updates, parameters):
+    del parameters
+    factor = jnp.minimum(1.0, optim.clip_norm / global_norm(updates))
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+
   if optim.name == "sgd":
     sgd = optax.sgd(schedule(config), momentum=optim.momentum)
     steps = [optax.stateless(decay), at_rates(sgd)]
@@ -125,7 +130,8 @@ def optimizer(config) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon)
     rate = optax.scale_by_learning_rate(schedule(config))
     steps = [adam, optax.stateless(decay), at_rates(rate)]
-  chain = optax.chain(clip, *steps)
+  clipping = optax.stateless(clip) if optim.clip_norm else optax.identity()
+  chain = optax.chain(clipping, *steps)
   if optim.accumulate_steps == 1:
     return chain
   return optax.MultiSteps(chain, optim.accumulate_steps).gradient_transformation()
@@ -172,6 +178,19 @@ def of_norm(name: str, parameters: Collection[str]) -> bool:
   return last == "scale" or (last == "bias" and f"{beginning}.scale" in parameters)
 
 
+def global_norm(arrays) -> jax.Array:
+  """Returns the Euclidean norm over all arrays of a tree together, as `optax.global_norm`.
+
+  Most arrays of a model are small, and a reduction of each of them takes longer to compile, and to start,
+  than to run. They are joined, unless they may be stored in shares.
+  """
+  leaves = jax.tree.leaves(arrays)
+  small = [leaf.reshape(-1) for leaf in leaves if leaf.size < MIN_SHARED_SIZE]
+  large = [leaf for leaf in leaves if leaf.size >= MIN_SHARED_SIZE]
+  joined = [jnp.concatenate(small), *large] if small else large
+  return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in joined))
+
+
 def norms(gradient, trained) -> dict[str, jax.Array]:
   """Returns Euclidean norms over all trained parameters together, float32 scalars.
 
@@ -179,7 +198,7 @@ def norms(gradient, trained) -> dict[str, jax.Array]:
     gradient: gradient of the losses, before clipping and weight decay.
     trained: parameters after the step.
   """
-  return {"grad_norm": optax.global_norm(gradient), "param_norm": optax.global_norm(trained)}
+  return {"grad_norm": global_norm(gradient), "param_norm": global_norm(trained)}
 
 
 def mean_gradient(gradients, state):

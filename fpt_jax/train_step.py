@@ -99,7 +99,7 @@ def make_train_step(
     mean = optim.mean_gradient(gradients, state["optimizer"])
     norms = Figures(wanted=measure)
     norms.add(lambda: optim.norms(mean, trained))
-    figures |= norms.values | {"update_norm": optax.global_norm(updates)}
+    figures |= norms.values | {"update_norm": optim.global_norm(updates)}
     average = optim.moving_average(
       state["average"], trained | rest, ema_decay, calls=step + 1, parts=parts
     )

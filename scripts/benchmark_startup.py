@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Times the start of the program: `fpt_jax.main --help` beside the imports of JAX and Flax alone.
+"""Times the start: `fpt_jax.main --help` beside the imports of JAX and Flax alone, and a training.
 
     python scripts/benchmark_startup.py
 
-Each run is a process of its own; medians of interleaved repetitions.
+Each run is a process of its own; medians of interleaved repetitions. The training is that of the demo, up to
+its first step, once with an empty compilation cache and once more with what the first run has compiled.
 """
 
 import pathlib
@@ -13,7 +14,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import argparse
 import functools
+import os
+import re
 import subprocess
+import tempfile
+import time
 
 from scripts import markdown
 from scripts.timing import device, medians, turns
@@ -33,6 +38,14 @@ def main() -> None:
   seconds = medians(turns(runs, options.repetitions))
   print(f"On {device()}:\n")
   print(markdown.table(["", "time"], [[f"`{name}`", f"{s:.2f} s"] for name, s in seconds.items()]))
+  rows = []
+  with tempfile.TemporaryDirectory() as folder:
+    training("prepare", folder)
+    for name in ("nothing compiled before", "compiled before"):
+      start, step = training("train", folder)
+      rows.append([name, f"{start:.0f} s", f"{step} s"])
+  header = ["training of the demo", "from the start to its first step", "its first step alone"]
+  print(f"\n{markdown.table(header, rows)}")
 
 
 def run(*program: str) -> None:
@@ -41,6 +54,30 @@ def run(*program: str) -> None:
   )
   if "Traceback" in done.stderr or not (done.stdout or program[0] == "-c"):
     sys.exit(f"error: {' '.join(program)} failed: {done.stderr.splitlines()[-1:]}")
+
+
+def training(mode: str, folder: str) -> tuple[float, str]:
+  """Runs the demo up to its first step; returns the seconds since its start, and those of the step.
+
+  Data and compiled programs are in `folder`.
+  """
+  command = [
+    *(sys.executable, "-m", "fpt_jax.main", f"--mode={mode}", "--config=configs/coco_mask.py:demo"),
+    *(f"--config.data.data_dir={folder}/data", f"--workdir={tempfile.mkdtemp(dir=folder)}"),
+  ]
+  variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+  begun = time.perf_counter()
+  with subprocess.Popen(
+    command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  ) as process:
+    line = ""
+    for line in process.stdout or ():
+      if found := re.search(r"first step, compilation included: (\d+) s", line):
+        process.kill()
+        return time.perf_counter() - begun, found[1]
+  if process.returncode or mode == "train":
+    sys.exit(f"error: --mode={mode} failed: {line.strip()}")
+  return time.perf_counter() - begun, ""
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Programs that run in turns, or in processes of their own, for the benchmarks."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -69,13 +70,14 @@ def matrix_product(dtype: str) -> tuple[Callable[[], Any], float]:
   return run_of(jax.jit(jnp.matmul).lower(a, a).compile(), a, a), 2.0 * side**3
 
 
-def number_printed_by(script: str, *arguments: str) -> float:
-  """Runs a Python script in a process of its own; returns the last number that it prints.
+def number_printed_by(script: str, *arguments: str, **environment: str) -> float:
+  """Runs a Python script in a process of its own, with these variables; returns the last number it prints.
 
   Returns NaN, with a line that says why, if the script fails.
   """
   command = [sys.executable, script, *arguments]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  variables = os.environ | environment
+  done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
   if done.returncode:
     reason = done.stderr.splitlines()[-1:] or [f"status {done.returncode}"]
     print(f"{' '.join(arguments)} failed: {reason[0]}", flush=True)

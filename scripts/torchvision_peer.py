@@ -1,6 +1,7 @@
 """torchvision's Mask R-CNN with random weights, which benchmarks compare ours with."""
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,11 @@ def ours(theirs: MaskRCNN, config: ConfigDict) -> tuple[Skeleton, dict[str, jax.
 
 
 def print_comparison(
-  columns: Mapping[str, Mapping[str, float]], script: str, *, with_memory: bool
+  columns: Mapping[str, Mapping[str, float]],
+  script: str,
+  *,
+  with_memory: bool,
+  with_cache: bool = False,
 ) -> None:
   """Prints a table of "fpt_jax" and "torchvision", and the ratio of the figures in its last column.
 
@@ -76,13 +81,18 @@ def print_comparison(
     columns: seconds of both by the title of the column.
     script: the benchmark, which prints MB with its own arguments and `--weigh NAME`.
     with_memory: whether to add a column of the memory that each needs, on a CPU only.
+    with_cache: whether to add another one, of processes that find their compiled programs in a cache.
   """
   weighs = with_memory and DEVICE == "cpu"
   *_, last = columns.values()
+  titles = ["memory", *(["memory, compiled before"] if with_cache else [])] if weighs else []
   rows = []
-  for name in last:
-    rows.append([name, *(f"{seconds[name]:.3f} s" for seconds in columns.values())])
-    if weighs:
-      rows[-1].append(f"{number_printed_by(script, *sys.argv[1:], '--weigh', name):.0f} MB")
-  print(markdown.table(["", *columns, *(["memory"] if weighs else [])], rows))
+  with tempfile.TemporaryDirectory() as cache:
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache} if with_cache else {}
+    for name in last:
+      arguments = (*sys.argv[1:], "--weigh", name)
+      weights = [number_printed_by(script, *arguments, **environment) for _ in titles]
+      rows.append([name, *(f"{seconds[name]:.3f} s" for seconds in columns.values())])
+      rows[-1] += [f"{megabytes:.0f} MB" for megabytes in weights]
+  print(markdown.table(["", *columns, *titles], rows))
   print(f"\nRatio {last['fpt_jax'] / last['torchvision']:.2f}", flush=True)

@@ -164,7 +164,8 @@ class BatchNorm(nnx.Module):
       mean_NC, var_NC = self.batch_statistics(x_BHWC, valid_BHW)
       for running, batch_NC in ((self.mean, mean_NC), (self.var, var_NC)):
         batch_C = jax.lax.stop_gradient(jnp.mean(batch_NC, axis=0))
-        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch_C
+        # `running[...] =` builds the message of an error that it catches, ten milliseconds each time
+        running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch_C)
       images = x_BHWC.shape[0] // mean_NC.shape[0]
       mean_BC, var_BC = (jnp.repeat(s, images, axis=0) for s in (mean_NC, var_NC))
     multiplier_BC = self.scale[...][None] * jax.lax.rsqrt(var_BC + self.epsilon)

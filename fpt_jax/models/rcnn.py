@@ -166,7 +166,8 @@ class RCNN(nnx.Module):
     canvas = batch["image_BHWC"].shape[1:3]
     policy = policy_of(self.config, "heads")
     logits, deltas = recomputed(lambda pyramid: self.rpn(pyramid), policy)(pyramid)
-    pyramid = whole_images(pyramid)  # a region may lie anywhere
+    # A region may lie anywhere. Its gradient is shared before that of the RPN, which is shared, is added.
+    pyramid = whole_images((*rows_over_query(pyramid[:-1], stride=1), pyramid[-1]))
     anchors = self.rpn.anchors(pyramid, canvas)
     gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
     result = self.rpn.losses(logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, rpn_key)

@@ -80,4 +80,6 @@ def initial_arrays(
     build: function that returns the model.
     shardings: sharding of every array, or of each one by name; None leaves it to the compiler.
   """
-  return jax.jit(lambda: arrays_of(build()), out_shardings=shardings)()
+  # hundreds of programs of random numbers, each of which runs once: compiled quickly, with the same values
+  options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+  return jax.jit(lambda: arrays_of(build()), out_shardings=shardings, compiler_options=options)()

@@ -94,7 +94,7 @@ measure_with_torch predict "$predict" "$one_core $predict --no_memory"
 settings=$(pick "--images=64 --repetitions=3" "--images=16 --repetitions=1")
 measure input "python scripts/benchmark_input.py $settings"
 
-settings=$(pick "--sizes 256 384 512 --batches 1 2 --neck_sizes 256 384" \
+settings=$(pick "--batches 1 2 4 --neck_sizes 256 384 512 --repetitions 1" \
   "--sizes 64 --batches --neck_sizes 64 --repetitions 1")
 measure growth "python scripts/benchmark_growth.py $settings"
 
@@ -106,7 +106,9 @@ profile="python scripts/profile_step.py --config"
 if $quick; then
   measure profile "$profile=$demo --repetitions=1"
 else
-  measure profile "$profile=configs/coco_mask.py:torchvision --size=320" "$profile=$demo --batch=8"
+  torchvision=configs/coco_mask.py:torchvision
+  measure profile "$profile=$torchvision --size=320" "$profile=$demo --batch=8" \
+    "$profile=$torchvision --size=800 --predict"
 fi
 
 if [[ ${#failed[@]} -gt 0 ]]; then

@@ -186,6 +186,7 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
   reader = TimedReader(config.data, config.data.train_split)
   mesh = sharding.mesh(batch_sizes=(config.batch_size,))
   count, keys = config.batch_size, task_of(config).BATCH_KEYS
+  form = (config.data.resize, config.data.image_dtype)
   batches = batches_of_one_canvas(config, reader.sizes_N2)
   rounds = 1 + _IMAGES.value // count
   with contextlib.closing(reader):
@@ -199,9 +200,9 @@ def stages(config: ConfigDict, workers: int) -> dict[str, float]:
           example = example_of(config.data, load_image(reader, index, window), set())
         with timed("resize"):
           size = example["size_B2"]
-          resized = transforms.resize_and_pad(example["image_BHWC"], size, size, config.data.resize)
+          resized = transforms.resize_and_pad(example["image_BHWC"], size, size, *form)
         with timed("resize and pad"):
-          image = transforms.resize_and_pad(example["image_BHWC"], size, canvas, config.data.resize)
+          image = transforms.resize_and_pad(example["image_BHWC"], size, canvas, *form)
         del resized
         examples.append(example | {"image_BHWC": image})
       with timed("batch"):

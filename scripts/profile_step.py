@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Times each stage of a training step on its own: forward and backward, beside the whole step.
+"""Times each stage of a training step on its own, forward and backward, or those of a prediction.
 
     python scripts/profile_step.py --config=configs/coco_mask.py:torchvision --size=320
+    python scripts/profile_step.py --config=configs/coco_mask.py:torchvision --size=800 --predict
     python scripts/profile_step.py --config=configs/cityscapes.py:demo --batch=8
     JAX_PLATFORMS=cuda python scripts/profile_step.py --config=configs/coco_mask.py --batch=2
 
@@ -33,6 +34,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fpt_jax import configs, models, optim
 from fpt_jax.errors import UserError
+from fpt_jax.models import rcnn
 from fpt_jax.models.costs import Cost, count
 from fpt_jax.models.feature_map import subsample, valid_positions
 from fpt_jax.models.preprocess import normalize
@@ -47,6 +49,7 @@ from scripts.timing import device, matrix_product, medians, run_of, turns
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config to profile.")
 _SIZE = flags.DEFINE_integer("size", 0, "Side of the images, pixels; 0: the config's canvas.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images.", lower_bound=1)
+_PREDICT = flags.DEFINE_bool("predict", False, "Profile a prediction instead of a training step.")
 _REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Repetitions.", lower_bound=1)
 
 Arrays = dict[str, jax.Array]
@@ -74,6 +77,10 @@ def main() -> None:
   if config is None:
     raise UserError("--config=FILE is missing, such as configs/coco_mask.py:torchvision")
   check_config(config)
+  if _PREDICT.value and config.model.name != "rcnn":
+    raise UserError(
+      "--predict needs a config of detection, such as configs/coco_mask.py:torchvision"
+    )
   task = task_of(config)
   canvas = (_SIZE.value, _SIZE.value) if _SIZE.value else task.canvas(config)
   structure = models.structure_of(config)
@@ -86,7 +93,8 @@ def main() -> None:
   passed: set[str] = set()  # the results that gradients pass through
   runs: dict[tuple[str, str], Callable[[], object]] = {}
   work: dict[str, tuple[float, float]] = {}
-  for stage in stages_of(config, trained):
+  stages = prediction_stages(config) if _PREDICT.value else stages_of(config, trained)
+  for stage in stages:
     inputs = {name: known[name] for name in stage.inputs}
     programs, known[stage.name], work[stage.name] = compiled(
       stage, structure, arrays, trained, inputs, passed
@@ -101,7 +109,7 @@ def main() -> None:
     f"{canvas[0]} x {canvas[1]}, {_BATCH.value} image(s), {config.model.dtype}, {device()}: "
     f"{rates['product'] / 1e9:.0f} GFLOP/s, {rates['copy'] / 1e9:.1f} GB/s\n"
   )
-  print(table(seconds, work, rates))
+  print(table(stages[-1].name, seconds, work, rates))
 
 
 def stages_of(config: ConfigDict, trained: set[str]) -> list[Stage]:
@@ -169,6 +177,58 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
     Stage("box losses", box_losses, ("box head", "regions")),
     *(mask if config.model.mask_head.enabled else []),
   ]
+
+
+def prediction_stages(config: ConfigDict) -> list[Stage]:
+  """The stages of a detector's prediction, but for the resize and the pasting of masks; the last is all."""
+
+  def backbone(model, batch):
+    image_BHWC = batch["image_BHWC"]
+    valid_BHW = valid_positions(batch["size_B2"], *image_BHWC.shape[1:3])
+    normalized_BHWC = normalize(model.config, image_BHWC, valid_BHW)
+    return model.backbone_levels(normalized_BHWC, valid_BHW, train=False)
+
+  def features(model, levels):
+    levels = model.pyramid_of(levels, train=False)
+    return (*levels, subsample(levels[-1]))
+
+  def transformed(model, levels):
+    levels = model.fpt(levels[:-1])
+    return (*levels, subsample(levels[-1]))
+
+  def proposals(model, rpn, levels, batch):
+    anchors = model.rpn.anchors(levels, batch["image_BHWC"].shape[1:3])
+    boxes_BN4, _, valid_BN = model.rpn.propose(*rpn, anchors, batch["size_B2"], train=False)
+    return boxes_BN4, valid_BN
+
+  def pooled(model, levels, proposals):
+    return model.pool(levels, *proposals, model.config.box_head)
+
+  def detections(model, proposals, box_head, batch):
+    candidates = jax.vmap(model.select_candidates)(*proposals, *box_head, batch["size_B2"])
+    return rcnn.suppress(candidates, model.config.test)
+
+  def whole(model, batch):
+    return model.detect(batch["image_BHWC"], batch["size_B2"])
+
+  last = "fpt" if config.model.fpt.enabled else "pyramid"
+  stages = [
+    ("backbone", backbone, ("batch",)),
+    ("pyramid", features, ("backbone",)),
+    *([("fpt", transformed, ("pyramid",))] if config.model.fpt.enabled else []),
+    ("rpn", lambda model, levels: model.rpn(levels), (last,)),
+    ("proposals", proposals, ("rpn", last, "batch")),
+    ("RoIAlign", pooled, (last, "proposals")),
+    ("box head", lambda model, pooled: model.box_head(pooled), ("RoIAlign",)),
+    ("detections", detections, ("proposals", "box head", "batch")),
+    *(
+      [("masks", lambda model, *inputs: model.masks(*inputs), (last, "detections"))]
+      if config.model.mask_head.enabled
+      else []
+    ),
+    ("whole prediction", whole, ("batch",)),
+  ]
+  return [Stage(*stage, backward=False) for stage in stages]
 
 
 def segmenter_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen: bool):
@@ -256,11 +316,11 @@ def machine(dtype: str) -> tuple[dict[tuple[str, str], Callable[[], object]], di
   return runs, {"product": operations, "copy": 2.0 * x.nbytes}
 
 
-def table(seconds, work, rates) -> str:
-  """The Markdown table of the stages."""
+def table(whole_name: str, seconds, work, rates) -> str:
+  """The Markdown table of the stages; shares are of that with this name."""
   header = ["stage", "forward", "backward", "share", "GFLOP", "of the product rate", "GB"]
   rows = []
-  whole = seconds["whole step", "both"]
+  whole = seconds.get((whole_name, "both"), seconds[whole_name, "forward"])
   for name, (operations, moved) in work.items():
     forward = seconds[name, "forward"]
     both = seconds.get((name, "both"), forward)

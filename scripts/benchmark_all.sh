@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the benchmarks and writes each one's section of docs/performance.md, half an hour in all on two cores:
+# Runs the benchmarks and writes each one's section of docs/performance.md, in 45 minutes on two cores:
 #   bash scripts/benchmark_all.sh                   # all of them
 #   bash scripts/benchmark_all.sh step predict      # some
 #   bash scripts/benchmark_all.sh --page=FILE       # sections of another page
@@ -69,7 +69,7 @@ measure_with_torch() { # NAME COMMAND [COMMAND ...]
   fi
 }
 
-measure startup "python scripts/benchmark_startup.py$(pick "" " --repetitions 1")"
+measure startup "python scripts/benchmark_startup.py$(pick "" " --repetitions 1 --no_training")"
 
 measure convolution "python scripts/benchmark_convolution.py$(pick "" " --repetitions 1 --images 1")"
 
@@ -94,9 +94,9 @@ measure_with_torch predict "$predict" "$one_core $predict --no_memory"
 settings=$(pick "--images=64 --repetitions=3" "--images=16 --repetitions=1")
 measure input "python scripts/benchmark_input.py $settings"
 
-settings=$(pick "--batches 1 2 4 --neck_sizes 256 384 512 --repetitions 1" \
-  "--sizes 64 --batches --neck_sizes 64 --repetitions 1")
-measure growth "python scripts/benchmark_growth.py $settings"
+growth="python scripts/benchmark_growth.py"
+measure growth "$growth $(pick "" "--sizes 64 --batches ")--neck_sizes --repetitions 1" \
+  "$growth --sizes --batches --neck_sizes $(pick "256 384" "64 --repetitions 1")"
 
 demo=configs/coco_mask.py:demo
 settings=$(pick "$demo $demo,literal" "$demo $demo --batch 1 --repetitions 1")

@@ -33,11 +33,16 @@ PROGRAMS = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--repetitions", type=int, default=5)
+  parser.add_argument(
+    "--no_training", action="store_true", help="without the first step of the demo"
+  )
   options = parser.parse_args()
   runs = {name: functools.partial(run, *program) for name, program in PROGRAMS.items()}
   seconds = medians(turns(runs, options.repetitions))
   print(f"On {device()}:\n")
   print(markdown.table(["", "time"], [[f"`{name}`", f"{s:.2f} s"] for name, s in seconds.items()]))
+  if options.no_training:
+    return
   rows = []
   with tempfile.TemporaryDirectory() as folder:
     training("prepare", folder)

@@ -212,7 +212,7 @@ def prediction_stages(config: ConfigDict) -> list[Stage]:
     return model.detect(batch["image_BHWC"], batch["size_B2"])
 
   last = "fpt" if config.model.fpt.enabled else "pyramid"
-  stages = [
+  stages: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = [
     ("backbone", backbone, ("batch",)),
     ("pyramid", features, ("backbone",)),
     *([("fpt", transformed, ("pyramid",))] if config.model.fpt.enabled else []),
@@ -228,7 +228,7 @@ def prediction_stages(config: ConfigDict) -> list[Stage]:
     ),
     ("whole prediction", whole, ("batch",)),
   ]
-  return [Stage(*stage, backward=False) for stage in stages]
+  return [Stage(name, run, inputs, backward=False) for name, run, inputs in stages]
 
 
 def segmenter_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen: bool):

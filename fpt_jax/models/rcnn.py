@@ -216,7 +216,6 @@ class RCNN(nnx.Module):
         gt_valid_G,
         config.fg_threshold,
         config.fg_threshold,
-        allow_low_quality=False,
       )
       labels_N = jnp.where(jnp.concatenate([valid_N, gt_valid_G]), labels_N, -1)
       index_R, positive_R, valid_R = sampling.sample(

@@ -25,7 +25,7 @@ class AnchorGrid(NamedTuple):
   first_A4: np.ndarray
 
   @property
-  def count(self) -> int:
+  def total(self) -> int:
     """Number of anchors."""
     return self.size[0] * self.size[1] * len(self.first_A4)
 

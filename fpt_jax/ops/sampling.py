@@ -13,11 +13,7 @@ FOREGROUND, BACKGROUND, IGNORED = 1, 0, -1
 
 
 def match(
-  iou_GN: jax.Array,
-  gt_valid_G: jax.Array,
-  fg_threshold: float,
-  bg_threshold: float,
-  allow_low_quality: bool,
+  iou_GN: jax.Array, gt_valid_G: jax.Array, fg_threshold: float, bg_threshold: float
 ) -> tuple[jax.Array, jax.Array]:
   """Assigns each box to the ground truth that it overlaps most, and labels it.
 
@@ -26,9 +22,6 @@ def match(
     gt_valid_G: [G] bool; invalid ground truths match nothing.
     fg_threshold: smallest IoU of foreground.
     bg_threshold: IoU below which a box is background; between the two thresholds it is ignored.
-    allow_low_quality: whether the boxes that overlap a ground truth most (all of them, if tied) are
-      foreground at any IoU. Such a box is still assigned to the ground truth that it overlaps most. A
-      ground truth that overlaps no box has no such boxes.
 
   Returns:
     matched_gt [N] int32 (the lowest index if tied; meaningful for foreground) and
@@ -42,21 +35,9 @@ def match(
   """
   if iou_GN.ndim != 2 or len(iou_GN) == 0:
     raise ValueError(f"iou_GN must be [G, N] with G > 0, got {iou_GN.shape}")
-  if gt_valid_G.shape != iou_GN.shape[:1] or gt_valid_G.dtype != jnp.bool_:
-    raise ValueError(
-      f"gt_valid_G must be bool [{len(iou_GN)}], got {gt_valid_G.dtype} {gt_valid_G.shape}"
-    )
-  if bg_threshold > fg_threshold:
-    raise ValueError(f"bg_threshold {bg_threshold} exceeds fg_threshold {fg_threshold}")
-
-  # The barrier keeps one array: if two fusions computed the IoU separately, its last bit could differ,
-  # and the comparison with its maximum could fail.
-  iou_GN = jax.lax.optimization_barrier(jnp.where(gt_valid_G[:, None], iou_GN, -1.0))
+  _check(len(iou_GN), gt_valid_G, fg_threshold, bg_threshold)
+  iou_GN = jnp.where(gt_valid_G[:, None], iou_GN, -1.0)
   label_N = _labels(jnp.max(iou_GN, axis=0), fg_threshold, bg_threshold)
-  if allow_low_quality:
-    best_G1 = jnp.max(iou_GN, axis=1, keepdims=True)
-    low_quality_N = jnp.any((iou_GN == best_G1) & (best_G1 > 0), axis=0)
-    label_N = jnp.where(low_quality_N, FOREGROUND, label_N)
   return jnp.argmax(iou_GN, axis=0).astype(jnp.int32), label_N
 
 
@@ -69,17 +50,29 @@ def match_anchors(
   *,
   block: int = 16384,
 ) -> tuple[jax.Array, jax.Array]:
-  """Assigns many boxes to ground truths as `match` with low quality, without an array [G, N] of their IoU.
+  """Assigns each anchor as `match`, so that every ground truth has one, without an array [G, N].
+
+  The anchors that overlap a ground truth most (all of them, if tied) are foreground at any IoU. Such an
+  anchor is still assigned to the ground truth that it overlaps most. A ground truth that overlaps no anchor
+  has none.
 
   Args:
     gt_boxes_G4: [G, 4] float32 ground truths, pixels, G > 0.
     gt_valid_G, fg_threshold, bg_threshold: as for `match`.
-    anchors_4N: [4, N] float32, x0, y0, x1 and y1 of the boxes, pixels.
-    block: number of boxes whose IoU is computed at a time.
+    anchors_4N: [4, N] float32, x0, y0, x1 and y1 of the anchors, pixels.
+    block: number of anchors whose IoU is computed at a time.
 
   Returns:
-    As `match`, bit for bit.
+    As `match`.
+
+  Raises:
+    ValueError: as `match`.
+
+  Source: Ren et al., Faster R-CNN, section 3.1.2; ties as in torchvision.
   """
+  if gt_boxes_G4.ndim != 2 or len(gt_boxes_G4) == 0:
+    raise ValueError(f"gt_boxes_G4 must be [G, 4] with G > 0, got {gt_boxes_G4.shape}")
+  _check(len(gt_boxes_G4), gt_valid_G, fg_threshold, bg_threshold)
   count = anchors_4N.shape[1]
   block = min(block, count)
   blocks = -(-count // block)
@@ -87,21 +80,32 @@ def match_anchors(
 
   def best_of_block(anchors_4B: jax.Array):
     iou_GB = iou_of_columns(gt_boxes_G4.T, anchors_4B)
+    # The barrier keeps one array: if two fusions computed the IoU separately, its last bit could differ,
+    # and the comparison with its maximum could fail.
     iou_GB = jax.lax.optimization_barrier(jnp.where(gt_valid_G[:, None], iou_GB, -1.0))
     best_G = jnp.max(iou_GB, axis=1)
     return {
-      "label_N": _labels(jnp.max(iou_GB, axis=0), fg_threshold, bg_threshold),
-      "matched_N": jnp.argmax(iou_GB, axis=0).astype(jnp.int32),
+      "label_B": _labels(jnp.max(iou_GB, axis=0), fg_threshold, bg_threshold),
+      "matched_B": jnp.argmax(iou_GB, axis=0).astype(jnp.int32),
       "best_G": best_G,
-      "is_best_WN": _packed((iou_GB == best_G[:, None]) & (best_G > 0)[:, None]),
+      "is_best_WB": _packed((iou_GB == best_G[:, None]) & (best_G > 0)[:, None]),
     }
 
   found = jax.lax.map(best_of_block, jnp.moveaxis(padded_4N.reshape(4, blocks, block), 1, 0))
   best_KG = found["best_G"]
   is_best_KG = best_KG == jnp.max(best_KG, axis=0, keepdims=True)
-  of_these_KWN = found["is_best_WN"] & _packed(is_best_KG.T).T[:, :, None]
-  label_KN = jnp.where(jnp.any(of_these_KWN > 0, axis=1), FOREGROUND, found["label_N"])
-  return found["matched_N"].reshape(-1)[:count], label_KN.reshape(-1)[:count]
+  is_best_KWB = found["is_best_WB"] & _packed(is_best_KG.T).T[:, :, None]
+  label_KB = jnp.where(jnp.any(is_best_KWB > 0, axis=1), FOREGROUND, found["label_B"])
+  return found["matched_B"].reshape(-1)[:count], label_KB.reshape(-1)[:count]
+
+
+def _check(count: int, gt_valid_G: jax.Array, fg_threshold: float, bg_threshold: float) -> None:
+  if gt_valid_G.shape != (count,) or gt_valid_G.dtype != jnp.bool_:
+    raise ValueError(
+      f"gt_valid_G must be bool [{count}], got {gt_valid_G.dtype} {gt_valid_G.shape}"
+    )
+  if bg_threshold > fg_threshold:
+    raise ValueError(f"bg_threshold {bg_threshold} exceeds fg_threshold {fg_threshold}")
 
 
 def _labels(best_N: jax.Array, fg_threshold: float, bg_threshold: float) -> jax.Array:

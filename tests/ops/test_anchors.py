@@ -36,7 +36,7 @@ def test_one_by_one(rounded):
   for grid in anchors.anchor_grids(
     [(5, 7), (3, 4)], [(13, 9), 16], [(8, 11.5), (32,)], (0.5, 1.0, 2.0), rounded=rounded
   ):
-    index = jnp.arange(grid.count)
+    index = jnp.arange(grid.total)
     np.testing.assert_array_equal(jax.jit(grid.at)(index), grid.boxes())
     np.testing.assert_array_equal(grid.at(index[3:5][None]), grid.boxes()[3:5][None])
 

@@ -7,9 +7,9 @@ import pytest
 
 from fpt_jax.ops import sampling
 
-MATCH = jax.jit(
-  sampling.match, static_argnames=("fg_threshold", "bg_threshold", "allow_low_quality")
-)
+THRESHOLDS = ("fg_threshold", "bg_threshold")
+MATCH = jax.jit(sampling.match, static_argnames=THRESHOLDS)
+MATCH_ANCHORS = jax.jit(sampling.match_anchors, static_argnames=(*THRESHOLDS, "block"))
 SAMPLE = jax.jit(sampling.sample, static_argnums=(2, 3))
 
 IOU_GN = jnp.array(
@@ -24,7 +24,7 @@ VALID_G = jnp.array([True, True, False, True])
 
 
 def test_thresholds_and_ties_by_hand():
-  matched, label = MATCH(IOU_GN, VALID_G, 0.7, 0.3, False)
+  matched, label = MATCH(IOU_GN, VALID_G, 0.7, 0.3)
   # Foreground from 0.7, background below 0.3; the first one if tied (box 1).
   np.testing.assert_array_equal(label, [1, -1, -1, -1, -1, 0])
   np.testing.assert_array_equal(matched, [0, 0, 0, 1, 1, 0])
@@ -32,25 +32,32 @@ def test_thresholds_and_ties_by_hand():
 
 
 def test_low_quality_matches_by_hand():
-  low = IOU_GN.at[1, 1].set(0.4)  # ground truth 1 is overlapped at most 0.4: boxes 1, 3 and 4
-  matched, label = MATCH(low, VALID_G, 0.7, 0.3, True)
+  # in a row of height 10: the ground truths from 0 to 10, from 20 to 30, and one that nothing overlaps
+  x = lambda *edges: jnp.array([[low, 0, high, 10] for low, high in edges], jnp.float32)
+  gt_boxes_G4 = x((0, 10), (20, 30), (500, 510))
+  anchors_N4 = x((0, 10), (0, 8), (4, 14), (14, 24), (26, 36), (60, 70))
+  matched, label = MATCH_ANCHORS(gt_boxes_G4, jnp.ones(3, bool), anchors_N4.T, 0.7, 0.3)
+  # the overlap of anchors 3 and 4 with ground truth 1 is its largest, a quarter; that of anchor 2 is 6 / 14
   np.testing.assert_array_equal(label, [1, 1, -1, 1, 1, 0])
-  np.testing.assert_array_equal(matched, [0, 0, 0, 1, 1, 0])  # box 1 overlaps 0 more
+  np.testing.assert_array_equal(matched, [0, 0, 0, 1, 1, 0])
 
 
 def test_without_ground_truth_all_is_background():
-  for low_quality in (True, False):
-    _, label = MATCH(IOU_GN, jnp.zeros(4, bool), 0.5, 0.5, low_quality)
-    np.testing.assert_array_equal(label, np.zeros(6))
+  nothing = jnp.zeros(4, bool)
+  _, label = MATCH(IOU_GN, nothing, 0.5, 0.5)
+  np.testing.assert_array_equal(label, np.zeros(6))
+  boxes_N4 = jnp.array([[0, 0, 10, 10]] * 4, jnp.float32)
+  _, label = MATCH_ANCHORS(boxes_N4, nothing, boxes_N4.T, 0.7, 0.3)
+  np.testing.assert_array_equal(label, np.zeros(4))
 
 
 def test_match_refuses_wrong_arguments():
   with pytest.raises(ValueError, match=r"\(0, 6\)"):
-    sampling.match(IOU_GN[:0], VALID_G[:0], 0.7, 0.3, True)
+    sampling.match(IOU_GN[:0], VALID_G[:0], 0.7, 0.3)
   with pytest.raises(ValueError, match=r"\(3,\)"):
-    sampling.match(IOU_GN, VALID_G[:3], 0.7, 0.3, True)
+    sampling.match(IOU_GN, VALID_G[:3], 0.7, 0.3)
   with pytest.raises(ValueError, match=r"0\.3.*0\.2"):
-    sampling.match(IOU_GN, VALID_G, 0.2, 0.3, True)
+    sampling.match(IOU_GN, VALID_G, 0.2, 0.3)
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
@@ -62,9 +69,7 @@ def test_anchors_in_blocks(rng, block, objects):
   gt_boxes_G4 = np.concatenate([gt_corner_G2, gt_corner_G2 + 12], 1).round().astype(np.float32)
   gt_boxes_G4[0] += 500  # overlaps nothing
   gt_valid_G = rng.uniform(size=objects) < 0.8
-  matched_N, labels_N = jax.jit(sampling.match_anchors, static_argnames=("block",))(
-    gt_boxes_G4, gt_valid_G, anchors_N4.T, 0.5, 0.3, block=block
-  )
+  matched_N, labels_N = MATCH_ANCHORS(gt_boxes_G4, gt_valid_G, anchors_N4.T, 0.5, 0.3, block=block)
   # float64, from the definition
   low, high = np.minimum, np.maximum
   sides = [

@@ -179,10 +179,10 @@ def at_levels(
   total_SX, begin = 0, 0
   for level, grid in enumerate(anchors):
     place_S = index_S - begin
-    of_level_SX = values(level, jnp.clip(place_S, 0, grid.count - 1))
-    is_here_S1 = ((place_S >= 0) & (place_S < grid.count))[:, None]
+    of_level_SX = values(level, jnp.clip(place_S, 0, grid.total - 1))
+    is_here_S1 = ((place_S >= 0) & (place_S < grid.total))[:, None]
     total_SX += jnp.where(is_here_S1, of_level_SX, 0)
-    begin += grid.count
+    begin += grid.total
   return total_SX
 
 

@@ -27,7 +27,7 @@ def area(boxes_N4: jax.Array) -> jax.Array:
     ValueError: the shape or dtype is not that of boxes; this holds for all functions of this module.
   """
   _check(boxes_N4, "boxes_N4")
-  return (boxes_N4[..., 2] - boxes_N4[..., 0]) * (boxes_N4[..., 3] - boxes_N4[..., 1])
+  return _area(*_columns(boxes_N4))
 
 
 def iou(a_N4: jax.Array, b_M4: jax.Array) -> jax.Array:
@@ -54,8 +54,7 @@ def iou_of_columns(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
   width_NM = jnp.minimum(a[2], b[2]) - jnp.maximum(a[0], b[0])
   height_NM = jnp.minimum(a[3], b[3]) - jnp.maximum(a[1], b[1])
   intersection_NM = jnp.maximum(width_NM, 0) * jnp.maximum(height_NM, 0)
-  area_N1, area_1M = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b))
-  union_NM = area_N1 + area_1M - intersection_NM
+  union_NM = _area(*a) + _area(*b) - intersection_NM
   # The inner where keeps 0/0 out of the gradient.
   return jnp.where(union_NM > 0, intersection_NM / jnp.where(union_NM > 0, union_NM, 1), 0)
 
@@ -148,6 +147,10 @@ def decode(
 
 def _columns(boxes_N4):
   return tuple(boxes_N4[..., i] for i in range(4))
+
+
+def _area(x0, y0, x1, y1):
+  return (x1 - x0) * (y1 - y0)
 
 
 def _centre_form(boxes_N4):

@@ -1,7 +1,7 @@
 """Region Proposal Network (Ren et al. 2015) over a pyramid (Lin et al. 2017).
 
 Shapes: B batch, H W rows and columns, A anchors (of a position, a level, or all levels), N proposals,
-G ground truths, K candidates of a level, S sampled anchors.
+G ground truths, K candidates of a level, L levels, S sampled anchors.
 """
 
 from collections.abc import Callable, Sequence
@@ -123,14 +123,12 @@ class RegionProposalNetwork(nnx.Module):
     def of_sample(logits_L, deltas_L, gt_boxes_G4, gt_valid_G, key):
       sample = sampled_anchors(self.config, anchors_4A, gt_boxes_G4, gt_valid_G, key)
       index_S, matched_S, positive_S, valid_S = sample
-      anchors_S4, logits_S1, deltas_S4 = (
-        at_levels(index_S, anchors, values)
-        for values in (
-          lambda level, index_S: anchors[level].at(index_S),
-          lambda level, index_S: logits_L[level][index_S][:, None],
-          lambda level, index_S: at_anchors(deltas_L[level], index_S, len(anchors[level].first_A4)),
-        )
-      )
+
+      def on_level(level, index_S):
+        deltas_S4 = at_anchors(deltas_L[level], index_S, len(anchors[level].first_A4))
+        return anchors[level].at(index_S), logits_L[level][index_S][:, None], deltas_S4
+
+      anchors_S4, logits_S1, deltas_S4 = at_levels(index_S, anchors, on_level)
       targets_S4 = boxes.encode(gt_boxes_G4[matched_S], anchors_S4, UNIT_WEIGHTS)
       return logits_S1[:, 0], deltas_S4, positive_S.astype(jnp.int32), targets_S4, valid_S
 
@@ -167,23 +165,23 @@ def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array)
 def at_levels(
   index_S: jax.Array,
   anchors: Sequence[AnchorGrid],
-  values: Callable[[int, jax.Array], jax.Array],
-) -> jax.Array:
-  """Returns the values of anchors whose indices count through all levels, [S, X].
+  on_level: Callable[[int, jax.Array], tuple[jax.Array, ...]],
+) -> tuple[jax.Array, ...]:
+  """Returns values of anchors whose indices count through all levels, arrays [S, X].
 
   Args:
     index_S: [S] int32.
     anchors: the anchors of each level.
-    values: function from the number of a level and [S] indices of its anchors to their values, [S, X].
+    on_level: function from the number of a level and [S] indices of its anchors to their values.
   """
-  total_SX, begin = 0, 0
+  found, begin = [], 0
   for level, grid in enumerate(anchors):
     place_S = index_S - begin
-    of_level_SX = values(level, jnp.clip(place_S, 0, grid.total - 1))
     is_here_S1 = ((place_S >= 0) & (place_S < grid.total))[:, None]
-    total_SX += jnp.where(is_here_S1, of_level_SX, 0)
+    values = on_level(level, jnp.clip(place_S, 0, grid.total - 1))
+    found.append([jnp.where(is_here_S1, value_SX, 0) for value_SX in values])
     begin += grid.total
-  return total_SX
+  return tuple(sum(of_levels) for of_levels in zip(*found, strict=True))
 
 
 def at_anchors(values_AX: jax.Array, index_K: jax.Array, per_cell: int) -> jax.Array:

@@ -24,8 +24,9 @@ Implementation = Literal["auto", "gather", "einsum"]
 # FPN (Lin et al., eq. 1): a region with a side of 224 pixels is pooled from the level of stride 2**4.
 CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4.0
 
-# Regions processed at once, which bounds the memory of intermediate results.
-_EINSUM_REGIONS = 64
+# Regions processed at once, which bounds the memory of intermediate results. Each block of "einsum" reads the
+# whole pyramid: many regions have large blocks.
+_EINSUM_REGIONS = (16, 64)  # at least and at most; an eighth of all between
 _GATHER_REGIONS = 8
 
 
@@ -247,7 +248,8 @@ def _einsum(spec, pyramid, boxes_R4, level_R):
       pooled_PQC += einsum("QW,PWC->PQC", columns_QW.astype(spec.dtype), half_PWC)
     return pooled_PQC
 
-  return _map(one_region, (boxes_R4, level_R), _EINSUM_REGIONS)
+  least, most = _EINSUM_REGIONS
+  return _map(one_region, (boxes_R4, level_R), min(max(len(boxes_R4) // 8, least), most))
 
 
 def _einsum_transpose(spec, gradient_RPQC, boxes_R4, level_R):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,32 +124,48 @@ def stages_of(config: ConfigDict, trained: set[str]) -> list[Stage]:
   return [*make(config, fpt, features, frozen), whole]
 
 
+def detector_backbone(model, batch, *, train: bool):
+  image_BHWC = batch["image_BHWC"]
+  valid_BHW = valid_positions(batch["size_B2"], *image_BHWC.shape[1:3])
+  normalized_BHWC = normalize(model.config, image_BHWC, valid_BHW)
+  return model.backbone_levels(normalized_BHWC, valid_BHW, train=train)
+
+
+def with_last(levels):
+  """P2 to P6, of the levels P2 to P5 that the stages pass on."""
+  return (*levels, subsample(levels[-1]))
+
+
+def rpn_of(model, levels):
+  return model.rpn(with_last(levels))
+
+
+def anchors(model, levels, batch):
+  return model.rpn.anchors(with_last(levels), batch["image_BHWC"].shape[1:3])
+
+
+def proposals_of(model, rpn, levels, batch, *, train: bool):
+  boxes_BN4, _, valid_BN = model.rpn.propose(
+    *rpn, anchors(model, levels, batch), batch["size_B2"], train=train
+  )
+  return boxes_BN4, valid_BN
+
+
+def pooled(model, levels, boxes_BR4, valid_BR):
+  return model.pool(with_last(levels), boxes_BR4, valid_BR, model.config.box_head)
+
+
+def box_head_of(model, pooled):
+  return model.box_head(pooled)
+
+
 def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen: bool):
-  def backbone(model, batch):
-    image_BHWC = batch["image_BHWC"]
-    valid_BHW = valid_positions(batch["size_B2"], *image_BHWC.shape[1:3])
-    normalized_BHWC = normalize(model.config, image_BHWC, valid_BHW)
-    return model.backbone_levels(normalized_BHWC, valid_BHW, train=True)
-
-  def with_last(levels):
-    return (*levels, subsample(levels[-1]))
-
-  def anchors(model, levels, batch):
-    return model.rpn.anchors(with_last(levels), batch["image_BHWC"].shape[1:3])
-
   def rpn_losses(model, rpn, levels, batch, key):
     ground_truth = (batch["gt_boxes_BG4"], batch["gt_valid_BG"])
     return model.rpn.losses(*rpn, anchors(model, levels, batch), *ground_truth, key)
 
-  def proposals(model, rpn, levels, batch):
-    boxes_BN4, _, valid_BN = model.rpn.propose(
-      *rpn, anchors(model, levels, batch), batch["size_B2"], train=True
-    )
-    return boxes_BN4, valid_BN
-
-  def pooled(model, levels, regions):
-    boxes, valid = regions["boxes_BR4"], regions["valid_BR"]
-    return model.pool(with_last(levels), boxes, valid, model.config.box_head)
+  def pooled_regions(model, levels, regions):
+    return pooled(model, levels, regions["boxes_BR4"], regions["valid_BR"])
 
   def box_losses(model, box_head, regions):
     labels, targets, valid = (regions[n] for n in ("labels_BR", "targets_BR4", "valid_BR"))
@@ -160,20 +177,30 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
 
   mask = [Stage("masks", masks, (features, "batch", "regions"))]
   return [
-    Stage("backbone", backbone, ("batch",), backward=not frozen),
+    Stage(
+      "backbone",
+      functools.partial(detector_backbone, train=True),
+      ("batch",),
+      backward=not frozen,
+    ),
     Stage("pyramid", lambda model, levels: model.pyramid_of(levels, train=True), ("backbone",)),
     *fpt,
-    Stage("rpn", lambda model, levels: model.rpn(with_last(levels)), (features,)),
+    Stage("rpn", rpn_of, (features,)),
     Stage("rpn losses", rpn_losses, ("rpn", features, "batch", "key")),
-    Stage("proposals", proposals, ("rpn", features, "batch"), backward=False),
+    Stage(
+      "proposals",
+      functools.partial(proposals_of, train=True),
+      ("rpn", features, "batch"),
+      backward=False,
+    ),
     Stage(
       "regions",
       lambda model, proposals, batch, key: model.sample_regions(*proposals, batch, key),
       ("proposals", "batch", "key"),
       backward=False,
     ),
-    Stage("RoIAlign", pooled, (features, "regions")),
-    Stage("box head", lambda model, pooled: model.box_head(pooled), ("RoIAlign",)),
+    Stage("RoIAlign", pooled_regions, (features, "regions")),
+    Stage("box head", box_head_of, ("RoIAlign",)),
     Stage("box losses", box_losses, ("box head", "regions")),
     *(mask if config.model.mask_head.enabled else []),
   ]
@@ -182,50 +209,27 @@ def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen:
 def prediction_stages(config: ConfigDict) -> list[Stage]:
   """The stages of a detector's prediction, but for the resize and the pasting of masks; the last is all."""
 
-  def backbone(model, batch):
-    image_BHWC = batch["image_BHWC"]
-    valid_BHW = valid_positions(batch["size_B2"], *image_BHWC.shape[1:3])
-    normalized_BHWC = normalize(model.config, image_BHWC, valid_BHW)
-    return model.backbone_levels(normalized_BHWC, valid_BHW, train=False)
-
-  def features(model, levels):
-    levels = model.pyramid_of(levels, train=False)
-    return (*levels, subsample(levels[-1]))
-
-  def transformed(model, levels):
-    levels = model.fpt(levels[:-1])
-    return (*levels, subsample(levels[-1]))
-
-  def proposals(model, rpn, levels, batch):
-    anchors = model.rpn.anchors(levels, batch["image_BHWC"].shape[1:3])
-    boxes_BN4, _, valid_BN = model.rpn.propose(*rpn, anchors, batch["size_B2"], train=False)
-    return boxes_BN4, valid_BN
-
-  def pooled(model, levels, proposals):
-    return model.pool(levels, *proposals, model.config.box_head)
-
   def detections(model, proposals, box_head, batch):
     candidates = jax.vmap(model.select_candidates)(*proposals, *box_head, batch["size_B2"])
     return rcnn.suppress(candidates, model.config.test)
+
+  def masks(model, levels, detections):
+    return model.masks(with_last(levels), detections)
 
   def whole(model, batch):
     return model.detect(batch["image_BHWC"], batch["size_B2"])
 
   last = "fpt" if config.model.fpt.enabled else "pyramid"
   stages: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = [
-    ("backbone", backbone, ("batch",)),
-    ("pyramid", features, ("backbone",)),
-    *([("fpt", transformed, ("pyramid",))] if config.model.fpt.enabled else []),
-    ("rpn", lambda model, levels: model.rpn(levels), (last,)),
-    ("proposals", proposals, ("rpn", last, "batch")),
-    ("RoIAlign", pooled, (last, "proposals")),
-    ("box head", lambda model, pooled: model.box_head(pooled), ("RoIAlign",)),
+    ("backbone", functools.partial(detector_backbone, train=False), ("batch",)),
+    ("pyramid", lambda model, levels: model.pyramid_of(levels, train=False), ("backbone",)),
+    *([("fpt", lambda model, levels: model.fpt(levels), ("pyramid",))] if last == "fpt" else []),
+    ("rpn", rpn_of, (last,)),
+    ("proposals", functools.partial(proposals_of, train=False), ("rpn", last, "batch")),
+    ("RoIAlign", lambda model, levels, found: pooled(model, levels, *found), (last, "proposals")),
+    ("box head", box_head_of, ("RoIAlign",)),
     ("detections", detections, ("proposals", "box head", "batch")),
-    *(
-      [("masks", lambda model, *inputs: model.masks(*inputs), (last, "detections"))]
-      if config.model.mask_head.enabled
-      else []
-    ),
+    *([("masks", masks, (last, "detections"))] if config.model.mask_head.enabled else []),
     ("whole prediction", whole, ("batch",)),
   ]
   return [Stage(name, run, inputs, backward=False) for name, run, inputs in stages]

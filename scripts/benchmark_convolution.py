@@ -17,7 +17,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from fpt_jax.ops.convolution import convolve
+from fpt_jax.ops.convolution import convolve, pointwise
 from fpt_jax.ops.depthwise import depthwise
 from scripts import markdown
 from scripts.timing import device, medians, run_of, turns
@@ -27,6 +27,8 @@ LAYERS = [  # our convolution, rows, columns, channels, kernel, stride
   (convolve, 40, 40, 128, 3, 1),
   (convolve, 40, 40, 256, 3, 1),
   (convolve, 10, 10, 512, 3, 1),
+  (pointwise, 80, 80, 256, 1, 1),
+  (pointwise, 40, 40, 512, 1, 1),
   (depthwise, 144, 192, 32, 3, 1),
   (depthwise, 144, 192, 96, 3, 2),
   (depthwise, 72, 96, 144, 3, 1),
@@ -48,6 +50,7 @@ def programs(convolution, stride: int, groups: int):
       ((pad, pad), (pad, pad)),
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       feature_group_count=groups,
+      precision=None,
     )
 
   square = lambda *arguments: jnp.sum(run(*arguments) ** 2)

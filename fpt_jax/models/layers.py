@@ -79,11 +79,6 @@ def conv_arguments(
   )
 
 
-def max_pool(x_BHWC: jax.Array) -> jax.Array:
-  """[B, ceil(H / 2), ceil(W / 2), C]: 3x3 maxima with stride 2, as behind the stem of a ResNet."""
-  return nnx.max_pool(x_BHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-
 class FrozenVariable(nnx.Variable):
   """A variable that comes with pretrained weights and is never trained."""
 

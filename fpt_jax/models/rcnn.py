@@ -21,7 +21,7 @@ from fpt_jax.models.preprocess import normalize
 from fpt_jax.models.pyramids import DETECTION_PYRAMIDS, build_pyramid
 from fpt_jax.models.remat import policy_of, recomputed
 from fpt_jax.ops import boxes, losses, sampling
-from fpt_jax.ops.blocks import in_blocks
+from fpt_jax.ops.blocks import map_blocks, sum_over_blocks
 from fpt_jax.ops.masks import mask_targets
 from fpt_jax.ops.nms import batched_nms
 from fpt_jax.ops.roi_align import multilevel_roi_align
@@ -252,8 +252,8 @@ class RCNN(nnx.Module):
       )
       return losses.mask_loss(logits_BRmm, jax.lax.stop_gradient(targets_BRmm), rois["valid_BR"])
 
-    totals = in_blocks(total, rois, rois["valid_BR"], MASK_BLOCK)
-    return jnp.sum(totals) / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
+    summed = sum_over_blocks(total, rois, rois["valid_BR"], MASK_BLOCK)
+    return summed / jnp.maximum(jnp.sum(rois["valid_BR"]), 1)
 
   def mask_logits(self, pyramid, boxes_BR4, valid_BR, labels_BR) -> jax.Array:
     """[B, R, m, m] float32: mask logits of each region's class."""
@@ -374,7 +374,7 @@ class RCNN(nnx.Module):
         self.mask_logits(pyramid, found["boxes_BD4"], found["valid_BD"], found["labels_BD"])
       )
 
-    masks_NBdmm = in_blocks(probabilities, found, found["valid_BD"], MASK_BLOCK)
+    masks_NBdmm = map_blocks(probabilities, found, found["valid_BD"], MASK_BLOCK)
     batch, count = found["valid_BD"].shape
     masks_BDmm = jnp.moveaxis(masks_NBdmm, 0, 1).reshape(batch, -1, *masks_NBdmm.shape[3:])
     return masks_BDmm[:, :count]

@@ -64,7 +64,30 @@ def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.A
   """A 1x1 convolution as a matrix product, whose gradients XLA computes four times as fast on CPUs."""
   del padding  # a 1x1 kernel has none
   x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
-  return lax.dot_general(x_BHWC, kernel_11CD[0, 0], (((3,), (0,)), ((), ())), precision=precision)
+  product = _with_gradient if target.platform() == "cpu" else _product
+  return product(precision, x_BHWC, kernel_11CD[0, 0])
+
+
+def _product(precision, x_BHWC, kernel_CD):
+  return lax.dot_general(x_BHWC, kernel_CD, (((3,), (0,)), ((), ())), precision=precision)
+
+
+_with_gradient = jax.custom_vjp(_product, nondiff_argnums=(0,))
+
+
+def _product_forward(precision, x_BHWC, kernel_CD):
+  return _product(precision, x_BHWC, kernel_CD), (x_BHWC, kernel_CD)
+
+
+def _product_backward(precision, saved, dy_BHWD):
+  """JAX's own gradient of the kernel is a transpose, for which XLA copies `dy` transposed."""
+  x_BHWC, kernel_CD = saved
+  dx_BHWC = lax.dot_general(dy_BHWD, kernel_CD, (((3,), (1,)), ((), ())), precision=precision)
+  x_NC, dy_ND = (values.reshape(-1, values.shape[-1]) for values in (x_BHWC, dy_BHWD))
+  return dx_BHWC, lax.dot_general(x_NC, dy_ND, (((0,), (0,)), ((), ())), precision=precision)
+
+
+_with_gradient.defvjp(_product_forward, _product_backward)
 
 
 def pads_of_gradient(

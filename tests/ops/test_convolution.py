@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from fpt_jax.ops import target
-from fpt_jax.ops.convolution import convolve
+from fpt_jax.ops.convolution import convolve, pointwise
 from fpt_jax.ops.depthwise import depthwise
 
 CASES = [  # rows, columns, kernel, stride, dilation, pads
@@ -54,6 +54,24 @@ def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation
     dy = rng.standard_normal(y.shape)
     found = (y, *gradients(jnp.float32(dy)))
   for value, want in zip(found, written_out(x, w, dy, stride, dilation, pads), strict=True):
+    np.testing.assert_allclose(value, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_equals_the_sum_written_out(rng, stride, platform):
+  x = rng.standard_normal((2, 7, 6, 3))
+  w = rng.standard_normal((1, 1, 3, 4))
+  pads = ((0, 0), (0, 0))
+
+  def f(x, w):
+    return pointwise(x, w, (stride, stride), pads, precision=None)
+
+  with target.tracing_for(platform):
+    y, gradients = jax.vjp(f, jnp.float32(x), jnp.float32(w))
+    dy = rng.standard_normal(y.shape)
+    found = (y, *gradients(jnp.float32(dy)))
+  for value, want in zip(found, written_out(x, w, dy, stride, 1, pads), strict=True):
     np.testing.assert_allclose(value, want, atol=2e-5)
 
 

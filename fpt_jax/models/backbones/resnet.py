@@ -19,8 +19,9 @@ from fpt_jax.models.backbones.context_blocks import (
 )
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, masked
-from fpt_jax.models.layers import Norm, conv, max_pool
+from fpt_jax.models.layers import Norm, conv
 from fpt_jax.models.remat import recomputed
+from fpt_jax.ops.pooling import max_pool
 
 STAGE_BLOCKS = {
   "resnet18": (2, 2, 2, 2),

@@ -12,8 +12,9 @@ from flax import nnx
 
 from fpt_jax.models.choices import check_choice
 from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, masked
-from fpt_jax.models.layers import Norm, conv, dropout, max_pool
+from fpt_jax.models.layers import Norm, conv, dropout
 from fpt_jax.models.remat import recomputed
+from fpt_jax.ops.pooling import max_pool
 
 NAMES = ("wider_resnet38",)
 # Of the stages B2 to B7: number of blocks, channels of a block's convolutions as multiples of those of the

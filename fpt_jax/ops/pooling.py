@@ -68,7 +68,9 @@ def _backward(size, place_BhwC, dy_BhwC):
     return jnp.pad(part_BhwC, ((0, 0), (down, 1 - down), (right, 1 - right), (0, 0)))
 
   pairs = [
-    jnp.stack([sum(moved(i, j, a, b) for i, a in rows for j, b in columns) for columns in _COVERS], 3)
+    jnp.stack(
+      [sum(moved(i, j, a, b) for i, a in rows for j, b in columns) for columns in _COVERS], 3
+    )
     for rows in _COVERS
   ]
   batch, rows, columns, channels = dy_BhwC.shape

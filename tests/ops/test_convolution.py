@@ -57,6 +57,21 @@ def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation
     np.testing.assert_allclose(value, want, atol=2e-5)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.0, np.nan])
+def test_gradients_that_wait_are_the_same(rng, monkeypatch, factor):
+  """As of a large layer: also where `dy` is zero or not finite."""
+  x = jnp.asarray(rng.standard_normal((2, 6, 5, 3)), jnp.float32)
+  w = jnp.asarray(rng.standard_normal((3, 3, 3, 4)), jnp.float32)
+  f = convolution(1, 1, ((1, 1), (1, 1)))
+  y, gradients = jax.vjp(f, x, w)
+  expected = gradients(factor * y)
+  assert " cond[" not in str(jax.make_jaxpr(lambda y: gradients(y))(y))
+  monkeypatch.setattr("fpt_jax.ops.convolution._WAITING_BYTES", 0)
+  assert " cond[" in str(jax.make_jaxpr(lambda y: gradients(y))(y))
+  for value, want in zip(gradients(factor * y), expected, strict=True):
+    np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pointwise_equals_the_sum_written_out(rng, stride, platform):

@@ -131,13 +131,15 @@ def _forward(pads, dilation, precision, x_BHWC, kernel_hwCD):
 
 
 def _backward(pads, dilation, precision, saved, dy_BHWD):
+  x_BHWC, kernel_hwCD = saved
+
   def gradients():
-    return _gradients(pads, dilation, precision, *saved, dy_BHWD)
+    return _gradients(pads, dilation, precision, x_BHWC, kernel_hwCD, dy_BHWD)
 
   def zeros():
-    return jax.tree.map(jnp.zeros_like, saved)
+    return jnp.zeros_like(x_BHWC), jnp.zeros_like(kernel_hwCD)
 
-  if sum(array.nbytes for array in saved) < _WAITING_BYTES:
+  if x_BHWC.nbytes + kernel_hwCD.nbytes < _WAITING_BYTES:
     return gradients()
   # Inside a condition, the reversed kernel and the shifted inputs wait for `dy`. Otherwise, XLA makes those
   # of all layers before the backward pass, a sixth of a step's memory; on CPUs, it drops barriers.

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from flax import nnx
 
 from fpt_jax.ops import target
 
@@ -37,9 +37,7 @@ def max_pool(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _maxima(x_BHWC: jax.Array) -> jax.Array:
-  pads = ((0, 0), (1, 1), (1, 1), (0, 0))
-  lowest = jnp.array(-jnp.inf, x_BHWC.dtype)
-  return lax.reduce_window(x_BHWC, lowest, lax.max, (1, _SIDE, _SIDE, 1), (1, 2, 2, 1), pads)
+  return nnx.max_pool(x_BHWC, (_SIDE, _SIDE), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -77,11 +77,8 @@ def _forward(of_block, some_N, blocks_N, closed_over):
 
 
 def _backward(of_block, gradients, dy):
-  return (
-    None,
-    None,
-    jax.tree.map(lambda gradient: (dy * gradient).astype(gradient.dtype), gradients),
-  )
+  scaled = jax.tree.map(lambda gradient: (dy * gradient).astype(gradient.dtype), gradients)
+  return None, None, scaled
 
 
 _sum.defvjp(_forward, _backward)

@@ -15,8 +15,8 @@ from flax import nnx
 from fpt_jax.ops import target
 
 _SIDE = 3
-# For the even and the odd positions of an axis, counted from its padding: the rows of the windows that cover
-# them, and how many windows before the one that begins at the pair of positions these windows begin.
+# Of the positions of an axis of the padded input, 2a is row 0 of window a and row 2 of window a - 1, and
+# 2a + 1 is row 1 of window a. Of both: rows of the windows, and how many windows back.
 _COVERS = (((0, 0), (2, 1)), ((1, 0),))
 
 

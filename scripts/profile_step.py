@@ -162,7 +162,8 @@ def box_head_of(model, pooled):
 def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen: bool):
   def rpn_losses(model, rpn, levels, batch, key):
     ground_truth = (batch["gt_boxes_BG4"], batch["gt_valid_BG"])
-    return model.rpn.losses(*rpn, anchors(model, levels, batch), *ground_truth, key)
+    pyramid = with_last(levels)
+    return model.rpn.losses(pyramid, *rpn, anchors(model, levels, batch), *ground_truth, key)
 
   def pooled_regions(model, levels, regions):
     return pooled(model, levels, regions["boxes_BR4"], regions["valid_BR"])

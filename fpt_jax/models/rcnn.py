@@ -170,7 +170,7 @@ class RCNN(nnx.Module):
     pyramid = whole_images((*rows_over_query(pyramid[:-1], stride=1), pyramid[-1]))
     anchors = self.rpn.anchors(pyramid, canvas)
     gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
-    result = self.rpn.losses(logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, rpn_key)
+    result = self.rpn.losses(pyramid, logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, rpn_key)
     proposals_BN4, _, valid_BN = self.rpn.propose(
       logits, deltas, anchors, batch["size_B2"], train=True
     )

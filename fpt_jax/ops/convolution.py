@@ -1,24 +1,30 @@
-"""Convolutions: XLA's own, except for gradients that it computes slowly on CPUs.
+"""Convolutions: XLA's own, except on CPUs.
 
-There, XLA's gradient of the kernel falls to a fifth of the rate of a matrix product as soon as the map is
-large. Here it is one matrix product for each row of the kernel: the gradient of all columns of a row is the
-product of the input, shifted by the row, with `dy`, shifted by each column.
-`scripts/benchmark_convolution.py` compares both.
+There, 3x3 convolutions of large maps take Winograd's form, which has fewer products (`ops/winograd.py`). And
+XLA's gradient of a kernel falls to a fifth of the rate of a matrix product as soon as the map is large. Here it
+is one matrix product for each row of the kernel: the gradient of all columns of a row is the product of the
+input, shifted by the row, with `dy`, shifted by each column. `scripts/benchmark_convolution.py` compares both.
 
 Shapes: B batch, H W rows and columns of the output, C D channels of the input and the output, h w rows and
 columns of the kernel, E w * D.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fpt_jax.ops import target
+from fpt_jax.ops import target, winograd
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # Bytes of an input and its kernel from which their gradients wait for `dy`, which takes longer to compile.
 _WAITING_BYTES = 1 << 20
+
+# Channels and positions from which Winograd's form saves more time than its transforms take.
+_WINOGRAD_CHANNELS = 128
+_WINOGRAD_POSITIONS = 400
 
 
 def convolve(
@@ -111,7 +117,9 @@ def pads_of_gradient(
   return rows, columns
 
 
-def _xla(pads, dilation, precision, x_BHWC, kernel_hwCD):
+def _value(pads, dilation, precision, x_BHWC, kernel_hwCD):
+  if _takes_winograd(x_BHWC, kernel_hwCD, dilation):
+    return winograd.convolve(x_BHWC, kernel_hwCD, pads, precision=precision)
   return lax.conv_general_dilated(
     x_BHWC,
     kernel_hwCD,
@@ -123,11 +131,22 @@ def _xla(pads, dilation, precision, x_BHWC, kernel_hwCD):
   )
 
 
-_with_stride_1 = jax.custom_vjp(_xla, nondiff_argnums=(0, 1, 2))
+def _takes_winograd(x_BHWC, kernel_hwCD, dilation) -> bool:
+  # bfloat16 would lose digits in the transforms
+  return (
+    kernel_hwCD.shape[:2] == (3, 3)
+    and dilation == (1, 1)
+    and x_BHWC.dtype == jnp.float32
+    and min(kernel_hwCD.shape[2:]) >= _WINOGRAD_CHANNELS
+    and math.prod(x_BHWC.shape[:3]) >= _WINOGRAD_POSITIONS
+  )
+
+
+_with_stride_1 = jax.custom_vjp(_value, nondiff_argnums=(0, 1, 2))
 
 
 def _forward(pads, dilation, precision, x_BHWC, kernel_hwCD):
-  return _xla(pads, dilation, precision, x_BHWC, kernel_hwCD), (x_BHWC, kernel_hwCD)
+  return _value(pads, dilation, precision, x_BHWC, kernel_hwCD), (x_BHWC, kernel_hwCD)
 
 
 def _backward(pads, dilation, precision, saved, dy_BHWD):
@@ -150,7 +169,9 @@ def _gradients(pads, dilation, precision, x_BHWC, kernel_hwCD, dy_BHWD):
   """The gradients of the input and the kernel."""
   back = pads_of_gradient(x_BHWC, dy_BHWD, kernel_hwCD, (1, 1), pads, dilation)
   reversed_hwDC = kernel_hwCD[::-1, ::-1].swapaxes(2, 3)
-  dx_BHWC = _xla(back, dilation, precision, dy_BHWD, reversed_hwDC)
+  dx_BHWC = _value(back, dilation, precision, dy_BHWD, reversed_hwDC)
+  if _takes_winograd(x_BHWC, kernel_hwCD, dilation):
+    return dx_BHWC, winograd.kernel_gradient(x_BHWC, dy_BHWD, pads, precision=precision)
   rows, columns, channels, out_channels = kernel_hwCD.shape
   dy_BHWE = jnp.concatenate(
     [_shift(dy_BHWD, 2, j * dilation[1] - pads[1][0], x_BHWC.shape[2]) for j in range(columns)],

@@ -261,9 +261,7 @@ def _einsum_transpose(spec, gradient_RPQC, boxes_R4, level_R):
 
 
 def _gather(spec, pyramid, boxes_R4, level_R):
-  flat_NC = jnp.concatenate([features.reshape(-1, features.shape[-1]) for features in pyramid])
-
-  def one_region(box_4, level):
+  def one_region(flat_NC, box_4, level):
     index_PXQY, rows_PX, columns_QY = _taps(box_4, level, spec)
     half_PQYC = sum(
       rows_PX[:, x, None, None, None] * flat_NC[index_PXQY[:, x]].astype(jnp.float32)
@@ -272,7 +270,17 @@ def _gather(spec, pyramid, boxes_R4, level_R):
     pooled_PQC = jnp.sum(columns_QY[None, ..., None] * half_PQYC, axis=2)
     return pooled_PQC.astype(spec.dtype)
 
-  return _map(one_region, (boxes_R4, level_R), _GATHER_REGIONS)
+  def pooled():
+    flat_NC = jnp.concatenate([features.reshape(-1, features.shape[-1]) for features in pyramid])
+    of_region = functools.partial(one_region, flat_NC)
+    return _map(of_region, (boxes_R4, level_R), _GATHER_REGIONS)
+
+  def zeros():
+    shape = (len(boxes_R4), *spec.output_size, spec.shapes[0][-1])
+    return jnp.zeros(shape, spec.dtype)
+
+  # Inside a condition, the joined levels and the result's zeros are made when the boxes are known.
+  return jax.lax.cond(jnp.any(level_R >= 0), pooled, zeros)
 
 
 def _gather_transpose(spec, gradient_RPQC, boxes_R4, level_R):
@@ -286,8 +294,13 @@ def _gather_transpose(spec, gradient_RPQC, boxes_R4, level_R):
     cells_PXQYC = weight_PXQY[..., None] * gradient_PQC[:, None, :, None].astype(jnp.float32)
     return flat_NC.at[index_PXQY].add(cells_PXQYC), None
 
-  flat_NC = jnp.zeros((sum(sizes), channels), jnp.float32)
-  flat_NC, _ = jax.lax.scan(add_region, flat_NC, (gradient_RPQC, boxes_R4, level_R))
+  def zeros():
+    return jnp.zeros((sum(sizes), channels), jnp.float32)
+
+  def summed():
+    return jax.lax.scan(add_region, zeros(), (gradient_RPQC, boxes_R4, level_R))[0]
+
+  flat_NC = jax.lax.cond(jnp.any(level_R >= 0), summed, zeros)
   levels_NC = jnp.split(flat_NC, np.cumsum(sizes)[:-1])
   return tuple(
     level_NC.reshape(shape).astype(spec.dtype)

@@ -17,6 +17,8 @@ CASES = [  # rows, columns, kernel, stride, dilation, pads
   (5, 6, (1, 4), 1, 1, ((0, 0), (0, 0))),
   (4, 5, (3, 2), 1, 1, ((3, 4), (2, 3))),  # windows of padding only
   (8, 7, (3, 3), 2, 1, ((1, 1), (1, 1))),
+  (8, 5, (3, 3), 1, 1, ((2, 0), (0, 1))),
+  (3, 4, (3, 3), 1, 1, ((0, 0), (0, 0))),
 ]
 
 
@@ -44,16 +46,30 @@ def convolution(stride, dilation, pads):
   )
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.fixture(params=["cpu", "tpu", "winograd", "winograd in strips"])
+def platform(request, monkeypatch):
+  """The platform that chooses a form; "winograd" makes small maps take that of large ones on CPUs."""
+  if "winograd" in request.param:
+    monkeypatch.setattr("fpt_jax.ops.convolution._WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr("fpt_jax.ops.convolution._WINOGRAD_POSITIONS", 1)
+  if "strips" in request.param:
+    monkeypatch.setattr("fpt_jax.ops.winograd._STRIP_BYTES", 5000)
+  return "tpu" if request.param == "tpu" else "cpu"
+
+
+@pytest.mark.parametrize("channels", [(3, 4), (4, 2)])
 @pytest.mark.parametrize(("rows", "columns", "kernel", "stride", "dilation", "pads"), CASES)
-def test_equals_the_sum_written_out(rng, rows, columns, kernel, stride, dilation, pads, platform):
-  x = rng.standard_normal((2, rows, columns, 3))
-  w = rng.standard_normal((*kernel, 3, 4))
+def test_equals_the_sum_written_out(
+  rng, rows, columns, kernel, stride, dilation, pads, channels, platform
+):
+  x = rng.standard_normal((2, rows, columns, channels[0]))
+  w = rng.standard_normal((*kernel, *channels))
   with target.tracing_for(platform):
     y, gradients = jax.vjp(convolution(stride, dilation, pads), jnp.float32(x), jnp.float32(w))
     dy = rng.standard_normal(y.shape)
     found = (y, *gradients(jnp.float32(dy)))
   for value, want in zip(found, written_out(x, w, dy, stride, dilation, pads), strict=True):
+    assert value.shape == want.shape
     np.testing.assert_allclose(value, want, atol=2e-5)
 
 
@@ -110,7 +126,7 @@ def test_of_a_layer_in_bfloat16(convolution, groups):
   assert float(gradient.kernel[1, 1, 0, 0]) == pytest.approx(1600, rel=1e-2)
 
 
-def test_inside_control_flow_and_vmap(rng):
+def test_inside_control_flow_and_vmap(rng, platform):
   x = jnp.asarray(rng.standard_normal((3, 1, 5, 5, 2)), jnp.float32)
   w = jnp.asarray(rng.standard_normal((3, 3, 2, 2)), jnp.float32)
   f = convolution(1, 1, ((1, 1), (1, 1)))
@@ -119,8 +135,19 @@ def test_inside_control_flow_and_vmap(rng):
     return jax.grad(lambda w: jnp.sum(of(w) ** 2))(w)
 
   expected = gradient(lambda w: f(x[:, 0], w))
+  del platform
   for of in (
     lambda w: jax.vmap(lambda x: f(x, w))(x),
     lambda w: jax.lax.map(lambda x: jax.lax.cond(x[0, 0, 0, 0] > -9, f, lambda x, _: x, x, w), x),
   ):
-    np.testing.assert_allclose(gradient(of), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient(of), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_large_layer_has_fewer_products():
+  """Winograd's form takes 16 products of 2x2 outputs for each pair of channels, and not 36."""
+  x = jax.ShapeDtypeStruct((1, 64, 64, 128), jnp.float32)
+  w = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
+  with target.tracing_for("cpu"):
+    compiled = jax.jit(convolution(1, 1, ((1, 1), (1, 1)))).lower(x, w).compile()
+  direct = 2 * 64 * 64 * 9 * 128 * 128
+  assert 16 / 36 < compiled.cost_analysis()["flops"] / direct < 0.7

@@ -22,6 +22,7 @@ from fpt_jax.models.feature_map import FeatureMap, Pyramid, downsample_valid, ma
 from fpt_jax.models.layers import Norm, conv
 from fpt_jax.models.remat import recomputed
 from fpt_jax.ops.pooling import max_pool
+from fpt_jax.ops.residual import relu_of_sum
 
 STAGE_BLOCKS = {
   "resnet18": (2, 2, 2, 2),
@@ -72,7 +73,7 @@ class BasicBlock(nnx.Module):
     if self.context is not None:
       y = self.context(y, valid_BHW=valid)
     shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
-    return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * self.stride)
+    return FeatureMap(relu_of_sum(y, shortcut), valid, x.stride * self.stride)
 
 
 class Bottleneck(nnx.Module):
@@ -131,7 +132,7 @@ class Bottleneck(nnx.Module):
     if self.context is not None:
       y = self.context(y, valid_BHW=valid)
     shortcut = self.shortcut(x.values_BHWC, valid_BHW=valid, train=train)
-    return FeatureMap(nnx.relu(y + shortcut), valid, x.stride * max(self.strides))
+    return FeatureMap(relu_of_sum(y, shortcut), valid, x.stride * max(self.strides))
 
 
 class Context(NamedTuple):

@@ -1,9 +1,10 @@
 """Region Proposal Network (Ren et al. 2015) over a pyramid (Lin et al. 2017).
 
 Shapes: B batch, H W rows and columns, A anchors (of a position, a level, or all levels), N proposals,
-G ground truths, K candidates of a level, L levels, S sampled anchors.
+G ground truths, K candidates of a level, L levels, S sampled anchors, p side of a patch, C channels.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,9 +14,10 @@ from flax import nnx
 
 from fpt_jax.models.feature_map import Pyramid
 from fpt_jax.models.layers import conv
-from fpt_jax.ops import boxes, losses, sampling
+from fpt_jax.ops import boxes, losses, sampling, target
 from fpt_jax.ops.anchors import AnchorGrid, anchor_grids
 from fpt_jax.ops.nms import nms
+from fpt_jax.ops.patches import convolve_patches, inside_of, patches_of
 from fpt_jax.run.sharding import whole_images
 
 UNIT_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -102,12 +104,13 @@ class RegionProposalNetwork(nnx.Module):
     return jax.vmap(one_image)(*detached, size_B2)
 
   def losses(
-    self, logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array
+    self, pyramid: Pyramid, logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array
   ) -> dict[str, jax.Array]:
     """Computes the losses of a random sample of the anchors of each image.
 
     Args:
-      logits, deltas: outputs of the head, see `__call__`.
+      pyramid: P2..P6.
+      logits, deltas: outputs of the head for `pyramid`, see `__call__`.
       anchors: anchors of each level, see `anchors`.
       gt_boxes_BG4: [B, G, 4] float32, pixels.
       gt_valid_BG: [B, G] bool.
@@ -119,24 +122,62 @@ class RegionProposalNetwork(nnx.Module):
     anchors_A4 = np.concatenate([grid.boxes() for grid in anchors])
     # the corners one after another: TPUs pad the last axis of an array to 128
     anchors_4A = jnp.asarray(anchors_A4.T)
-
-    def of_sample(logits_L, deltas_L, gt_boxes_G4, gt_valid_G, key):
-      sample = sampled_anchors(self.config, anchors_4A, gt_boxes_G4, gt_valid_G, key)
-      index_S, matched_S, positive_S, valid_S = sample
-
-      def on_level(level, index_S):
-        deltas_S4 = at_anchors(deltas_L[level], index_S, len(anchors[level].first_A4))
-        return anchors[level].at(index_S), logits_L[level][index_S][:, None], deltas_S4
-
-      anchors_S4, logits_S1, deltas_S4 = at_levels(index_S, anchors, on_level)
-      targets_S4 = boxes.encode(gt_boxes_G4[matched_S], anchors_S4, UNIT_WEIGHTS)
-      return logits_S1[:, 0], deltas_S4, positive_S.astype(jnp.int32), targets_S4, valid_S
-
     keys_B = jax.random.split(key, gt_boxes_BG4.shape[0])
+    sample = functools.partial(sampled_anchors, self.config, anchors_4A)
+    index_BS, matched_BS, positive_BS, valid_BS = jax.vmap(sample)(
+      gt_boxes_BG4, gt_valid_BG, keys_B
+    )
+    if target.platform() == "cpu":
+      logits_BS, deltas_BS4 = self.from_patches(pyramid, anchors, index_BS)
+    else:
+      logits_BS, deltas_BS4 = jax.vmap(functools.partial(selected, anchors))(
+        logits, deltas, index_BS
+      )
+    anchors_BS4 = at_levels(index_BS, anchors, lambda level, index: (anchors[level].at(index),))[0]
+    gt_boxes_BS4 = jnp.take_along_axis(gt_boxes_BG4, matched_BS[..., None], axis=1)
+    targets_BS4 = boxes.encode(gt_boxes_BS4, anchors_BS4, UNIT_WEIGHTS)
     classification, localisation = losses.rpn_losses(
-      *jax.vmap(of_sample)(logits, deltas, gt_boxes_BG4, gt_valid_BG, keys_B)
+      logits_BS, deltas_BS4, positive_BS.astype(jnp.int32), targets_BS4, valid_BS
     )
     return {"loss_rpn_cls": classification, "loss_rpn_loc": localisation}
+
+  def from_patches(self, pyramid: Pyramid, anchors, index_BS: jax.Array):
+    """Computes logits and deltas of some anchors from the patches of the pyramid that they depend on.
+
+    They equal those of `__call__`. A gradient takes two products of the patches, where that of all positions
+    takes as long as two convolutions of the pyramid, of zeros for the most part.
+
+    Args:
+      pyramid: P2..P6.
+      anchors: anchors of each level, see `anchors`.
+      index_BS: [B, S] int32 indices of anchors, which count through all levels.
+
+    Returns:
+      logits_BS and deltas_BS4, float32.
+    """
+    side = 2 * self.config.convs + 1
+    per_cell = len(anchors[0].first_A4)
+
+    def on_level(level, place_BS):
+      cell_BSpp, inside_BSpp = inside_of(anchors[level].size, place_BS // per_cell, side)
+      values_BSppC = patches_of(pyramid[level].values_BHWC, cell_BSpp)
+      return tuple(x.reshape(*place_BS.shape, -1) for x in (values_BSppC, inside_BSpp))
+
+    values_BSX, inside_BSX = at_levels(index_BS, anchors, on_level)
+    x_BSppC = values_BSX.reshape(*index_BS.shape, side, side, -1)
+    inside_BSpp = inside_BSX.reshape(*index_BS.shape, side, side)
+    for layer in (self.conv, *self.further_convs):
+      # a convolution of the map sees zeros outside
+      x_BSppC = jnp.where(inside_BSpp[..., None] > 0, x_BSppC, 0)
+      kernel_33CD, bias_D = (v[...].astype(x_BSppC.dtype) for v in (layer.kernel, layer.bias))
+      x_BSppC = nnx.relu(convolve_patches(x_BSppC, kernel_33CD, bias_D))
+      inside_BSpp = inside_BSpp[:, :, 1:-1, 1:-1]
+    x_BS1C = x_BSppC[:, :, 0]
+    logits_BS1, deltas_BS4 = (
+      of_anchor(layer(x_BS1C)[:, :, 0].astype(jnp.float32), index_BS % per_cell, per_cell)
+      for layer in (self.objectness, self.deltas)
+    )
+    return logits_BS1[..., 0], deltas_BS4
 
 
 def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array):
@@ -162,22 +203,33 @@ def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array)
   return index_S, matched_A[index_S], positive_S, valid_S
 
 
+def selected(anchors, logits_L, deltas_L, index_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits [S] and deltas [S, 4] of some anchors of one image, of those of all anchors."""
+
+  def on_level(level, index_S):
+    deltas_S4 = at_anchors(deltas_L[level], index_S, len(anchors[level].first_A4))
+    return logits_L[level][index_S][:, None], deltas_S4
+
+  logits_S1, deltas_S4 = at_levels(index_S, anchors, on_level)
+  return logits_S1[:, 0], deltas_S4
+
+
 def at_levels(
   index_S: jax.Array,
   anchors: Sequence[AnchorGrid],
   on_level: Callable[[int, jax.Array], tuple[jax.Array, ...]],
 ) -> tuple[jax.Array, ...]:
-  """Returns values of anchors whose indices count through all levels, arrays [S, X].
+  """Returns values of anchors whose indices count through all levels, arrays [..., S, X].
 
   Args:
-    index_S: [S] int32.
+    index_S: [..., S] int32.
     anchors: the anchors of each level.
-    on_level: function from the number of a level and [S] indices of its anchors to their values.
+    on_level: function from the number of a level and [..., S] indices of its anchors to their values.
   """
   found, begin = [], 0
   for level, grid in enumerate(anchors):
     place_S = index_S - begin
-    is_here_S1 = ((place_S >= 0) & (place_S < grid.total))[:, None]
+    is_here_S1 = ((place_S >= 0) & (place_S < grid.total))[..., None]
     values = on_level(level, jnp.clip(place_S, 0, grid.total - 1))
     found.append([jnp.where(is_here_S1, value_SX, 0) for value_SX in values])
     begin += grid.total
@@ -197,9 +249,20 @@ def at_anchors(values_AX: jax.Array, index_K: jax.Array, per_cell: int) -> jax.A
   """
   values = values_AX.shape[1]
   cell_K, anchor_K = jnp.divmod(index_K, per_cell)
-  of_cells_KAX = values_AX.reshape(-1, per_cell * values)[cell_K].reshape(-1, per_cell, values)
-  is_it_KA = anchor_K[:, None] == jnp.arange(per_cell)[None]
-  return jnp.sum(jnp.where(is_it_KA[:, :, None], of_cells_KAX, 0), axis=1)
+  return of_anchor(values_AX.reshape(-1, per_cell * values)[cell_K], anchor_K, per_cell)
+
+
+def of_anchor(values_KAX: jax.Array, anchor_K: jax.Array, per_cell: int) -> jax.Array:
+  """Returns the values of one anchor of each cell, [..., K, X].
+
+  Args:
+    values_KAX: [..., K, A * X] values of all anchors of some cells.
+    anchor_K: [..., K] int32 indices of anchors in their cells.
+    per_cell: anchors per cell.
+  """
+  values_KAX = values_KAX.reshape(*anchor_K.shape, per_cell, -1)
+  is_it_KA = jax.nn.one_hot(anchor_K, per_cell, dtype=jnp.bool_)
+  return jnp.sum(jnp.where(is_it_KA[..., None], values_KAX, 0), axis=-2)
 
 
 def anchors_of_canvas(config, canvas: tuple[int, int]) -> np.ndarray:

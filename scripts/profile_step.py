@@ -161,9 +161,9 @@ def box_head_of(model, pooled):
 
 def detector_stages(config: ConfigDict, fpt: list[Stage], features: str, frozen: bool):
   def rpn_losses(model, rpn, levels, batch, key):
-    ground_truth = (batch["gt_boxes_BG4"], batch["gt_valid_BG"])
-    pyramid = with_last(levels)
-    return model.rpn.losses(pyramid, *rpn, anchors(model, levels, batch), *ground_truth, key)
+    grids = anchors(model, levels, batch)
+    sample = model.rpn.sample(grids, batch["gt_boxes_BG4"], batch["gt_valid_BG"], key)
+    return model.rpn.losses(with_last(levels), *rpn, grids, sample)
 
   def pooled_regions(model, levels, regions):
     return pooled(model, levels, regions["boxes_BR4"], regions["valid_BR"])

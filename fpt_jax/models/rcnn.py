@@ -169,8 +169,12 @@ class RCNN(nnx.Module):
     # A region may lie anywhere. Its gradient is shared before that of the RPN, which is shared, is added.
     pyramid = whole_images((*rows_over_query(pyramid[:-1], stride=1), pyramid[-1]))
     anchors = self.rpn.anchors(pyramid, canvas)
-    gt_boxes_BG4, gt_valid_BG = batch["gt_boxes_BG4"], batch["gt_valid_BG"]
-    result = self.rpn.losses(pyramid, logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, rpn_key)
+    sample = self.rpn.sample(anchors, batch["gt_boxes_BG4"], batch["gt_valid_BG"], rpn_key)
+
+    def rpn_losses(pyramid, logits, deltas):
+      return self.rpn.losses(pyramid, logits, deltas, anchors, sample)
+
+    result = recomputed(rpn_losses, policy)(pyramid, logits, deltas)
     proposals_BN4, _, valid_BN = self.rpn.propose(
       logits, deltas, anchors, batch["size_B2"], train=True
     )

@@ -1,9 +1,10 @@
 """Convolutions: XLA's own, except on CPUs.
 
 There, 3x3 convolutions of large maps take Winograd's form, which has fewer products (`ops/winograd.py`). And
-XLA's gradient of a kernel falls to a fifth of the rate of a matrix product as soon as the map is large. Here it
-is one matrix product for each row of the kernel: the gradient of all columns of a row is the product of the
-input, shifted by the row, with `dy`, shifted by each column. `scripts/benchmark_convolution.py` compares both.
+XLA's gradient of a kernel falls to a fifth of the rate of a matrix product as soon as the map is large. Here
+it is one matrix product for each row of the kernel: the gradient of all columns of a row is the product of
+the input, shifted by the row, with `dy`, shifted by each column. `scripts/benchmark_convolution.py` compares
+them.
 
 Shapes: B batch, H W rows and columns of the output, C D channels of the input and the output, h w rows and
 columns of the kernel, E w * D.

@@ -10,9 +10,9 @@ from fpt_jax.ops import target
 def relu_of_sum(x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns relu(x + y) of two arrays of one shape and floating dtype.
 
-  XLA for CPUs computes the maximum with 0 of a sum again wherever it is read, so that the sums of a whole stage
-  of residual blocks become one expression whose inputs all stay in memory. It stores a sum that comes last:
-  max(x, -y) + y is the same number. (Of an infinite y it is not a number.)
+  XLA for CPUs computes the maximum of a sum and 0 again wherever it is read, so that the sums of all blocks
+  of a stage become one expression whose inputs all stay in memory. It stores a sum that comes last:
+  max(x, -y) + y is the same number. (For an infinite y it is not a number.)
   """
   return _sum_last(x, y) if target.platform() == "cpu" else nnx.relu(x + y)
 

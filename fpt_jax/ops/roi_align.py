@@ -24,10 +24,9 @@ Implementation = Literal["auto", "gather", "einsum"]
 # FPN (Lin et al., eq. 1): a region with a side of 224 pixels is pooled from the level of stride 2**4.
 CANONICAL_SIZE, _CANONICAL_LEVEL = 224.0, 4.0
 
-# Regions processed at once, which bounds the memory of intermediate results. Each block of "einsum" reads the
-# whole pyramid: many regions have large blocks.
-_EINSUM_REGIONS = (16, 64)  # at least and at most; an eighth of all between
-_GATHER_REGIONS = 8
+# Regions that "einsum" processes at once, at least and at most; an eighth of all between. It bounds the
+# memory of intermediate results. Each block reads the whole pyramid: many regions have large blocks.
+_EINSUM_REGIONS = (16, 64)
 
 
 @jax.named_scope("roi_align")
@@ -223,8 +222,30 @@ def _pool_backward(spec, residuals, gradient_RPQC):
 _pool.defvjp(_pool_forward, _pool_backward)
 
 
-# Gathers with a batch axis are several times slower on CPUs than the same gathers one by one.
-_one_image_at_a_time = jax.custom_batching.sequential_vmap
+def _one_image_at_a_time(function):
+  """A function whose last argument is level_R; gathers with a batch axis are several times slower on CPUs.
+
+  For a batch, it is inside a condition, so that what it allocates is allocated when the boxes are known.
+  """
+  sequential = jax.custom_batching.sequential_vmap(function)
+  batchable = jax.custom_batching.custom_vmap(function)
+
+  @batchable.def_vmap
+  def of_batch(axis_size, are_batched, *args):
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, are_batched)
+
+    def images():
+      return jax.vmap(sequential, axes, axis_size=axis_size)(*args)
+
+    shapes = jax.eval_shape(images)
+
+    def zeros():
+      return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
+
+    result = jax.lax.cond(jnp.any(args[-1] >= 0), images, zeros)
+    return result, jax.tree.map(lambda _: True, shapes)
+
+  return batchable
 
 
 def _dispatch(functions, spec, *args):
@@ -249,7 +270,8 @@ def _einsum(spec, pyramid, boxes_R4, level_R):
     return pooled_PQC
 
   least, most = _EINSUM_REGIONS
-  return _map(one_region, (boxes_R4, level_R), min(max(len(boxes_R4) // 8, least), most))
+  block = min(max(len(boxes_R4) // 8, least), most)
+  return jax.lax.map(lambda region: one_region(*region), (boxes_R4, level_R), batch_size=block)
 
 
 def _einsum_transpose(spec, gradient_RPQC, boxes_R4, level_R):
@@ -261,8 +283,13 @@ def _einsum_transpose(spec, gradient_RPQC, boxes_R4, level_R):
 
 
 def _gather(spec, pyramid, boxes_R4, level_R):
-  def one_region(flat_NC, box_4, level):
-    index_PXQY, rows_PX, columns_QY = _taps(box_4, level, spec)
+  channels = spec.shapes[0][-1]
+
+  def zeros(*_):
+    return jnp.zeros((*spec.output_size, channels), spec.dtype)
+
+  def of_level(features_HWC, index_PXQY, rows_PX, columns_QY):
+    flat_NC = features_HWC.reshape(-1, channels)
     half_PQYC = sum(
       rows_PX[:, x, None, None, None] * flat_NC[index_PXQY[:, x]].astype(jnp.float32)
       for x in range(rows_PX.shape[1])
@@ -270,17 +297,16 @@ def _gather(spec, pyramid, boxes_R4, level_R):
     pooled_PQC = jnp.sum(columns_QY[None, ..., None] * half_PQYC, axis=2)
     return pooled_PQC.astype(spec.dtype)
 
-  def pooled():
-    flat_NC = jnp.concatenate([features.reshape(-1, features.shape[-1]) for features in pyramid])
-    of_region = functools.partial(one_region, flat_NC)
-    return _map(of_region, (boxes_R4, level_R), _GATHER_REGIONS)
+  # To join the levels would take longer than to pool a few regions.
+  branches = [zeros, *(functools.partial(of_level, x_HWC) for x_HWC in pyramid)]
 
-  def zeros():
-    shape = (len(boxes_R4), *spec.output_size, spec.shapes[0][-1])
-    return jnp.zeros(shape, spec.dtype)
+  def one_region(region):
+    box_4, level = region
+    row_PX, column_QY, *weights = _taps(box_4, level, spec)
+    index_PXQY = row_PX[:, :, None, None] + column_QY[None, None]
+    return jax.lax.switch(level + 1, branches, index_PXQY, *weights)
 
-  # Inside a condition, the joined levels and the result's zeros are made when the boxes are known.
-  return jax.lax.cond(jnp.any(level_R >= 0), pooled, zeros)
+  return jax.lax.map(one_region, (boxes_R4, level_R))
 
 
 def _gather_transpose(spec, gradient_RPQC, boxes_R4, level_R):
@@ -289,27 +315,20 @@ def _gather_transpose(spec, gradient_RPQC, boxes_R4, level_R):
 
   def add_region(flat_NC, region):
     gradient_PQC, box_4, level = region
-    index_PXQY, rows_PX, columns_QY = _taps(box_4, level, spec)
+    row_PX, column_QY, rows_PX, columns_QY = _taps(box_4, level, spec)
+    first = jnp.asarray(np.cumsum([0, *sizes[:-1]]))[level]
+    index_PXQY = first + row_PX[:, :, None, None] + column_QY[None, None]
     weight_PXQY = rows_PX[:, :, None, None] * columns_QY[None, None]
     cells_PXQYC = weight_PXQY[..., None] * gradient_PQC[:, None, :, None].astype(jnp.float32)
     return flat_NC.at[index_PXQY].add(cells_PXQYC), None
 
-  def zeros():
-    return jnp.zeros((sum(sizes), channels), jnp.float32)
-
-  def summed():
-    return jax.lax.scan(add_region, zeros(), (gradient_RPQC, boxes_R4, level_R))[0]
-
-  flat_NC = jax.lax.cond(jnp.any(level_R >= 0), summed, zeros)
+  flat_NC = jnp.zeros((sum(sizes), channels), jnp.float32)
+  flat_NC, _ = jax.lax.scan(add_region, flat_NC, (gradient_RPQC, boxes_R4, level_R))
   levels_NC = jnp.split(flat_NC, np.cumsum(sizes)[:-1])
   return tuple(
     level_NC.reshape(shape).astype(spec.dtype)
     for level_NC, shape in zip(levels_NC, spec.shapes, strict=True)
   )
-
-
-def _map(one_region, regions, batch_size):
-  return jax.lax.map(lambda region: one_region(*region), regions, batch_size=batch_size)
 
 
 def _bins(box_4, axis, scale, spec):
@@ -350,16 +369,14 @@ def _taps(box_4, level, spec):
   """Finds the cells with weight in a region: X rows per row of bins, Y columns per column of bins.
 
   Returns:
-    Indices [P, X, Q, Y] into the flattened pyramid, and weights [P, X] and [Q, Y].
+    row_PX, the index of the first cell of each row in the flattened level, column_QY, and the weights
+    rows_PX and columns_QY.
   """
   height, width = (jnp.asarray([shape[i] for shape in spec.shapes])[level] for i in (0, 1))
-  sizes = [height * width for height, width, _ in spec.shapes]
-  start = jnp.asarray(np.cumsum([0, *sizes[:-1]]))[level]
   scale = jnp.asarray(spec.scales, jnp.float32)[level]
   row_PX, rows_PX = _axis_taps(box_4, 0, height, scale, spec)
   column_QY, columns_QY = _axis_taps(box_4, 1, width, scale, spec)
-  index_PXQY = start + row_PX[:, :, None, None] * width + column_QY[None, None]
-  return index_PXQY, jnp.where(level >= 0, rows_PX, 0), columns_QY
+  return row_PX * width, column_QY, jnp.where(level >= 0, rows_PX, 0), columns_QY
 
 
 def _axis_taps(box_4, axis, length, scale, spec):

@@ -139,8 +139,8 @@ class _Strips:
     return rows_BhWD.reshape(-1, 2 * self.rows, 2 * self.columns, channels)
 
 
-# The transforms of Lavin & Gray, section 4.1, along one axis: B^T d, G g, A^T m, and the transposes of the last
-# two. The sums are written out, as products with these matrices would be slower.
+# The transforms of Lavin & Gray, section 4.1, along one axis: B^T d, G g, A^T m, and the transposes of the
+# last two. The sums are written out, as products with these matrices would be slower.
 
 
 def _transformed_input(d):

@@ -88,7 +88,8 @@ def test_losses_are_the_same_in_both_forms(values):
       pyramid = pyramid_of(values)
       outputs = rpn(pyramid)
       anchors = rpn.anchors(pyramid, (28, 24))
-      found = rpn.losses(pyramid, *outputs, anchors, boxes_BG4, valid_BG, jax.random.key(3))
+      sample = rpn.sample(anchors, boxes_BG4, valid_BG, jax.random.key(3))
+      found = rpn.losses(pyramid, *outputs, anchors, sample)
       return sum(found.values()), found
 
     with target.tracing_for(platform):

@@ -165,7 +165,6 @@ def _value_and_gradient(pyramid, boxes, valid, implementation):
 def test_pyramid_pools_each_region_from_its_level(rng, monkeypatch):
   # Fewer regions per chunk than there are, to test both full and partial chunks.
   monkeypatch.setattr(ops, "_EINSUM_REGIONS", (4, 4))
-  monkeypatch.setattr(ops, "_GATHER_REGIONS", 4)
   pyramid, (boxes, valid) = _pyramid(rng), _regions(rng)
   # A new function, because jit's cache may hold a trace with other constants.
   gather, einsum = (

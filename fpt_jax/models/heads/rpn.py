@@ -6,6 +6,7 @@ G ground truths, K candidates of a level, L levels, S sampled anchors, p side of
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,41 +104,44 @@ class RegionProposalNetwork(nnx.Module):
     detached = jax.lax.stop_gradient((logits, deltas))
     return jax.vmap(one_image)(*detached, size_B2)
 
+  def sample(self, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array) -> "SampledAnchors":
+    """Samples the anchors of each image for training.
+
+    Args:
+      anchors: anchors of each level, see `anchors`.
+      gt_boxes_BG4: [B, G, 4] float32, pixels.
+      gt_valid_BG: [B, G] bool.
+      key: PRNG key.
+    """
+    anchors_A4 = np.concatenate([grid.boxes() for grid in anchors])
+    # the corners one after another: TPUs pad the last axis of an array to 128
+    one_image = functools.partial(sampled_anchors, self.config, jnp.asarray(anchors_A4.T))
+    keys_B = jax.random.split(key, gt_boxes_BG4.shape[0])
+    return jax.vmap(one_image)(gt_boxes_BG4, gt_valid_BG, keys_B)
+
   def losses(
-    self, pyramid: Pyramid, logits, deltas, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array
+    self, pyramid: Pyramid, logits, deltas, anchors, sample: "SampledAnchors"
   ) -> dict[str, jax.Array]:
-    """Computes the losses of a random sample of the anchors of each image.
+    """Computes the losses of the sampled anchors.
 
     Args:
       pyramid: P2..P6.
       logits, deltas: outputs of the head for `pyramid`, see `__call__`.
       anchors: anchors of each level, see `anchors`.
-      gt_boxes_BG4: [B, G, 4] float32, pixels.
-      gt_valid_BG: [B, G] bool.
-      key: PRNG key.
+      sample: the sampled anchors, see `sample`.
 
     Returns:
       `loss_rpn_cls` and `loss_rpn_loc`, float32 scalars.
     """
-    anchors_A4 = np.concatenate([grid.boxes() for grid in anchors])
-    # the corners one after another: TPUs pad the last axis of an array to 128
-    anchors_4A = jnp.asarray(anchors_A4.T)
-    keys_B = jax.random.split(key, gt_boxes_BG4.shape[0])
-    sample = functools.partial(sampled_anchors, self.config, anchors_4A)
-    index_BS, matched_BS, positive_BS, valid_BS = jax.vmap(sample)(
-      gt_boxes_BG4, gt_valid_BG, keys_B
-    )
+    index_BS = sample.index_S
     if target.platform() == "cpu":
       logits_BS, deltas_BS4 = self.from_patches(pyramid, anchors, index_BS)
     else:
       logits_BS, deltas_BS4 = jax.vmap(functools.partial(selected, anchors))(
         logits, deltas, index_BS
       )
-    anchors_BS4 = at_levels(index_BS, anchors, lambda level, index: (anchors[level].at(index),))[0]
-    gt_boxes_BS4 = jnp.take_along_axis(gt_boxes_BG4, matched_BS[..., None], axis=1)
-    targets_BS4 = boxes.encode(gt_boxes_BS4, anchors_BS4, UNIT_WEIGHTS)
     classification, localisation = losses.rpn_losses(
-      logits_BS, deltas_BS4, positive_BS.astype(jnp.int32), targets_BS4, valid_BS
+      logits_BS, deltas_BS4, sample.positive_S.astype(jnp.int32), sample.targets_S4, sample.valid_S
     )
     return {"loss_rpn_cls": classification, "loss_rpn_loc": localisation}
 
@@ -180,7 +184,23 @@ class RegionProposalNetwork(nnx.Module):
     return logits_BS1[..., 0], deltas_BS4
 
 
-def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array):
+class SampledAnchors(NamedTuple):
+  """The anchors of one image, or of each image of a batch, that the RPN is trained on.
+
+  Attributes:
+    index_S: [S] int32, their indices, which count through all levels; positives first.
+    positive_S: [S] bool.
+    targets_S4: [S, 4] float32 box deltas of positives.
+    valid_S: [S] bool; there may be fewer than S.
+  """
+
+  index_S: jax.Array
+  positive_S: jax.Array
+  targets_S4: jax.Array
+  valid_S: jax.Array
+
+
+def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array) -> SampledAnchors:
   """Samples the anchors of one image for training.
 
   Args:
@@ -189,10 +209,6 @@ def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array)
     gt_boxes_G4: [G, 4] float32, pixels.
     gt_valid_G: [G] bool.
     key: PRNG key.
-
-  Returns:
-    index_S of the sampled anchors, positives first; matched_S, index of the ground truth of a positive; and
-    positive_S and valid_S, bool.
   """
   matched_A, labels_A = sampling.match_anchors(
     gt_boxes_G4, gt_valid_G, anchors_4A, config.fg_threshold, config.bg_threshold
@@ -200,7 +216,8 @@ def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array)
   index_S, positive_S, valid_S = sampling.sample(
     labels_A, key, config.samples, config.positive_fraction
   )
-  return index_S, matched_A[index_S], positive_S, valid_S
+  targets_S4 = boxes.encode(gt_boxes_G4[matched_A[index_S]], anchors_4A[:, index_S].T, UNIT_WEIGHTS)
+  return SampledAnchors(index_S, positive_S, targets_S4, valid_S)
 
 
 def selected(anchors, logits_L, deltas_L, index_S: jax.Array) -> tuple[jax.Array, jax.Array]:

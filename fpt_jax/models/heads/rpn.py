@@ -189,12 +189,14 @@ class SampledAnchors(NamedTuple):
 
   Attributes:
     index_S: [S] int32, their indices, which count through all levels; positives first.
+    matched_S: [S] int32, index of the ground truth of a positive.
     positive_S: [S] bool.
     targets_S4: [S, 4] float32 box deltas of positives.
     valid_S: [S] bool; there may be fewer than S.
   """
 
   index_S: jax.Array
+  matched_S: jax.Array
   positive_S: jax.Array
   targets_S4: jax.Array
   valid_S: jax.Array
@@ -216,8 +218,9 @@ def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array)
   index_S, positive_S, valid_S = sampling.sample(
     labels_A, key, config.samples, config.positive_fraction
   )
-  targets_S4 = boxes.encode(gt_boxes_G4[matched_A[index_S]], anchors_4A[:, index_S].T, UNIT_WEIGHTS)
-  return SampledAnchors(index_S, positive_S, targets_S4, valid_S)
+  matched_S = matched_A[index_S]
+  targets_S4 = boxes.encode(gt_boxes_G4[matched_S], anchors_4A[:, index_S].T, UNIT_WEIGHTS)
+  return SampledAnchors(index_S, matched_S, positive_S, targets_S4, valid_S)
 
 
 def selected(anchors, logits_L, deltas_L, index_S: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -68,8 +68,8 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
   anchors_A4 = anchors_of_canvas(rpn, (height, width))
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), i)
   sample = _sampled_anchors(FrozenConfigDict(rpn), anchors_A4.T, boxes_G4, valid_G, key)
-  index_S, matched_S, positive_S, valid_S = map(np.asarray, sample)
-  negatives = index_S[valid_S & ~positive_S]
+  index_S, positive_S = np.asarray(sample.index_S), np.asarray(sample.positive_S)
+  negatives = index_S[np.asarray(sample.valid_S) & ~positive_S]
   # index of each padded ground truth among the valid ones
   place_G = np.cumsum(valid_G) - 1
   sampled = draw_anchors(
@@ -77,7 +77,7 @@ def draw_example(config: ConfigDict, batch: dict[str, np.ndarray], step: int, i:
     true_G4,
     names,
     anchors_A4[index_S[positive_S]],
-    place_G[matched_S[positive_S]],
+    place_G[np.asarray(sample.matched_S)[positive_S]],
     anchors_A4[negatives[:: max(1, len(negatives) // NEGATIVES_DRAWN)]],
   )
   titles = [

@@ -15,6 +15,7 @@ from fpt_jax.errors import UserError
 from fpt_jax.models.state import Arrays, Skeleton
 from fpt_jax.run import checkpoints, sharding
 from fpt_jax.run.best import best_step
+from fpt_jax.run.compiler_memory import give_back_after_compilations
 from fpt_jax.run.config_file import read_config
 from fpt_jax.tasks import subjects
 from fpt_jax.tasks.task import Found, check_config, task_of
@@ -62,6 +63,7 @@ class Restored:
   @functools.cached_property
   def infer(self) -> Callable[[np.ndarray], Found]:
     """Inference on one image; the result has the task's form, see `tasks.task.Task.predictor`."""
+    give_back_after_compilations()
     return task_of(self.config).predictor(self.config, self.structure, self.arrays)
 
   def predict(self, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:

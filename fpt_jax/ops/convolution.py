@@ -11,6 +11,8 @@ columns of the kernel, E w * D.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from fpt_jax.ops import target, winograd
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
-# Bytes of an input and its kernel from which their gradients wait for `dy`, which takes longer to compile.
+# Bytes of an input and its kernel from which what is made of the kernel waits, which takes longer to compile.
 _WAITING_BYTES = 1 << 20
 
 # Channels and positions from which Winograd's form saves more time than its transforms take.
@@ -74,22 +76,22 @@ def pointwise(x_BHWC, kernel_11CD, strides, padding, *, precision, **_) -> jax.A
   """A 1x1 convolution as a matrix product, whose gradients XLA computes four times as fast on CPUs."""
   del padding  # a 1x1 kernel has none
   x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
-  product = _with_gradient if target.platform() == "cpu" else _product
+  product = _with_gradient if target.platform() == "cpu" else _of_channels
   return product(precision, x_BHWC, kernel_11CD[0, 0])
 
 
-def _product(precision, x_BHWC, kernel_CD):
+def _of_channels(precision, x_BHWC, kernel_CD):
   return lax.dot_general(x_BHWC, kernel_CD, (((3,), (0,)), ((), ())), precision=precision)
 
 
-_with_gradient = jax.custom_vjp(_product, nondiff_argnums=(0,))
+_with_gradient = jax.custom_vjp(_of_channels, nondiff_argnums=(0,))
 
 
-def _product_forward(precision, x_BHWC, kernel_CD):
-  return _product(precision, x_BHWC, kernel_CD), (x_BHWC, kernel_CD)
+def _of_channels_forward(precision, x_BHWC, kernel_CD):
+  return _of_channels(precision, x_BHWC, kernel_CD), (x_BHWC, kernel_CD)
 
 
-def _product_backward(precision, saved, dy_BHWD):
+def _of_channels_backward(precision, saved, dy_BHWD):
   """JAX's own gradient of the kernel is a transpose, for which XLA copies `dy` transposed."""
   x_BHWC, kernel_CD = saved
   dx_BHWC = lax.dot_general(dy_BHWD, kernel_CD, (((3,), (1,)), ((), ())), precision=precision)
@@ -97,7 +99,7 @@ def _product_backward(precision, saved, dy_BHWD):
   return dx_BHWC, lax.dot_general(x_NC, dy_ND, (((0,), (0,)), ((), ())), precision=precision)
 
 
-_with_gradient.defvjp(_product_forward, _product_backward)
+_with_gradient.defvjp(_of_channels_forward, _of_channels_backward)
 
 
 def pads_of_gradient(
@@ -118,7 +120,7 @@ def pads_of_gradient(
   return rows, columns
 
 
-def _value(pads, dilation, precision, x_BHWC, kernel_hwCD):
+def _product(pads, dilation, precision, x_BHWC, kernel_hwCD):
   if _takes_winograd(x_BHWC, kernel_hwCD, dilation):
     return winograd.convolve(x_BHWC, kernel_hwCD, pads, precision=precision)
   return lax.conv_general_dilated(
@@ -143,6 +145,15 @@ def _takes_winograd(x_BHWC, kernel_hwCD, dilation) -> bool:
   )
 
 
+def _value(pads, dilation, precision, x_BHWC, kernel_hwCD):
+  def product():
+    return _product(pads, dilation, precision, x_BHWC, kernel_hwCD)
+
+  transforms = _takes_winograd(x_BHWC, kernel_hwCD, dilation)
+  waits = transforms and _is_large(x_BHWC, kernel_hwCD)
+  return _waiting_for(x_BHWC, product) if waits else product()
+
+
 _with_stride_1 = jax.custom_vjp(_value, nondiff_argnums=(0, 1, 2))
 
 
@@ -156,21 +167,32 @@ def _backward(pads, dilation, precision, saved, dy_BHWD):
   def gradients():
     return _gradients(pads, dilation, precision, x_BHWC, kernel_hwCD, dy_BHWD)
 
-  def zeros():
-    return jnp.zeros_like(x_BHWC), jnp.zeros_like(kernel_hwCD)
+  return _waiting_for(dy_BHWD, gradients) if _is_large(x_BHWC, kernel_hwCD) else gradients()
 
-  if x_BHWC.nbytes + kernel_hwCD.nbytes < _WAITING_BYTES:
-    return gradients()
-  # Inside a condition, the reversed kernel and the shifted inputs wait for `dy`. Otherwise, XLA makes those
-  # of all layers before the backward pass, a sixth of a step's memory; on CPUs, it drops barriers.
-  return lax.cond(jnp.any(dy_BHWD != 0), gradients, zeros)
+
+def _is_large(x_BHWC: jax.Array, kernel_hwCD: jax.Array) -> bool:
+  return x_BHWC.nbytes + kernel_hwCD.nbytes >= _WAITING_BYTES
+
+
+def _waiting_for(x_BHWC: jax.Array, linear: Callable[[], Any]) -> Any:
+  """Returns `linear()`, a linear function of `x_BHWC`: zeros if that is zero.
+
+  Inside a condition, transformed or reversed kernels and shifted inputs wait for `x_BHWC`. Otherwise, XLA
+  makes those of all layers at the beginning, a sixth of a step's memory; on CPUs, it drops barriers.
+  """
+  shapes = jax.eval_shape(linear)
+
+  def zeros():
+    return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
+
+  return lax.cond(jnp.any(x_BHWC != 0), linear, zeros)
 
 
 def _gradients(pads, dilation, precision, x_BHWC, kernel_hwCD, dy_BHWD):
   """The gradients of the input and the kernel."""
   back = pads_of_gradient(x_BHWC, dy_BHWD, kernel_hwCD, (1, 1), pads, dilation)
   reversed_hwDC = kernel_hwCD[::-1, ::-1].swapaxes(2, 3)
-  dx_BHWC = _value(back, dilation, precision, dy_BHWD, reversed_hwDC)
+  dx_BHWC = _product(back, dilation, precision, dy_BHWD, reversed_hwDC)
   if _takes_winograd(x_BHWC, kernel_hwCD, dilation):
     return dx_BHWC, winograd.kernel_gradient(x_BHWC, dy_BHWD, pads, precision=precision)
   rows, columns, channels, out_channels = kernel_hwCD.shape

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fpt_jax.errors import UserError, one_line
 from fpt_jax.run import cluster
+from fpt_jax.run.compiler_memory import give_back_after_compilations
 from fpt_jax.run.config_upgrade import RENAMED
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ def run(command: Callable[[], None], benchmarks: Mapping[str, pathlib.Path]) -> 
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
       keep_compiled_programs(_COMPILATION_CACHE.value)
+      give_back_after_compilations()
       with cluster.noticing_lost_processes():
         command()
     except UserError as error:

@@ -29,7 +29,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from fpt_jax.errors import UserError
 from fpt_jax.models.state import Skeleton, within
-from fpt_jax.ops.mos_attention import written_out
+from fpt_jax.ops.target import written_out
 
 ATTENTION = "attention"  # scope of attention, which is counted separately
 INTERPOLATIONS = ("roi_align", "bins", "upsample")  # scopes that are not counted

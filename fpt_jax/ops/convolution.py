@@ -137,7 +137,8 @@ def _product(pads, dilation, precision, x_BHWC, kernel_hwCD):
 def _takes_winograd(x_BHWC, kernel_hwCD, dilation) -> bool:
   # bfloat16 would lose digits in the transforms
   return (
-    kernel_hwCD.shape[:2] == (3, 3)
+    not target.is_written_out()
+    and kernel_hwCD.shape[:2] == (3, 3)
     and dilation == (1, 1)
     and x_BHWC.dtype == jnp.float32
     and min(kernel_hwCD.shape[2:]) >= _WINOGRAD_CHANNELS

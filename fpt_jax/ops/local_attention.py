@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fpt_jax.ops import target
 from fpt_jax.ops.attention_blocks import Keys, attend, attend_backward
-from fpt_jax.ops.mos_attention import is_written_out
 
 Implementation = Literal["auto", "naive", "tiled"]
 Outside = Literal["zero", "masked"]
@@ -74,7 +74,7 @@ def local_mos_attention(
     raise ValueError(f"implementation must be auto, naive or tiled, got {implementation!r}")
   if outside not in get_args(Outside):
     raise ValueError(f"outside must be zero or masked, got {outside!r}")
-  if is_written_out():
+  if target.is_written_out():
     implementation = "naive"
   H, W = q_BHWMD.shape[1:3]
   h, w = k_BhwMD.shape[1:3]

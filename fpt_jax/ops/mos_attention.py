@@ -12,11 +12,8 @@ times, and so are `dO V^T` and `W^T dO` in the backward pass. The backward pass 
 row, from which it computes W again.
 """
 
-import contextlib
-import contextvars
 import functools
 import logging
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -61,23 +58,6 @@ class _Blocks(NamedTuple):
 _CPU_BLOCKS = _Blocks(scores=1 << 21, least=64, most=256, piece=4096)
 _GPU_BLOCKS = _Blocks(scores=1 << 26, least=64, most=4096, piece=16384)
 
-_written_out = contextvars.ContextVar("written_out", default=False)
-
-
-@contextlib.contextmanager
-def written_out() -> Iterator[None]:
-  """Makes a context in which every attention is traced as "naive", the formula itself, to be counted."""
-  token = _written_out.set(True)
-  try:
-    yield
-  finally:
-    _written_out.reset(token)
-
-
-def is_written_out() -> bool:
-  """Returns whether attention is being traced inside `written_out`."""
-  return _written_out.get()
-
 
 @jax.named_scope("attention")
 def mos_attention(
@@ -112,7 +92,7 @@ def mos_attention(
     ValueError: shapes, dtypes or names do not fit.
   """
   _check_arguments(q_BQMD, k_BKMD, v_BKC, pi_BM, similarity, key_valid_BK, implementation)
-  if is_written_out():
+  if target.is_written_out():
     implementation = "naive"
   if implementation == "auto":
     implementation = _choose(q_BQMD.shape[1] * k_BKMD.shape[1])

@@ -1,4 +1,4 @@
-"""The platform that a program is traced for, where its form depends on it.
+"""What a program is traced for, where its form depends on it: a platform, or to be counted.
 
 `jax.lax.platform_dependent` chooses when a program is lowered, and needs nothing else. This module is for
 choices of shapes and of custom derivatives, which are made while a program is traced.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform")
+_WRITTEN_OUT: contextvars.ContextVar[bool] = contextvars.ContextVar("written_out", default=False)
 
 
 def platform() -> str:
@@ -30,3 +31,18 @@ def tracing_for(name: str) -> Iterator[None]:
     yield
   finally:
     _PLATFORM.reset(token)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+  """Context in which attention and convolutions are traced as their formulas, to be counted."""
+  token = _WRITTEN_OUT.set(True)
+  try:
+    yield
+  finally:
+    _WRITTEN_OUT.reset(token)
+
+
+def is_written_out() -> bool:
+  """Returns whether a program is traced inside `written_out`."""
+  return _WRITTEN_OUT.get()

@@ -12,10 +12,12 @@ from fpt_jax.models.backbones.resnet import ResNet
 from fpt_jax.models.costs import Cost, count
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt import FeaturePyramidTransformer
+from fpt_jax.models.layers import conv
 from fpt_jax.models.state import skeleton
 from fpt_jax.ops.local_attention import local_mos_attention
-from fpt_jax.ops.mos_attention import is_written_out, mos_attention
+from fpt_jax.ops.mos_attention import mos_attention
 from fpt_jax.ops.roi_align import roi_align
+from fpt_jax.ops.target import is_written_out
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -119,6 +121,12 @@ def test_local_attention_counts_the_window():
   q, k, v, pi = shape(1, 6, 9, 1, 4), shape(1, 6, 9, 1, 4), shape(1, 6, 9, 8), shape(1, 1)
   costs = count_of(functools.partial(local_mos_attention, window=3), q, k, v, pi)
   assert costs["elsewhere"].attention == 54 * 9 * (4 + 1 + 8)
+
+
+def test_a_convolution_with_fewer_products_counts_as_its_formula():
+  convolution = conv(128, 128, 3, bias=False, rngs=nnx.Rngs(0))
+  (cost,) = count_of(lambda x_BHWC: convolution(x_BHWC), shape(1, 32, 40, 128)).values()
+  assert cost == Cost(multiply_adds=9 * 32 * 40 * 128**2, activation_bytes=4 * 32 * 40 * 128)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fpt_jax.ops.conditions import compute_if
+
 Regions = dict[str, jax.Array]
 
 
@@ -31,11 +33,10 @@ def map_blocks(
     [N, ...]: the result of each block; zeros for a block without a valid region.
   """
   some_N, blocks_N = _split(regions, valid_BR, size)
-  result = jax.eval_shape(function, _first(blocks_N))
 
   def one(some_and_block):
     some, block = some_and_block
-    return lax.cond(some, function, lambda _: jnp.zeros(result.shape, result.dtype), block)
+    return compute_if(some, lambda: function(block))
 
   return lax.map(one, (some_N, blocks_N))
 
@@ -94,8 +95,7 @@ def _accumulate(function: Callable, some_N: jax.Array, blocks_N: Regions):
     some, block = some_and_block
     return lax.cond(some, add, lambda total, _: total, total, block), None
 
-  shapes = jax.eval_shape(function, _first(blocks_N))
-  zeros = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, _first(blocks_N)))
   return lax.scan(one, zeros, (some_N, blocks_N))[0]
 
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fpt_jax.ops import target, winograd
-
-Pads = tuple[tuple[int, int], tuple[int, int]]
+from fpt_jax.ops.conditions import compute_if
+from fpt_jax.ops.winograd import Pads
 
 # Bytes of an input and its kernel from which what is made of the kernel waits, which takes longer to compile.
 _WAITING_BYTES = 1 << 20
@@ -181,12 +181,7 @@ def _waiting_for(x_BHWC: jax.Array, linear: Callable[[], Any]) -> Any:
   Inside a condition, transformed or reversed kernels and shifted inputs wait for `x_BHWC`. Otherwise, XLA
   makes those of all layers at the beginning, a sixth of a step's memory; on CPUs, it drops barriers.
   """
-  shapes = jax.eval_shape(linear)
-
-  def zeros():
-    return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
-
-  return lax.cond(jnp.any(x_BHWC != 0), linear, zeros)
+  return compute_if(jnp.any(x_BHWC != 0), linear)
 
 
 def _gradients(pads, dilation, precision, x_BHWC, kernel_hwCD, dy_BHWD):

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fpt_jax.ops.convolution import Pads, pads_of_gradient
+from fpt_jax.ops.convolution import pads_of_gradient
+from fpt_jax.ops.winograd import Pads
 
 
 def depthwise(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpt_jax.ops import boxes as box_ops
+from fpt_jax.ops.conditions import compute_if
 
 Implementation = Literal["auto", "gather", "einsum"]
 
@@ -237,13 +238,8 @@ def _one_image_at_a_time(function):
     def images():
       return jax.vmap(sequential, axes, axis_size=axis_size)(*args)
 
-    shapes = jax.eval_shape(images)
-
-    def zeros():
-      return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
-
-    result = jax.lax.cond(jnp.any(args[-1] >= 0), images, zeros)
-    return result, jax.tree.map(lambda _: True, shapes)
+    result = compute_if(jnp.any(args[-1] >= 0), images)
+    return result, jax.tree.map(lambda _: True, result)
 
   return batchable
 

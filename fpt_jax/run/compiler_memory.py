@@ -5,9 +5,8 @@ import functools
 
 import jax
 
-_COMPILED = (
-  "/jax/core/compile/backend_compile_duration"  # JAX's name of the event, also for cached programs
-)
+# JAX's name of the event, which also follows when a program is read from the compilation cache
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 _LEAST_SECONDS = 0.1
 
 

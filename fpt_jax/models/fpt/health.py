@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fpt_jax.models.feature_map import FeatureMap
 from fpt_jax.models.fpt.non_local import NonLocalInteraction
 from fpt_jax.models.fpt.query_attention import at, pairs, query_attention
+from fpt_jax.ops.conditions import compute_if
 
 SIDE = 8  # rows and columns of the grid of sampled positions
 
@@ -34,14 +35,7 @@ class Figures:
 
   def add(self, compute: Callable[[], dict[str, jax.Array]]) -> None:
     """Adds what `compute` returns, without gradients; it runs only if the figures are wanted."""
-
-    def figures():
-      return jax.lax.stop_gradient(compute())
-
-    def zeros():
-      return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
-
-    self.values |= jax.lax.cond(self.wanted, figures, zeros)
+    self.values |= compute_if(self.wanted, lambda: jax.lax.stop_gradient(compute()))
 
 
 def sampled_positions(valid_BHW: jax.Array) -> jax.Array:

@@ -24,6 +24,24 @@ from fpt_jax.run.sharding import whole_images
 UNIT_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
+class SampledAnchors(NamedTuple):
+  """The anchors of one image, or of each image of a batch, that the RPN is trained on.
+
+  Attributes:
+    index_S: [S] int32, their indices, which count through all levels; positives first.
+    matched_S: [S] int32, index of the ground truth of a positive.
+    positive_S: [S] bool.
+    targets_S4: [S, 4] float32 box deltas of positives.
+    valid_S: [S] bool; there may be fewer than S.
+  """
+
+  index_S: jax.Array
+  matched_S: jax.Array
+  positive_S: jax.Array
+  targets_S4: jax.Array
+  valid_S: jax.Array
+
+
 class RegionProposalNetwork(nnx.Module):
   """A small convolutional head on every level, with anchors of one size per level.
 
@@ -104,7 +122,7 @@ class RegionProposalNetwork(nnx.Module):
     detached = jax.lax.stop_gradient((logits, deltas))
     return jax.vmap(one_image)(*detached, size_B2)
 
-  def sample(self, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array) -> "SampledAnchors":
+  def sample(self, anchors, gt_boxes_BG4, gt_valid_BG, key: jax.Array) -> SampledAnchors:
     """Samples the anchors of each image for training.
 
     Args:
@@ -120,7 +138,7 @@ class RegionProposalNetwork(nnx.Module):
     return jax.vmap(one_image)(gt_boxes_BG4, gt_valid_BG, keys_B)
 
   def losses(
-    self, pyramid: Pyramid, logits, deltas, anchors, sample: "SampledAnchors"
+    self, pyramid: Pyramid, logits, deltas, anchors, sample: SampledAnchors
   ) -> dict[str, jax.Array]:
     """Computes the losses of the sampled anchors.
 
@@ -182,24 +200,6 @@ class RegionProposalNetwork(nnx.Module):
       for layer in (self.objectness, self.deltas)
     )
     return logits_BS1[..., 0], deltas_BS4
-
-
-class SampledAnchors(NamedTuple):
-  """The anchors of one image, or of each image of a batch, that the RPN is trained on.
-
-  Attributes:
-    index_S: [S] int32, their indices, which count through all levels; positives first.
-    matched_S: [S] int32, index of the ground truth of a positive.
-    positive_S: [S] bool.
-    targets_S4: [S, 4] float32 box deltas of positives.
-    valid_S: [S] bool; there may be fewer than S.
-  """
-
-  index_S: jax.Array
-  matched_S: jax.Array
-  positive_S: jax.Array
-  targets_S4: jax.Array
-  valid_S: jax.Array
 
 
 def sampled_anchors(config, anchors_4A, gt_boxes_G4, gt_valid_G, key: jax.Array) -> SampledAnchors:
